@@ -1,0 +1,1 @@
+"""PyTorch primitives for gradient surgery."""
