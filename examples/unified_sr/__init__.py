@@ -1,0 +1,1 @@
+"""Search and recommendation as one conditional generation task of one language model."""
