@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 TASKS = ("rec", "search")
 """The tasks in the order in which tables show them."""
@@ -31,11 +33,12 @@ class Example:
         task: ``"rec"`` (from the history alone) or ``"search"`` (from the history and a query).
         user: the user's identifier in the source.
         history: indices into ``Dataset.items``, oldest first: the user's most recent events of either task that are
-            strictly earlier than this one.
+            strictly earlier than this one. Events with the same timestamp follow one another in the file's order.
         query: what the user asked for; empty exactly when ``task == "rec"``.
         target: indices of the relevant items, here the event's own item.
         timestamp: the event's time in the source's unit.
-        qid: unique in the data set; ``"rec-USER"`` for the test example, with a suffix for the other splits.
+        qid: unique in the data set; ``"rec-USER"`` and ``"search-USER"`` for the test examples, with a prefix in
+            the other splits.
     """
 
     task: str
@@ -51,15 +54,15 @@ class Example:
 class Dataset:
     """A catalogue with training, validation and test examples per task.
 
-    ``train``, ``valid`` and ``test`` have the same keys, the names in ``tasks``; a task without events is absent from
+    ``train``, ``valid`` and ``test`` have the same keys, the names in ``TASKS``; a task without events is absent from
     ``tasks`` and maps to an empty tuple.
 
     Args:
         name: how reports call it.
         items: the catalogue after filtering; examples refer to it by index.
         train: examples before the user's first held-out event.
-        valid: the last event but one of each user and task.
-        test: the last event of each user and task.
+        valid: the last event but one of each user and task with at least three.
+        test: the last event of each user and task with at least three.
         events: each user's item indices in order of time, after filtering.
         positions: where in ``events[example.user]`` the example with a qid stands.
         counts: what loading counted, see ``statistics``.
@@ -77,12 +80,52 @@ class Dataset:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have events, in the order of ``TASKS``."""
-        raise NotImplementedError
+        return tuple(task for task in TASKS if self.counts[f"{task}_events"])
 
     def seen(self, example: Example) -> frozenset[int]:
-        """Items the user had met before the example's event, of any task and any age; never one of its targets."""
-        raise NotImplementedError
+        """Items the user had met before the example's event, of any task and any age; never one of its targets.
 
-    def statistics(self) -> dict[str, object]:
-        """Sizes of the data set, ready for JSON."""
-        raise NotImplementedError
+        Raises:
+            ValueError: if the example is none of this data set.
+        """
+        position = self.positions.get(example.qid)
+        if position is None:
+            raise ValueError(f"the example {example.qid!r} is none of the data set {self.name!r}")
+        return frozenset(self.events[example.user][:position]).difference(example.target)
+
+    def statistics(self) -> dict[str, Any]:
+        """Sizes of the data set, ready for JSON.
+
+        Returns:
+            ``users``, ``items``, ``events``, ``density`` (events over users x items); under ``per_task`` for each of
+            ``TASKS`` its ``events``, the number of ``train``, ``valid`` and ``test`` examples and the mean, median
+            and maximum of their history lengths; under ``removed`` what loading left out and why.
+        """
+        total = sum(map(len, self.events.values()))
+        per_task = {}
+        for task in TASKS:
+            parts = {"train": self.train[task], "valid": self.valid[task], "test": self.test[task]}
+            lengths = [len(example.history) for part in parts.values() for example in part] or [0]
+            per_task[task] = {
+                "events": self.counts[f"{task}_events"],
+                **{name: len(part) for name, part in parts.items()},
+                "history_mean": statistics.fmean(lengths),
+                "history_median": float(statistics.median(lengths)),
+                "history_max": max(lengths),
+            }
+        return {
+            "name": self.name,
+            "users": len(self.events),
+            "items": len(self.items),
+            "events": total,
+            "density": total / (len(self.events) * len(self.items)),
+            "per_task": per_task,
+            "removed": {
+                "repeated_events": self.counts["repeated_events"],
+                "events_by_k_core": self.counts["k_core_events"],
+                "users_by_k_core": self.counts["k_core_users"],
+                "items_by_k_core": self.counts["k_core_items"],
+                "events_after_a_held_out_one": self.counts["after_held_out"],
+                "recommendations_without_history": self.counts["without_history"],
+            },
+        }
