@@ -1,0 +1,26 @@
+"""Turn the formulas of the pages into MathML while the site is built.
+
+`pymdownx.arithmatex` (generic mode) leaves LaTeX between `\\\\(...\\\\)` or `\\\\[...\\\\]` for a script to typeset in the
+browser.
+Browsers lay out MathML themselves, so converting here spares the reader a download and lets the site work offline.
+"""
+
+import html
+import re
+from typing import Any
+
+from latex2mathml.converter import convert
+
+_FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\(?P<open>[(\[])(?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Replace each formula that arithmatex marked in `content` by MathML."""
+
+    def replace(match: re.Match[str]) -> str:
+        display = "inline" if match["open"] == "(" else "block"
+        return str(convert(html.unescape(match["latex"]).strip(), display=display))
+
+    return _FORMULA.sub(replace, content)
