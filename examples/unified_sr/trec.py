@@ -37,7 +37,7 @@ def write_run(path: str | Path, rankings: Mapping[str, Sequence[str]], *, tag: s
     """
     if depth < max(CUTOFFS):
         raise ValueError(f"depth must reach the deepest cutoff {max(CUTOFFS)}, got {depth}")
-    lines = []
+    lines: list[str] = []
     for qid, ranking in rankings.items():
         _check_distinct(qid, ranking)
         best = ranking[:depth]
@@ -74,7 +74,7 @@ def write_qrels(path: str | Path, relevant: Mapping[str, Sequence[str]]) -> None
     Raises:
         ValueError: if a name is empty, or a query has no relevant item or one twice.
     """
-    lines = []
+    lines: list[str] = []
     for qid, docids in relevant.items():
         _check_distinct(qid, docids)
         lines.extend(f"{_encode(qid)} 0 {_encode(docid)} 1\n" for docid in docids)
@@ -117,8 +117,8 @@ def evaluate_files(run: str | Path, qrels: str | Path, cutoffs: Sequence[int] = 
     names = {
         f"{ours}@{k}": ir_measures.parse_measure(f"{theirs}@{k}") for k in cutoffs for ours, theirs in MEASURES.items()
     }
-    judged = list(ir_measures.read_trec_qrels(str(qrels)))
-    ranked = list(ir_measures.read_trec_run(str(run)))
+    judged = list(ir_measures.read_trec_qrels(str(qrels)))  # type: ignore[no-untyped-call]
+    ranked = list(ir_measures.read_trec_run(str(run)))  # type: ignore[no-untyped-call]
     values = ir_measures.calc_aggregate(list(names.values()), judged, ranked)
     return {name: float(values[measure]) for name, measure in names.items()}
 
