@@ -68,7 +68,10 @@ def detokenise(line: str) -> str:
     # Without the word a sentence would be no English any more, and the model is asked how likely English it is.
     line = " ".join(part for part in _TOKENISED_SENTENCE_END.split(line) if "<unk>" not in part)
     line = re.sub(r"\s*@([-,.])@\s*", r"\1", line)
-    line = re.sub(r'" ([^"]*?) ?"', r'"\1"', line)
+    # A quotation whose other mark went with a dropped sentence cannot be told apart from the next one.
+    line = re.sub(r'" ([^"]*?) ?"', r'"\1"', line) if line.count('"') % 2 == 0 else line.replace('"', " ")
+    line = re.sub(r"(?<=[0-9]) ([–:]) (?=[0-9])", r"\1", line)
+    line = re.sub(r" ’ (?=s\b)", "’", line)
     line = re.sub(r"\( +", "(", line)
     line = re.sub(r"\[ +", "[", line)
     line = re.sub(r" +([,.;:!?)\]%]|'(?:s|m|d|re|ve|ll|t)\b|n't\b)", r"\1", line)
