@@ -52,7 +52,7 @@ types: $(DEV)  ## mypy in strict mode
 	$(BIN)/mypy
 
 docs: $(DEV)  ## build site/; a broken link or an undocumented public name fails
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 pytest: $(DEV)  ## only the tests; ARGS='-k name' selects
 	$(BIN)/python -m pytest $(ARGS)

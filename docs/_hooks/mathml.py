@@ -1,7 +1,6 @@
 """Turn the formulas of the pages into MathML while the site is built.
 
-`pymdownx.arithmatex` (generic mode) leaves LaTeX between `\\\\(...\\\\)` or `\\\\[...\\\\]` for a script to typeset in the
-browser.
+In its generic mode `pymdownx.arithmatex` leaves LaTeX in the page for a script to typeset in the browser.
 Browsers lay out MathML themselves, so converting here spares the reader a download and lets the site work offline.
 """
 
