@@ -1,1 +1,18 @@
-"""PyTorch primitives for gradient surgery."""
+"""PyTorch primitives for gradient surgery: many tasks in one model, without hurting each other or what it knew.
+
+The way of a gradient, and the module of each arrow: losses -> `capture` (per-task gradients) -> `subspace` (bases,
+project, lift) -> `inner` (the wrapped optimizer) -> `null_space` (constraint) -> `update` (weights).
+"""
+
+from importlib.metadata import version as _version
+
+from gradsub.gates import Gate, GateInputs
+from gradsub.null_space import NullSpace
+from gradsub.optimizer import GemsOptimizer, NonFiniteError
+from gradsub.report import LayerReport, Report
+
+__all__ = ["Gate", "GateInputs", "GemsOptimizer", "LayerReport", "NonFiniteError", "NullSpace", "Report", "linalg"]
+
+from gradsub import linalg
+
+__version__ = _version("gradsub")

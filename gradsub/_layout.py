@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsub.layers import is_transposed, select_layers, unwrap
+from gradsub.null_space import NullSpace
+from gradsub.subspace import Layer
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A weight that the model names: by all its names, and how it is stored."""
+
+    names: tuple[str, ...]
+    transposed: bool
+
+
+class Layout:
+    """Decides which parameters are trained inside subspaces, what they are called and what is protected in them.
+
+    Args:
+        side: the side of the weight that the bases span.
+        tasks: how many tasks have a subspace of their own.
+        null_space: the protected directions, or None.
+        model: names the layers; without it the parameters' own names serve, where the base optimizer has them.
+        target_modules: which layers of ``model``.
+    """
+
+    def __init__(
+        self,
+        side: str,
+        tasks: int,
+        null_space: NullSpace | None,
+        model: nn.Module | None,
+        target_modules: str | Iterable[str],
+    ) -> None:
+        if null_space is not None and null_space.side != side:
+            raise ValueError(
+                f"side={side!r}, but null_space was collected for side={null_space.side!r}: make both the same"
+            )
+        self._side = side
+        self._tasks = tasks
+        self._null_space = null_space
+        self._targets: dict[Tensor, _Target] | None = None
+        self._names: dict[Tensor, str] = {}
+        self._count = 0
+        self._warned: set[str] = set()
+        if model is not None:
+            self._targets = _targets(model, target_modules)
+            self._names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
+
+    def name(self, parameter: Tensor) -> str:
+        """What reports and errors call a parameter."""
+        return self._names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
+
+    def add_group(self, group: Mapping[str, Any], position: int) -> list[Layer]:
+        """The layers among a parameter group's parameters; the others take the plain inner step."""
+        layers: list[Layer] = []
+        full_rank: list[str] = []
+        for place, parameter in enumerate(group["params"]):
+            index, self._count = self._count, self._count + 1
+            names = group.get("param_names")
+            self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
+            self._check_dtype(parameter)
+            protecting = self._protecting(parameter)
+            too_small = parameter.ndim == 2 and group["rank"] >= min(parameter.shape)
+            if not self._decomposed(parameter, group, bool(protecting)):
+                if group["subspace"] and parameter.ndim == 2 and too_small and self._targets is None:
+                    full_rank.append(self.name(parameter))
+                if protecting:
+                    self._warn(
+                        "plain",
+                        f"{self.name(parameter)} is protected by null_space but takes the plain inner step, which "
+                        "does not obey it: leave subspace=True for it, target it, or freeze it",
+                    )
+                continue
+            if too_small:
+                full_rank.append(self.name(parameter))
+            layers.append(self._layer(parameter, group, index, protecting))
+        self._warn_full_rank(full_rank, group["rank"])
+        self._warn_unprotected(layers)
+        return layers
+
+    def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
+        if not group["subspace"] or parameter.ndim != 2 or not parameter.is_floating_point():
+            return False
+        if self._targets is not None:
+            return parameter in self._targets
+        return protected or min(parameter.shape) > group["rank"]
+
+    def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
+        target = (self._targets or {}).get(parameter)
+        axis = 1 if self._side == "input" else 0
+        if target is not None and target.transposed:
+            axis = 1 - axis
+        rank = min(group["rank"], *parameter.shape)
+        task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
+        layer = Layer(
+            name=target.names[0] if target else self.name(parameter).removesuffix(".weight"),
+            parameter=parameter,
+            index=index,
+            axis=axis,
+            widths=(rank, *([min(task_rank, *parameter.shape)] * self._tasks)),
+        )
+        if not protecting:
+            return layer
+        protected = self._protected(protecting, layer)
+        if protected.shape[1] >= layer.dimension:
+            self._warn(
+                "no freedom", f"null_space protects all {layer.dimension} directions of {layer.name}: it cannot learn"
+            )
+        return Layer(layer.name, layer.parameter, layer.index, layer.axis, layer.widths, protected)
+
+    def _protecting(self, parameter: Tensor) -> list[str]:
+        """The names under which the null space knows the parameter."""
+        if self._null_space is None:
+            return []
+        target = (self._targets or {}).get(parameter)
+        names = target.names if target else (self.name(parameter).removesuffix(".weight"),)
+        return [name for name in names if name in self._null_space]
+
+    def _protected(self, names: list[str], layer: Layer) -> Tensor:
+        """K of a layer; of a weight that several modules share, what protects all of them."""
+        assert self._null_space is not None
+        bases = [self._null_space.basis(name, layer.dtype).to(layer.parameter.device) for name in names]
+        for name, basis in zip(names, bases, strict=True):
+            if basis.shape[0] != layer.dimension:
+                raise ValueError(
+                    f"null_space has directions of length {basis.shape[0]} for {name!r}, but the weight "
+                    f"{tuple(layer.parameter.shape)} has {layer.dimension} on side={self._side!r}: "
+                    "collect it on this model, for this side"
+                )
+        if len(bases) == 1:
+            return bases[0]
+        vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
+        union: Tensor = vectors[:, values > 1e-5 * values[0]]
+        return union
+
+    def _check_dtype(self, parameter: Tensor) -> None:
+        if parameter.is_complex():
+            raise ValueError(
+                f"{self.name(parameter)} is complex ({parameter.dtype}): pass torch.view_as_real of it as the parameter"
+            )
+        if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32 and self._null_space is not None:
+            self._warn(
+                "low precision",
+                f"the weights are {parameter.dtype}: rounding them after each step moves the protected directions by "
+                "more than the update does at small learning rates; keep float32 weights and train under autocast",
+            )
+
+    def check_names(self) -> None:
+        """Raise a ValueError if a null space was given, but nothing that could be looked up in it."""
+        if self._null_space is not None and not any(self._protecting(p) for p in list(self._names)):
+            known = list(self._null_space)[:4]
+            raise ValueError(
+                f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
+                "pass the model= on which it was collected, or build the base optimizer from named_parameters()"
+            )
+
+    def _warn_full_rank(self, names: list[str], rank: int) -> None:
+        if not names:
+            return
+        what = (
+            "they get a basis of all min(m, n) directions, so nothing in them is low-rank and nothing is saved"
+            if self._targets is not None or self._null_space is not None
+            else "they are not decomposed and take the plain inner step"
+        )
+        self._warn("full rank", f"rank={rank} >= min(m, n) for {_some(names)}: {what}; lower rank to change that")
+
+    def _warn_unprotected(self, layers: list[Layer]) -> None:
+        bare = [layer.name for layer in layers if layer.protected is None]
+        if self._null_space is not None and bare:
+            self._warn("unprotected", f"null_space has nothing for {_some(bare)}: their updates are not constrained")
+
+    def _warn(self, kind: str, message: str) -> None:
+        """Once for each kind of degradation."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[Tensor, _Target]:
+    found: dict[Tensor, _Target] = {}
+    for name, module in select_layers(model, target_modules).items():
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        earlier = found.get(weight)
+        found[weight] = _Target((*(earlier.names if earlier else ()), name), is_transposed(module))
+    return found
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

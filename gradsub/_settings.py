@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gradsub.null_space._null_space import check_side
+from gradsub.subspace import MOMENT_RULES
+
+ORTHOGONALIZATIONS = ("none", "shared_first")
+NONFINITE_RULES = ("raise", "ignore")
+# What a parameter group holds that the base optimizer must not see.
+NOT_INNER = frozenset({"params", "param_names", "subspace", "rank", "task_rank", "update_proj_gap", "scale"})
+
+
+def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
+    """Raise a ValueError unless ``value`` is one of ``choices``."""
+    if value not in tuple(choices):
+        raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def check_count(argument: str, value: object, *, optional: bool = False) -> None:
+    """Raise a ValueError unless ``value`` is a positive integer (or None, if optional)."""
+    if optional and value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument}={value!r} must be an integer of at least 1{', or None' if optional else ''}")
+
+
+def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The task names as a tuple, checked."""
+    if isinstance(tasks, str):
+        raise ValueError(f"tasks={tasks!r} is one string: pass a tuple of names, such as ({tasks!r},)")
+    names = tuple(tasks)
+    if any(not isinstance(name, str) or not name for name in names):
+        raise ValueError(f"tasks={names!r} must be non-empty strings")
+    if len(set(names)) != len(names):
+        raise ValueError(f"tasks={names!r} names a task twice")
+    if "shared" in names:
+        raise ValueError(f"tasks={names!r}: 'shared' is the name of the common subspace, choose another")
+    return names
+
+
+def check_samples(samples: object, task: str) -> float:
+    """``samples`` as a positive, finite number."""
+    if isinstance(samples, bool) or not isinstance(samples, (int, float)) or not 0 < samples < math.inf:
+        raise ValueError(f"samples={samples!r} of task {task!r} must be a positive number")
+    return float(samples)
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raise a ValueError if one of a parameter group's own options is out of range."""
+    if not isinstance(group["subspace"], bool):
+        raise ValueError(f"subspace={group['subspace']!r} of a parameter group must be True or False")
+    check_count("rank", group["rank"])
+    check_count("task_rank", group["task_rank"], optional=True)
+    check_count("update_proj_gap", group["update_proj_gap"])
+    scale = group["scale"]
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale!r} must be a positive number: it multiplies the lifted update")
+
+
+def check_arguments(side: str, orthogonalize: str, moments: str, nonfinite: str) -> None:
+    """Raise a ValueError if one of the optimizer's choices does not exist."""
+    check_side(side)
+    check_choice("orthogonalize", orthogonalize, ORTHOGONALIZATIONS)
+    check_choice("moments", moments, MOMENT_RULES)
+    check_choice("nonfinite", nonfinite, NONFINITE_RULES)

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Captured:
+    """What one task's backward passes left for one parameter; summed over them, like ``p.grad``.
+
+    Attributes:
+        full: G_k (m x n), kept only where a basis is about to be refreshed, and for parameters without subspaces.
+        shared: G_k projected on the shared subspace.
+        own: G_k projected on the task's own subspace.
+        squared_norm: the squared Frobenius norm of G_k (0-dim); None once a second backward pass was added, because
+            norms of parts do not add up to the norm of the sum.
+    """
+
+    full: Tensor | None = None
+    shared: Tensor | None = None
+    own: Tensor | None = None
+    squared_norm: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Every gradient held."""
+        return [tensor for tensor in (self.full, self.shared, self.own) if tensor is not None]
+
+    def add(self, other: Captured) -> None:
+        """Accumulate another backward pass of the same task."""
+        self.full = _sum(self.full, other.full)
+        self.shared = _sum(self.shared, other.shared)
+        self.own = _sum(self.own, other.own)
+        self.squared_norm = None
+
+
+def _sum(held: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if held is None or more is None:
+        return more if held is None else held
+    return held.add_(more)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradsub.capture._captured import Captured
+from gradsub.subspace import SHARED, Layer, SubspaceBank, project
+
+
+class GenericCapture:
+    """Takes each parameter's gradient from autograd while a task is open, whatever operation produced it.
+
+    A post-accumulate hook projects the gradient on the shared and on the task's own basis and frees it, so at most one
+    full weight gradient exists at a time; where a basis is due for a refresh, and for parameters without subspaces,
+    the full gradient is kept. Outside a task nothing is touched: gradients stay in ``p.grad``, as everywhere in torch.
+
+    Args:
+        bank: the bases.
+        names: what errors call a parameter.
+    """
+
+    def __init__(self, bank: SubspaceBank, names: Callable[[Tensor], str]) -> None:
+        self._bank = bank
+        self._names = names
+        self._layers: dict[Tensor, Layer] = {}
+        self._watched: list[Tensor] = []
+        self._unhooked: list[Tensor] = []
+        self._handles: list[RemovableHandle] = []
+        self._set_aside: list[tuple[Tensor, Tensor]] = []
+        self._open: int | None = None
+        self._arrived = False
+        self.gradients: dict[int, dict[Tensor, Captured]] = {}
+
+    def watch(self, parameters: Iterable[Tensor], layers: Iterable[Layer]) -> None:
+        """Hook the parameters; those that are frozen now are hooked once they train."""
+        self._layers.update({layer.parameter: layer for layer in layers})
+        added = list(parameters)
+        self._watched.extend(added)
+        self._unhooked.extend(added)
+        self.hook()
+
+    def hook(self) -> None:
+        """Hook every watched parameter that trains and has no hook yet."""
+        waiting = []
+        for parameter in self._unhooked:
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_Hook(self)))  # type: ignore[no-untyped-call]
+            else:
+                waiting.append(parameter)
+        self._unhooked = waiting
+
+    def open(self, task: int) -> None:
+        """From now on every gradient belongs to ``task``; what ``p.grad`` held before is set aside."""
+        self.hook()
+        self._open, self._arrived = task, False
+        for parameter in self._watched:
+            if parameter.grad is not None:
+                self._set_aside.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def close(self) -> bool:
+        """Back to gradients of no task; whether any gradient arrived since `open`."""
+        self._open = None
+        for parameter, gradient in self._set_aside:
+            parameter.grad = gradient
+        self._set_aside.clear()
+        return self._arrived
+
+    def clear(self) -> None:
+        """Forget what was captured."""
+        self.gradients.clear()
+
+    def remove(self) -> None:
+        """Remove the hooks for good."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def take(self, parameter: Tensor) -> None:
+        """The hook: ``p.grad`` of the open task is complete for this backward pass."""
+        if self._open is None or parameter.grad is None:
+            return
+        gradient, parameter.grad = parameter.grad, None
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {self._names(parameter)} is sparse ({gradient.layout}): subspaces need dense "
+                "gradients, so build the embedding with sparse=False"
+            )
+        self._arrived = True
+        task = self._open
+        captured = self._captured(parameter, gradient, task)
+        held = self.gradients.setdefault(task, {})
+        if parameter in held:
+            held[parameter].add(captured)
+        else:
+            held[parameter] = captured
+
+    def _captured(self, parameter: Tensor, gradient: Tensor, task: int) -> Captured:
+        layer = self._layers.get(parameter)
+        if layer is None:
+            return Captured(full=gradient)
+        with torch.no_grad():
+            squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
+            own = task + 1
+            if self._bank.due(layer, SHARED) or self._bank.due(layer, own):
+                return Captured(full=gradient, squared_norm=squared_norm)
+            return Captured(
+                shared=project(gradient, self._bank.basis(layer, SHARED), layer.axis),
+                own=project(gradient, self._bank.basis(layer, own), layer.axis),
+                squared_norm=squared_norm,
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Hooks belong to these parameters, not to their copies: a copy hooks its own.
+        return {**self.__dict__, "_handles": [], "_unhooked": list(self._watched)}
+
+
+class _Hook:
+    """A hook that does not keep the optimizer alive: once that is gone, gradients stay in ``p.grad`` again."""
+
+    def __init__(self, capture: GenericCapture) -> None:
+        self._capture = weakref.ref(capture)
+
+    def __call__(self, parameter: Tensor) -> None:
+        capture = self._capture()
+        if capture is not None:
+            capture.take(parameter)

@@ -1,0 +1,211 @@
+"""The wrapped optimizer, run on small proxy parameters inside the subspaces."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+__all__ = ["Inner", "check_wrappable", "decays_decoupled"]
+
+# torch's optimizers that add weight decay to the gradient (L2) unless a flag in the group says otherwise.
+_COUPLED_DECAY = frozenset(
+    {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta", "Rprop", "ASGD", "SparseAdam"}
+)
+_TRUST_RATIO = ("lamb", "lars")
+_REEVALUATES = ("sam", "lbfgs")
+
+
+def check_wrappable(base: Optimizer) -> None:
+    """Refuse an optimizer whose step cannot be run on a zero proxy.
+
+    Raises:
+        TypeError: ``base`` is no optimizer.
+        ValueError: it has stepped already, evaluates its closure several times, or scales by the parameter's norm.
+    """
+    if not isinstance(base, Optimizer):
+        raise TypeError(f"base must be a torch.optim.Optimizer, found {type(base).__name__}")
+    name = type(base).__name__
+    kinds = [cls.__name__.lower() for cls in type(base).__mro__]
+    if any(kind.endswith(_REEVALUATES) for kind in kinds):
+        raise ValueError(
+            f"base={name} evaluates its closure several times a step, but captured gradients exist once: "
+            "wrap a first-order optimizer such as torch.optim.AdamW"
+        )
+    if any(word in kind for kind in kinds for word in _TRUST_RATIO):
+        raise ValueError(
+            f"base={name} scales its step by the parameter's norm, which is 0 for the proxies that stand for the "
+            "subspace: wrap an optimizer without a trust ratio, such as torch.optim.AdamW"
+        )
+    if any(group.get("differentiable") for group in base.param_groups):
+        raise ValueError(f"base={name}(differentiable=True) is not supported: pass differentiable=False")
+    for state in base.state.values():
+        # Adagrad fills its state when it is built; only a step that was counted says that it has been used.
+        if state and float(state.get("step", 1)) > 0:
+            raise ValueError(
+                f"base={name} already has state from earlier steps, and its moments belong to whole weights: wrap a "
+                "fresh optimizer, and resume with GemsOptimizer.load_state_dict"
+            )
+
+
+def decays_decoupled(base: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether the group's ``weight_decay`` shrinks the weight directly (AdamW) or is added to the gradient (SGD)."""
+    for flag in ("decoupled_weight_decay", "weight_decouple"):
+        if flag in group:
+            return bool(group[flag])
+    return not (type(base).__module__.startswith("torch.optim") and type(base).__name__ in _COUPLED_DECAY)
+
+
+class Inner:
+    """Takes ``base`` over: same class, same hyper-parameters, but proxies in the place of decomposed weights.
+
+    A proxy has the shape of a projected gradient. It is zero before the inner step and holds the step d after it.
+    Between steps its storage is released. Weight decay of a proxy is 0: decay needs the weight, so it is the wrapper's.
+
+    Args:
+        base: the wrapped optimizer; its ``param_groups`` are replaced.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self.base = base
+        # What an optimizer put into its state when it was built (Adagrad's accumulators), to give it to proxies too.
+        self._initial = {parameter: dict(state) for parameter, state in base.state.items()}
+        self._stands_for: dict[Tensor, Tensor] = {}
+        self._shapes: dict[Tensor, torch.Size] = {}
+        self._plain: list[dict[str, Any]] = []
+        self._proxied: list[dict[str, Any]] = []
+        base.state.clear()
+        base.param_groups = []
+
+    def add_group(self, options: Mapping[str, Any], plain: Iterable[Tensor], proxies: Mapping[Tensor, Tensor]) -> None:
+        """Add one outer group.
+
+        Args:
+            options: its hyper-parameters.
+            plain: the parameters that the base optimizer steps itself.
+            proxies: proxy -> the weight that it stands for.
+        """
+        self._plain.append({**options, "params": list(plain)})
+        self._proxied.append({**options, "params": list(proxies)})
+        if "weight_decay" in options:
+            self._proxied[-1]["weight_decay"] = 0.0
+        for parameter in self._plain[-1]["params"]:
+            if parameter in self._initial:
+                self.base.state[parameter] = self._initial[parameter]
+        self._stands_for.update(proxies)
+        for proxy in proxies:
+            self._shapes[proxy] = proxy.shape
+            self._give_initial(proxy)
+        new = [group for group in (self._plain[-1], self._proxied[-1]) if group["params"]]
+        self.base.param_groups.extend(new)
+        self._populate(new)
+        self._release(self._proxied[-1]["params"])
+
+    @staticmethod
+    def proxy(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+        """A zero proxy."""
+        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+
+    def step(self, groups: Iterable[dict[str, Any]], gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """One step of the base optimizer.
+
+        Args:
+            groups: the outer groups' current hyper-parameters, in order; what the base optimizer changes in its own
+                (a schedule-free optimizer counts there) is written back to them.
+            gradients: of proxies; a proxy without one is not stepped. Plain parameters carry theirs in ``.grad``.
+
+        Returns:
+            d, the step taken, for every proxy in ``gradients``.
+        """
+        groups = list(groups)
+        self._read_options(groups)
+        for proxy, gradient in gradients.items():
+            proxy.data = torch.zeros_like(gradient)
+            proxy.grad = gradient
+        self.base.step()
+        self._write_options(groups)
+        steps = {proxy: proxy.data for proxy in gradients}
+        self._release(gradients)
+        return steps
+
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """The base optimizer's state of a plain parameter or of a proxy; empty if it has none yet."""
+        found: dict[str, Any] = self.base.state.get(parameter, {})
+        return found
+
+    def load_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Replace it."""
+        if state:
+            self.base.state[parameter] = state
+        else:
+            self.base.state.pop(parameter, None)
+
+    def reset(self, proxy: Tensor) -> None:
+        """Give a proxy the state of an optimizer that never stepped."""
+        self.base.state.pop(proxy, None)
+        self._give_initial(proxy)
+        group = next(group for group in self._proxied if any(proxy is other for other in group["params"]))
+        proxy.data = proxy.data.new_zeros(self._shapes[proxy])
+        self._populate([{**group, "params": [proxy]}])
+        self._release([proxy])
+
+    def _give_initial(self, proxy: Tensor) -> None:
+        parameter = self._stands_for[proxy]
+        initial = self._initial.get(parameter)
+        if initial:
+            self.base.state[proxy] = {key: _like(value, parameter, proxy) for key, value in initial.items()}
+
+    def _read_options(self, groups: list[dict[str, Any]]) -> None:
+        for outer, plain, proxied in zip(groups, self._plain, self._proxied, strict=True):
+            for key in plain.keys() - {"params"}:
+                plain[key] = outer[key]
+                if key != "weight_decay":
+                    proxied[key] = outer[key]
+
+    def _write_options(self, groups: list[dict[str, Any]]) -> None:
+        for outer, plain, proxied in zip(groups, self._plain, self._proxied, strict=True):
+            used = proxied if proxied["params"] else plain
+            for key in used.keys() - {"params", "weight_decay"}:
+                outer[key] = plain[key] = proxied[key] = used[key]
+
+    def _release(self, proxies: Iterable[Tensor]) -> None:
+        for proxy in proxies:
+            proxy.grad = None
+            proxy.data = proxy.data.new_empty(0)
+
+    def _populate(self, groups: list[dict[str, Any]]) -> None:
+        """Create the base optimizer's state now, where torch lets us, so that its shapes never depend on data.
+
+        Distributed checkpoints ask for the state before the first step. An optimizer without torch's ``_init_group``
+        creates its state at its first step, as it would unwrapped.
+        """
+        init = getattr(self.base, "_init_group", None)
+        if init is None:
+            return
+        collectors = [
+            parameter
+            for parameter in inspect.signature(init).parameters.values()
+            if parameter.default is inspect.Parameter.empty
+        ][1:]
+        for group in groups:
+            held = [parameter.grad for parameter in group["params"]]
+            for parameter in group["params"]:
+                parameter.grad = parameter.detach().new_zeros(()).expand(parameter.shape)
+            init(group, *([] for _ in collectors))
+            if group.get("momentum") and group.get("dampening") == 0:
+                for parameter in group["params"]:
+                    # SGD's buffer starts as the first gradient; without dampening, starting from zero is the same.
+                    self.base.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
+            for parameter, gradient in zip(group["params"], held, strict=True):
+                parameter.grad = gradient
+
+
+def _like(value: Any, parameter: Tensor, proxy: Tensor) -> Any:
+    """A constant accumulator of the weight's shape, as one of the proxy's shape."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        return value.flatten()[0].to(proxy.dtype).expand(proxy.shape).clone()
+    return value.clone() if isinstance(value, Tensor) else value

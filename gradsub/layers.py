@@ -1,0 +1,89 @@
+"""Which layers of a model a method acts on, by peft's `target_modules` convention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from torch import Tensor, nn
+
+__all__ = ["ALL_LINEAR", "is_linear", "is_transposed", "select_layers", "unwrap"]
+
+ALL_LINEAR: Final = "all-linear"
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is stored as ``in_features x out_features``: GPT-2's ``Conv1D``.
+
+    Recognised by name, so that the core needs no transformers.
+    """
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module maps features by one 2-D weight matrix."""
+    if isinstance(module, nn.Linear):
+        return True
+    return is_transposed(module) and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``'s or data parallelism's wrapper, whose layer names have no prefix."""
+    compiled = getattr(model, "_orig_mod", None)
+    if isinstance(compiled, nn.Module):
+        return unwrap(compiled)
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrap(model.module)
+    return model
+
+
+def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LINEAR) -> dict[str, nn.Module]:
+    """The linear layers of ``model`` that ``target_modules`` names, in the model's order.
+
+    Args:
+        model: any module.
+        target_modules: ``"all-linear"`` takes every linear layer but the output head (what
+            ``model.get_output_embeddings()`` returns, where the model has it); any other string is a regular
+            expression that the whole name must match; a collection of strings names modules by their full name or by
+            its last components (``"q_proj"`` takes every layer whose name ends in ``.q_proj``).
+
+    Raises:
+        ValueError: nothing matches; the message lists the layers there are.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+        >>> list(select_layers(model)), list(select_layers(model, ["value"]))
+        (['query', 'value'], ['value'])
+    """
+    model = unwrap(model)
+    linear = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+    if target_modules == ALL_LINEAR:
+        output = getattr(model, "get_output_embeddings", None)
+        head = output() if callable(output) else None
+        chosen = {name: module for name, module in linear.items() if module is not head}
+    elif isinstance(target_modules, str):
+        pattern = re.compile(target_modules)
+        chosen = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
+    else:
+        targets = tuple(target_modules)
+        chosen = {
+            name: module
+            for name, module in linear.items()
+            if any(name == target or name.endswith(f".{target}") for target in targets)
+        }
+        unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in chosen)]
+        if unmatched and chosen:
+            raise ValueError(f"target_modules: {unmatched} match no linear layer; {_listing(linear)}")
+    if not chosen:
+        raise ValueError(f"target_modules={target_modules!r} matches no linear layer of the model; {_listing(linear)}")
+    return chosen
+
+
+def _listing(linear: dict[str, nn.Module], most: int = 8) -> str:
+    names = list(linear)
+    if not names:
+        return "the model has no linear layer at all"
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"the linear layers are {names[:most]}{more}"

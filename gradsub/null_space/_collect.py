@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Observe = Callable[[str, Tensor], None]
+Side = str
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and every module's own mode back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _mask_of(batch: object) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _rows(features: Tensor, mask: Tensor | None) -> Tensor:
+    """Features as (N, d), without the positions that ``mask`` calls padding."""
+    if mask is not None and features.shape[:-1] == mask.shape:
+        return features[mask.to(features.device)]
+    return features.reshape(-1, features.shape[-1])
+
+
+def _call(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+    elif isinstance(batch, Tensor):
+        model(batch)
+    else:
+        raise ValueError(f"a batch is a tensor, a tuple or a mapping, found {type(batch).__name__}: wrap it in one")
+
+
+def observe_features(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], side: Side, observe: Observe
+) -> int:
+    """Run ``batches`` through ``model`` and hand every layer's features to ``observe(name, (N, d))``; how many ran."""
+    mask: Tensor | None = None
+    handles = []
+    # Query, key and value projections receive the very same tensor: they are handed the very same rows, so that the
+    # observer can reuse what it computed.
+    latest: tuple[Tensor, int, Tensor] | None = None
+
+    def rows_of(source: Tensor) -> Tensor:
+        nonlocal latest
+        if latest is None or latest[0] is not source or latest[1] != source._version:
+            latest = source, source._version, _rows(source, mask)
+        return latest[2]
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            observe(name, rows_of(inputs[0] if side == "input" else output))
+
+        return hook
+
+    count = 0
+    try:
+        for name, module in layers.items():
+            handles.append(module.register_forward_hook(watch(name)))
+        with torch.no_grad(), _evaluating(model):
+            for batch in batches:
+                mask, latest = _mask_of(batch), None
+                _call(model, batch)
+                count += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count

@@ -1,0 +1,545 @@
+"""`GemsOptimizer`: per-task gradients in, one protected low-rank update out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradsub import _settings as settings
+from gradsub._layout import Layout
+from gradsub._state import check_compatible, group_parameters, hand_down, mirror, restore
+from gradsub.capture import GenericCapture, LossWatcher, Projected, gather
+from gradsub.gates import Gate, GateInputs, resolve_gate
+from gradsub.inner import Inner, check_wrappable, decays_decoupled
+from gradsub.layers import ALL_LINEAR
+from gradsub.null_space import NullSpace
+from gradsub.report import Measurements, Report, make_report
+from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
+from gradsub.update import apply_update
+
+__all__ = ["GemsOptimizer", "NonFiniteError"]
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """A task's loss or gradient is NaN or Inf; weights and state are as they were before the step."""
+
+
+class GemsOptimizer(Optimizer):
+    r"""Runs any optimizer inside shared and task-specific low-rank subspaces, within a protected null space.
+
+    For a weight W (m x n), tasks k = 1..K with gradients G_k and w_k the task's share of the samples,
+    G_sh = sum_k w_k G_k. Every ``update_proj_gap`` steps the leading singular vectors of (I - K K^T) G_sh and of each
+    (I - K K^T) G_k become the bases B_sh and B_k, where K are the protected directions of the layer. In between, the
+    base optimizer runs on the projected gradients, and its steps d are lifted:
+
+        side="input":   R = G B (m x r),    dW = scale (d_sh B_sh^T + sum_k g_k d_k B_k^T)
+        side="output":  R = B^T G (r x n),  dW = scale (B_sh d_sh + sum_k g_k B_k d_k)
+
+    with gates g_k that are positive and sum to 1. Since every basis is orthogonal to K, so is every update, whatever
+    the base optimizer does; decoupled weight decay is projected likewise. The wrapper takes ``base`` over: from then on
+    its ``param_groups`` are the ones to change, and ``base`` is not to be stepped.
+
+    Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
+    there, are free for clipping and belong to the shared subspace alone. `step` consumes what was captured.
+
+    Args:
+        base: any ``torch.optim.Optimizer`` that has not stepped; all its hyper-parameters, per group, stay in force.
+            ``weight_decay`` is applied to the weight by this class: decoupled where the base class decouples it,
+            otherwise added to the shared gradient.
+        tasks: the names of the tasks.
+        rank: columns r of the shared basis (dimensionless; capped at min(m, n)). Typical: 32 to 256.
+        task_rank: columns of each task's basis; None: ``max(1, rank // 2)``.
+        update_proj_gap: steps between two refreshes of the bases. Typical: 50 to 500.
+        scale: factor on the lifted update, as GaLore's alpha.
+        side: ``"input"``: bases span input directions, and protected inputs give the same output as before;
+            ``"output"``: bases span output directions, as published.
+        orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared.
+        gate: ``"heuristic"``, ``"uniform"``, or a callable from `GateInputs` to gates (L, K).
+        null_space: the protected directions; None protects nothing.
+        model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
+            2-D parameter with min(m, n) > rank. All other parameters take the plain inner step on G_sh.
+        target_modules: which layers of ``model``, by peft's convention: ``"all-linear"``, a regular expression, or
+            names.
+        seed: of the random test matrices; torch's global generator is never used.
+        moments: what happens to the base optimizer's moments when a basis changes: ``"rotate"`` expresses them in the
+            new basis, ``"keep"`` leaves the numbers, ``"reset"`` starts afresh.
+        nonfinite: ``"raise"`` checks losses and gradients before anything is changed, at the price of one wait for the
+            device a step; ``"ignore"`` does not look.
+
+    A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
+    to keep its matrices whole.
+
+    Raises:
+        TypeError: ``base`` is no optimizer.
+        ValueError: an argument is out of range; ``base`` has state, re-evaluates its closure or uses a trust ratio; a
+            parameter is complex; ``null_space`` does not fit the layers or the side.
+
+    Example:
+        >>> import torch
+        >>> from gradsub import GemsOptimizer
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Linear(16, 8, bias=False)
+        >>> optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters(), lr=0.05), tasks=("sum", "max"), rank=4)
+        >>> x = torch.randn(32, 16)
+        >>> for _ in range(100):
+        ...     for name, target in {"sum": x.sum(1), "max": x.amax(1)}.items():
+        ...         with optimizer.task(name, samples=32):
+        ...             loss = (model(x).mean(1) - target).square().mean()
+        ...             loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> optimizer.report().layers[0].step
+        100
+
+    Source: GEMS, "Unifying Search and Recommendation in LLMs via Gradient Multi-Subspace Tuning", arXiv 2601.09496.
+    """
+
+    # A fused base optimizer announces that it unscales gradients itself; it never sees the ones captured here.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        base: Optimizer,
+        *,
+        tasks: Iterable[str] = ("search", "rec"),
+        rank: int = 128,
+        task_rank: int | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        side: str = "input",
+        orthogonalize: str = "none",
+        gate: str | Gate = "heuristic",
+        null_space: NullSpace | None = None,
+        model: nn.Module | None = None,
+        target_modules: str | Iterable[str] = ALL_LINEAR,
+        seed: int = 0,
+        moments: str = "rotate",
+        nonfinite: str = "raise",
+    ) -> None:
+        check_wrappable(base)
+        settings.check_arguments(side, orthogonalize, moments, nonfinite)
+        own = {
+            "subspace": True,
+            "rank": rank,
+            "task_rank": task_rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+        }
+        settings.check_group(own)
+        clash = sorted(own.keys() & base.defaults.keys())
+        if clash:
+            raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
+        self.tasks = settings.check_tasks(tasks)
+        self._gate = resolve_gate(gate)
+        self._moments = moments
+        self._nonfinite = nonfinite
+        self._layout = Layout(side, len(self.tasks), null_space, model, target_modules)
+        self._layers: dict[Tensor, Layer] = {}
+        self._proxies: dict[Tensor, dict[str, Tensor]] = {}
+        self._losses: dict[int, Tensor] = {}
+        self._samples: dict[int, float] = {}
+        self._task_open = False
+        self._measured: Measurements | None = None
+        super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
+        self._bank = SubspaceBank(self.state, orthogonalize, seed)
+        self._capture = GenericCapture(self._bank, self._layout.name)
+        self._inner = Inner(base)
+        for position in range(len(self.param_groups)):
+            self._adopt(position)
+        self._layout.check_names()
+
+    # --- gradients in ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def task(self, name: str, samples: float = 1, loss: Tensor | None = None) -> Iterator[None]:
+        """Every ``backward()`` in here belongs to the task; may be entered several times a step, gradients add up.
+
+        Args:
+            name: one of ``tasks``.
+            samples: how many samples the backward passes in here stand for; a task's share w_k of all samples weighs
+                it in the shared gradient. When accumulating, pass each part's own number.
+            loss: the loss, for the gate, where it is not a scalar on which ``backward()`` itself is called.
+
+        Raises:
+            ValueError: the task was never declared, or ``samples`` is not positive.
+            RuntimeError: another task is open.
+        """
+        index = self._task_index(name)
+        samples = settings.check_samples(samples, name)
+        if self._task_open:
+            raise RuntimeError(
+                f"task({name!r}) inside another task: a backward pass belongs to one task, close it first"
+            )
+        self._task_open = True
+        self._capture.open(index)
+        try:
+            if loss is None:
+                with LossWatcher(lambda value: self._saw_loss(index, value)):
+                    yield
+            else:
+                self._saw_loss(index, loss.detach())
+                yield
+        finally:
+            if self._capture.close():
+                self._samples[index] = self._samples.get(index, 0.0) + samples
+            self._task_open = False
+
+    def backward(
+        self,
+        losses: Mapping[str, Tensor],
+        samples: Mapping[str, float] | None = None,
+        retain_graph: bool = False,
+    ) -> None:
+        """One backward pass a task, from losses that may share one forward pass.
+
+        Args:
+            losses: task -> its scalar loss.
+            samples: task -> its number of samples; 1 each where missing.
+            retain_graph: keep the graph after the last pass.
+
+        Raises:
+            ValueError: a task was never declared, or ``samples`` names a task without a loss.
+        """
+        samples = samples or {}
+        for name in (*losses, *samples):
+            self._task_index(name)
+        unused = sorted(samples.keys() - losses.keys())
+        if unused:
+            raise ValueError(f"samples names {unused}, but losses has only {sorted(losses)}: pass their losses too")
+        last = len(losses) - 1
+        for position, (name, loss) in enumerate(losses.items()):
+            with self.task(name, samples.get(name, 1), loss):
+                loss.backward(retain_graph=retain_graph or position < last)
+
+    def _task_index(self, name: str) -> int:
+        if name not in self.tasks:
+            raise ValueError(f"task {name!r} was never declared: tasks={self.tasks}; add it there or correct the name")
+        return self.tasks.index(name)
+
+    def _saw_loss(self, index: int, loss: Tensor) -> None:
+        loss = loss.float() if loss.numel() == 1 else loss.float().sum()
+        self._losses[index] = self._losses[index] + loss.reshape(()) if index in self._losses else loss.reshape(())
+
+    # --- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One optimization step from what was captured since the last one; with nothing captured, nothing moves.
+
+        Args:
+            closure: evaluated once, with gradients enabled; it may open tasks.
+
+        Returns:
+            what the closure returned.
+
+        Raises:
+            NonFiniteError: a task's loss or gradient is NaN or Inf; nothing was changed.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        if self._nonfinite == "raise":
+            self._check_finite()
+        weights = self._sample_shares()
+        projected = self._project(weights)
+        gates = self._measure(projected)
+        gradients = self._inner_gradients(projected)
+        outside = self._mix_plain(weights)
+        try:
+            steps = self._inner.step(self.param_groups, gradients)
+        finally:
+            for parameter, gradient in outside.items():
+                parameter.grad = gradient
+        self._update(projected, gates, steps)
+        self._show_inner_state()
+        self._discard()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``p.grad`` and whatever was captured and not stepped."""
+        super().zero_grad(set_to_none)
+        self._discard()
+
+    def _discard(self) -> None:
+        self._capture.clear()
+        self._losses.clear()
+        self._samples.clear()
+
+    def _sample_shares(self) -> dict[int, float]:
+        """w_k: the tasks' shares of the samples."""
+        total = sum(self._samples.values())
+        return {task: samples / total for task, samples in self._samples.items()}
+
+    def _check_finite(self) -> None:
+        flags: list[tuple[str, Tensor]] = [
+            (f"the loss of task {self.tasks[task]!r}", loss) for task, loss in self._losses.items()
+        ]
+        for task, held in self._capture.gradients.items():
+            tensors = [captured.tensors()[0] for captured in held.values()]
+            norms = torch._foreach_norm(tensors, math.inf)
+            device = norms[0].device
+            flags.append(
+                (f"the gradient of task {self.tasks[task]!r}", torch.stack([norm.to(device) for norm in norms]).sum())
+            )
+        if not flags:
+            return
+        device = flags[0][1].device
+        finite = torch.isfinite(
+            torch.stack(
+                [value.to(device, torch.float64 if device.type == "cpu" else torch.float32) for _, value in flags]
+            )
+        )
+        for (what, _), fine in zip(flags, finite.tolist(), strict=True):
+            if not fine:
+                raise NonFiniteError(
+                    f"{what} is NaN or Inf; weights and state are unchanged: call zero_grad() and go on with the next "
+                    "batch, or lower the learning rate"
+                )
+
+    def _project(self, weights: Mapping[int, float]) -> dict[Layer, Projected]:
+        """Refresh what is due and bring every layer's gradients into its subspaces."""
+        projected = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                layer = self._layers.get(parameter)
+                if layer is None:
+                    continue
+                captured = {
+                    task: held[parameter] for task, held in sorted(self._capture.gradients.items()) if parameter in held
+                }
+                if not captured and parameter.grad is None:
+                    continue
+                projected[layer] = gather(
+                    layer,
+                    self._bank,
+                    captured,
+                    parameter.grad,
+                    weights,
+                    group["update_proj_gap"],
+                    partial(self._carry, layer),
+                )
+        return projected
+
+    def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
+        proxy = self._proxy(layer, subspace)
+        if self._moments == "rotate":
+            carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
+        elif self._moments == "reset":
+            self._inner.reset(proxy)
+
+    def _measure(self, projected: Mapping[Layer, Projected]) -> Tensor:
+        """The gates (L, K); what they are computed from is kept for a report."""
+        count = len(self.tasks)
+        if not projected or not count:
+            self._measured = None
+            return torch.ones(len(projected), count)
+        device = next(iter(projected)).parameter.device
+        zero, unknown = torch.zeros((), device=device), torch.full((), math.nan, device=device)
+
+        def scalars(values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
+            return torch.stack([values[k].to(device, torch.float32) if k in values else missing for k in range(count)])
+
+        gramian, own, squared = [], [], []
+        present = torch.tensor([[k in p.own for k in range(count)] for p in projected.values()], device=device)
+        for found in projected.values():
+            own.append(scalars({k: torch.linalg.vector_norm(R) for k, R in found.own.items()}, zero))
+            squared.append(scalars(found.squared_norms, unknown))
+            gramian.append(_gramian(found.parts, count, device))
+        norms = torch.stack(own)
+        losses = scalars(self._losses, unknown)
+        samples = torch.tensor([self._samples.get(k, 0.0) for k in range(count)], device=device)
+        gates = self._gate(GateInputs(losses, norms, samples, present))
+        if gates.shape != norms.shape:
+            raise ValueError(
+                f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(norms.shape)}"
+            )
+        self._measured = Measurements(
+            list(projected), torch.stack(gramian), torch.stack(squared), norms, gates, present
+        )
+        return gates
+
+    def _inner_gradients(self, projected: Mapping[Layer, Projected]) -> dict[Tensor, Tensor]:
+        """Every proxy's gradient; coupled (L2) weight decay joins the shared one, where the weight itself is known."""
+        gradients: dict[Tensor, Tensor] = {}
+        for group in self.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            coupled = decay and not decays_decoupled(self._inner.base, group)
+            for parameter in group["params"]:
+                layer = self._layers.get(parameter)
+                if layer is None or layer not in projected:
+                    continue
+                found = projected[layer]
+                shared = found.shared
+                if coupled:
+                    sign = -1.0 if group.get("maximize") else 1.0
+                    shared = shared + sign * decay * project(parameter, self._bank.basis(layer, SHARED), layer.axis)
+                gradients[self._proxy(layer, SHARED)] = shared
+                gradients.update({self._proxy(layer, task + 1): R for task, R in found.own.items()})
+        return gradients
+
+    def _mix_plain(self, weights: Mapping[int, float]) -> dict[Tensor, Tensor | None]:
+        """Give plain parameters the shared gradient; what they, and decomposed ones, had in ``.grad``, to put back."""
+        outside = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter in self._layers:
+                    continue
+                outside[parameter] = parameter.grad
+                for task, held in sorted(self._capture.gradients.items()):
+                    if parameter in held:
+                        term = held[parameter].full
+                        assert term is not None
+                        term = term * weights[task]
+                        parameter.grad = term if parameter.grad is None else parameter.grad + term
+        return outside
+
+    def _update(self, projected: Mapping[Layer, Projected], gates: Tensor, steps: Mapping[Tensor, Tensor]) -> None:
+        rows = {layer: row for row, layer in enumerate(projected)}
+        for group in self.param_groups:
+            decay = group.get("weight_decay", 0.0)
+            shrink = group["lr"] * decay if decay and decays_decoupled(self._inner.base, group) else 0.0
+            for parameter in group["params"]:
+                layer = self._layers.get(parameter)
+                if layer is None or layer not in rows:
+                    continue
+                taken = {
+                    subspace: steps[proxy]
+                    for subspace, proxy in enumerate(self._proxies[parameter].values())
+                    if proxy in steps
+                }
+                row = gates[rows[layer]].to(parameter.device, layer.dtype)
+                apply_update(layer, self._bank, taken, row, group["scale"], shrink)
+                self._bank.advance(layer)
+
+    def _proxy(self, layer: Layer, subspace: int) -> Tensor:
+        name = "shared" if subspace == SHARED else self.tasks[subspace - 1]
+        return self._proxies[layer.parameter][f"{name}."]
+
+    # --- groups and state --------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters during training, with the base optimizer's options and this class's own."""
+        super().add_param_group(param_group)
+        if "_inner" not in self.__dict__:
+            return  # called by torch's constructor: the groups are adopted together once everything is there
+        try:
+            self._adopt(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _adopt(self, position: int) -> None:
+        group = self.param_groups[position]
+        settings.check_group(group)
+        layers = self._layout.add_group(group, position)
+        proxies: dict[Tensor, Tensor] = {}
+        for layer in layers:
+            self._layers[layer.parameter] = layer
+            self._bank.initialise(layer)
+            mine: dict[str, Tensor] = {
+                f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
+                for subspace, name in enumerate(("shared", *self.tasks))
+            }
+            proxies.update(dict.fromkeys(mine.values(), layer.parameter))
+        plain = [parameter for parameter in group["params"] if parameter not in self._layers]
+        self._proxies.update({parameter: {"": parameter} for parameter in plain})
+        options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
+        self._inner.add_group(options, plain, proxies)
+        self._capture.watch(group["params"], layers)
+        self._show_inner_state()
+
+    def _show_inner_state(self) -> None:
+        for parameter, proxies in self._proxies.items():
+            mirror(self.state, parameter, self._inner, proxies)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict` as if never interrupted; every tensor keeps the dtype that it was saved with.
+
+        Raises:
+            ValueError: the checkpoint comes from other tasks, ranks, shapes or parameters; nothing was loaded.
+            RuntimeError: gradients were captured and not stepped: step or ``zero_grad()`` first.
+        """
+        if self._capture.gradients:
+            raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
+        params = group_parameters(self.param_groups)
+        check_compatible(state_dict, params, self.state, self._layers)
+        earlier = self.state
+        super().load_state_dict(state_dict)
+        restore(state_dict, params, self.state, earlier)
+        for parameter, proxies in self._proxies.items():
+            hand_down(self.state.get(parameter, {}), self._inner, proxies)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resume needs, as plain tensors and numbers.
+
+        Raises:
+            RuntimeError: gradients were captured and not stepped; they are in no checkpoint.
+        """
+        if self.__dict__.get("_capture") is not None and self._capture.gradients:
+            raise RuntimeError(
+                "state_dict between backward and step would lose gradients: call step() or zero_grad() first"
+            )
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.
+        mine = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
+        return {**super().__getstate__(), **mine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_bank" in self.__dict__:
+            self._bank.attach(self.state)
+        if "_capture" in state:
+            self._capture.hook()
+
+    # --- diagnostics -------------------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What the last step did in every layer; computed when asked for, and waits for the device."""
+        if self._measured is None:
+            return Report([])
+        steps = [int(self.state[layer.parameter]["step"]) for layer in self._measured.layers]
+        return make_report(self._bank, self.tasks, steps, self._measured)
+
+    def close(self) -> None:
+        """Give the parameters back: no hook of this optimizer stays on them."""
+        self._capture.remove()
+
+
+_OWN_ATTRIBUTES = frozenset(
+    {
+        "tasks",
+        "_gate",
+        "_moments",
+        "_nonfinite",
+        "_layout",
+        "_layers",
+        "_proxies",
+        "_losses",
+        "_samples",
+        "_task_open",
+        "_measured",
+        "_bank",
+        "_capture",
+        "_inner",
+    }
+)
+
+
+def _gramian(parts: Mapping[int, Tensor], count: int, device: torch.device) -> Tensor:
+    """Inner products (K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
+    gramian = torch.zeros(count, count, device=device)
+    if parts:
+        rows = torch.stack([part.flatten() for part in parts.values()])
+        where = torch.tensor(list(parts), device=device)
+        gramian[where[:, None], where] = (rows @ rows.mT).to(device, torch.float32)
+    return gramian

@@ -1,0 +1,8 @@
+"""The low-rank subspaces of each weight: bases, projection, lift, and what follows a change of basis."""
+
+from gradsub.subspace._bank import SHARED, SubspaceBank
+from gradsub.subspace._basis import dominant_basis, lift, project
+from gradsub.subspace._layer import Layer
+from gradsub.subspace._moments import MOMENT_RULES, carry_moments
+
+__all__ = ["MOMENT_RULES", "SHARED", "Layer", "SubspaceBank", "carry_moments", "dominant_basis", "lift", "project"]
