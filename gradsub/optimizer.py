@@ -216,7 +216,7 @@ class GemsOptimizer(Optimizer):
         last = len(losses) - 1
         for position, (name, loss) in enumerate(losses.items()):
             with self.task(name, samples.get(name, 1), loss):
-                loss.backward(retain_graph=retain_graph or position < last)
+                loss.backward(retain_graph=retain_graph or position < last)  # type: ignore[no-untyped-call]
 
     def _task_index(self, name: str) -> int:
         if name not in self.tasks:
@@ -230,7 +230,7 @@ class GemsOptimizer(Optimizer):
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimization step from what was captured since the last one; with nothing captured, nothing moves.
 
         Args:
