@@ -86,7 +86,9 @@ def _orthonormalize_unchecked(
             dtype = torch.promote_types(Y.dtype, K.dtype)
             Y, K = Y.to(dtype), K.to(dtype)
         negligible = 8 * d**0.5 * torch.finfo(Y.dtype).eps
-        random = _project_out(K, gaussian(d, c, like=Y, generator=generator))
+        # K may itself be the replacements of an earlier call with an equal seed: without the shift by k numbers the
+        # same directions would be drawn again, of which K leaves nothing.
+        random = _project_out(K, gaussian(d, c, like=Y, generator=generator, skip=k))
         random = random / random.norm(dim=-2, keepdim=True)
         W = _replace_vanished(_unit_columns(Y), K, random, negligible)
         Q = positive_qr(_replace_dependent(W, random, negligible))
