@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from gradsub import _settings as settings
 from gradsub._layout import Layout
+from gradsub._measure import measure
 from gradsub._state import check_compatible, group_parameters, hand_down, mirror, restore
 from gradsub.capture import GenericCapture, LossWatcher, Projected, gather
-from gradsub.gates import Gate, GateInputs, resolve_gate
+from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable, decays_decoupled
 from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
@@ -224,8 +225,8 @@ class GemsOptimizer(Optimizer):
         return self.tasks.index(name)
 
     def _saw_loss(self, index: int, loss: Tensor) -> None:
-        loss = loss.float() if loss.numel() == 1 else loss.float().sum()
-        self._losses[index] = self._losses[index] + loss.reshape(()) if index in self._losses else loss.reshape(())
+        loss = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum()
+        self._losses[index] = self._losses[index] + loss if index in self._losses else loss
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ class GemsOptimizer(Optimizer):
             self._check_finite()
         weights = self._sample_shares()
         projected = self._project(weights)
-        gates = self._measure(projected)
+        self._measured = measure(projected, self._losses, self._samples, len(self.tasks), self._gate)
         gradients = self._inner_gradients(projected)
         outside = self._mix_plain(weights)
         try:
@@ -258,7 +259,7 @@ class GemsOptimizer(Optimizer):
         finally:
             for parameter, gradient in outside.items():
                 parameter.grad = gradient
-        self._update(projected, gates, steps)
+        self._update(projected, steps)
         self._show_inner_state()
         self._discard()
         return result
@@ -335,37 +336,6 @@ class GemsOptimizer(Optimizer):
         elif self._moments == "reset":
             self._inner.reset(proxy)
 
-    def _measure(self, projected: Mapping[Layer, Projected]) -> Tensor:
-        """The gates (L, K); what they are computed from is kept for a report."""
-        count = len(self.tasks)
-        if not projected or not count:
-            self._measured = None
-            return torch.ones(len(projected), count)
-        device = next(iter(projected)).parameter.device
-        zero, unknown = torch.zeros((), device=device), torch.full((), math.nan, device=device)
-
-        def scalars(values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
-            return torch.stack([values[k].to(device, torch.float32) if k in values else missing for k in range(count)])
-
-        gramian, own, squared = [], [], []
-        present = torch.tensor([[k in p.own for k in range(count)] for p in projected.values()], device=device)
-        for found in projected.values():
-            own.append(scalars({k: torch.linalg.vector_norm(R) for k, R in found.own.items()}, zero))
-            squared.append(scalars(found.squared_norms, unknown))
-            gramian.append(_gramian(found.parts, count, device))
-        norms = torch.stack(own)
-        losses = scalars(self._losses, unknown)
-        samples = torch.tensor([self._samples.get(k, 0.0) for k in range(count)], device=device)
-        gates = self._gate(GateInputs(losses, norms, samples, present))
-        if gates.shape != norms.shape:
-            raise ValueError(
-                f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(norms.shape)}"
-            )
-        self._measured = Measurements(
-            list(projected), torch.stack(gramian), torch.stack(squared), norms, gates, present
-        )
-        return gates
-
     def _inner_gradients(self, projected: Mapping[Layer, Projected]) -> dict[Tensor, Tensor]:
         """Every proxy's gradient; coupled (L2) weight decay joins the shared one, where the weight itself is known."""
         gradients: dict[Tensor, Tensor] = {}
@@ -401,8 +371,9 @@ class GemsOptimizer(Optimizer):
                         parameter.grad = term if parameter.grad is None else parameter.grad + term
         return outside
 
-    def _update(self, projected: Mapping[Layer, Projected], gates: Tensor, steps: Mapping[Tensor, Tensor]) -> None:
+    def _update(self, projected: Mapping[Layer, Projected], steps: Mapping[Tensor, Tensor]) -> None:
         rows = {layer: row for row, layer in enumerate(projected)}
+        gates = torch.empty(len(rows), 0) if self._measured is None else self._measured.gates
         for group in self.param_groups:
             decay = group.get("weight_decay", 0.0)
             shrink = group["lr"] * decay if decay and decays_decoupled(self._inner.base, group) else 0.0
@@ -415,8 +386,7 @@ class GemsOptimizer(Optimizer):
                     for subspace, proxy in enumerate(self._proxies[parameter].values())
                     if proxy in steps
                 }
-                row = gates[rows[layer]].to(parameter.device, layer.dtype)
-                apply_update(layer, self._bank, taken, row, group["scale"], shrink)
+                apply_update(layer, self._bank, taken, gates[rows[layer]], group["scale"], shrink)
                 self._bank.advance(layer)
 
     def _proxy(self, layer: Layer, subspace: int) -> Tensor:
@@ -448,6 +418,7 @@ class GemsOptimizer(Optimizer):
                 f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
                 for subspace, name in enumerate(("shared", *self.tasks))
             }
+            self._proxies[layer.parameter] = mine
             proxies.update(dict.fromkeys(mine.values(), layer.parameter))
         plain = [parameter for parameter in group["params"] if parameter not in self._layers]
         self._proxies.update({parameter: {"": parameter} for parameter in plain})
@@ -533,13 +504,3 @@ _OWN_ATTRIBUTES = frozenset(
         "_inner",
     }
 )
-
-
-def _gramian(parts: Mapping[int, Tensor], count: int, device: torch.device) -> Tensor:
-    """Inner products (K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
-    gramian = torch.zeros(count, count, device=device)
-    if parts:
-        rows = torch.stack([part.flatten() for part in parts.values()])
-        where = torch.tensor(list(parts), device=device)
-        gramian[where[:, None], where] = (rows @ rows.mT).to(device, torch.float32)
-    return gramian

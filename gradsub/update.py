@@ -27,7 +27,7 @@ def apply_update(
     """
     weight = layer.parameter
     update = decay(layer, shrink)
-    blocks = [step if subspace == 0 else step * gates[subspace - 1] for subspace, step in steps.items()]
+    blocks = [step if subspace == 0 else step * gates[subspace - 1].to(step) for subspace, step in steps.items()]
     bases = [bank.basis(layer, subspace) for subspace in steps]
     lifted = lift(torch.cat(blocks, dim=layer.axis), torch.cat(bases, dim=1), layer.axis)
     lifted = lifted * scale if update is None else update.add_(lifted, alpha=scale)

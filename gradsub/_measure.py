@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gradsub.capture import Projected
+from gradsub.gates import Gate, GateInputs
+from gradsub.report import Measurements
+from gradsub.subspace import Layer
+
+
+def measure(
+    projected: Mapping[Layer, Projected],
+    losses: Mapping[int, Tensor],
+    samples: Mapping[int, float],
+    tasks: int,
+    gate: Gate,
+) -> Measurements | None:
+    """The gates of this step, and what they and a report are computed from; None without a layer or a task.
+
+    Everything stays on the device of the first layer.
+
+    Args:
+        projected: the layers that had a gradient.
+        losses: by task, where a loss was seen.
+        samples: by task.
+        tasks: K.
+        gate: the gate.
+
+    Raises:
+        ValueError: the gate returned something of another shape than (L, K).
+    """
+    if not projected or not tasks:
+        return None
+    first = next(iter(projected))
+    zero = torch.zeros((), device=first.parameter.device, dtype=first.dtype)
+    unknown = zero + math.nan
+
+    def vector(values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
+        return torch.stack([values[k].to(missing) if k in values else missing for k in range(tasks)])
+
+    norms = [{k: torch.linalg.vector_norm(R) for k, R in found.own.items()} for found in projected.values()]
+    own_norms = torch.stack([vector(values, zero) for values in norms])
+    present = torch.tensor([[k in values for k in range(tasks)] for values in norms], device=zero.device)
+    inputs = GateInputs(
+        losses=vector(losses, unknown),
+        gradient_norms=own_norms,
+        samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], device=zero.device, dtype=zero.dtype),
+        present=present,
+    )
+    gates = gate(inputs)
+    if gates.shape != own_norms.shape:
+        raise ValueError(
+            f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
+        )
+    return Measurements(
+        layers=list(projected),
+        gramian=torch.stack([_gramian(found.parts, zero.new_zeros(tasks, tasks)) for found in projected.values()]),
+        squared_norms=torch.stack([vector(found.squared_norms, unknown) for found in projected.values()]),
+        own_norms=own_norms,
+        gates=gates,
+        present=present,
+    )
+
+
+def _gramian(parts: Mapping[int, Tensor], gramian: Tensor) -> Tensor:
+    """Inner products (K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
+    if parts:
+        rows = torch.stack([part.flatten() for part in parts.values()])
+        where = torch.tensor(list(parts), device=gramian.device)
+        gramian[where[:, None], where] = (rows @ rows.mT).to(gramian)
+    return gramian
