@@ -107,10 +107,10 @@ def _topic_paragraphs(topics: Iterable[str]) -> Iterator[str]:
     for topic in topics:
         for piece in re.split(r"\n\s*\n", topic):
             text = re.sub(r"^\s*(?:[*-]|[0-9]+\.) ", "", piece)
-            text = " ".join(text.split())
-            indented = piece.startswith("   ")
-            if _is_prose(text) and not (indented and _INDENTED_CODE.search(text)):
-                yield _without_markup(text)
+            text = re.sub(r"(?<=[a-z])-\n\s*(?=[a-z])", "-", text)
+            text = _without_markup(" ".join(text.split()))
+            if _is_prose(text) and not (piece.startswith("   ") and _INDENTED_CODE.search(text)):
+                yield text
 
 
 def _is_prose(text: str) -> bool:
@@ -124,7 +124,7 @@ def _is_prose(text: str) -> bool:
 def _without_markup(text: str) -> str:
     text = re.sub(r"\*{1,2}([^*\s](?:[^*]*[^*\s])?)\*{1,2}", r"\1", text)
     text = re.sub(r" ?\[[0-9]+\]", "", text)
-    return re.sub(r"^(?:Note|See also|Changed in version [0-9.]+|Added in version [0-9.]+): ?", "", text)
+    return re.sub(r"^(?:Note|See also|Changed in version [0-9.]+|Added in version [0-9.]+): ?", "", text).strip()
 
 
 def _distinct(paragraphs: Iterable[str]) -> list[str]:
