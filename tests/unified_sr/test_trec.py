@@ -10,7 +10,7 @@ from pathlib import Path
 import ir_measures
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from examples.unified_sr.metrics import CUTOFFS, mean_metrics, query_metrics, target_ranks, top_items
@@ -22,6 +22,7 @@ IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixtur
 
 
 @IN_TMP_PATH
+@example(rankings={"100%41 b": ["%20", " ", "\u2028"]})
 @given(rankings=RANKINGS)
 def test_run_round_trip_with_any_names(tmp_path: Path, rankings: dict[str, list[str]]) -> None:
     write_run(tmp_path / "run", rankings, tag="gems paper", depth=20)
