@@ -9,7 +9,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import example as explicit
 from hypothesis import strategies as st
 
 from examples.unified_sr.data import MOVIELENS, TASKS, Dataset, Example, format_statistics, load_dataset
@@ -119,7 +120,7 @@ def test_last_events_are_held_out_and_every_event_is_accounted_for(tmp_path: Pat
 
 
 @IN_TMP_PATH
-@example(rows=[], minima=(2, 2), chain=4)
+@explicit(rows=[], minima=(2, 2), chain=4)
 @given(rows=interactions(), minima=st.tuples(st.integers(1, 5), st.integers(0, 5)), chain=st.integers(0, 6))
 def test_k_core_is_the_largest_fixed_point(
     tmp_path: Path, rows: list[Row], minima: tuple[int, int], chain: int
