@@ -1,0 +1,130 @@
+"""Full ranking of the catalogue for the test examples, and the metrics of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from .data import Dataset, Example
+from .metrics import mean_metrics, query_metrics, sampled_candidates, sampled_ranks, target_ranks, top_items
+from .model import Collator, PromptBuilder, Ranker, length_buckets
+from .precision import Precision
+from .trec import DEPTH
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A task's rankings.
+
+    Args:
+        rankings: qid -> item ids, best first, as many as a TREC run lists.
+        relevant: qid -> ids of the relevant items.
+        per_query: qid -> metric -> value, in full ranking.
+        sampled_per_query: the same among the targets and a few random negatives.
+    """
+
+    rankings: Mapping[str, list[str]]
+    relevant: Mapping[str, list[str]]
+    per_query: Mapping[str, dict[str, float]]
+    sampled_per_query: Mapping[str, dict[str, float]]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The means in full ranking."""
+        return mean_metrics(list(self.per_query.values()))
+
+    @property
+    def sampled(self) -> dict[str, float]:
+        """The means among sampled negatives."""
+        return mean_metrics(list(self.sampled_per_query.values()))
+
+
+def choose_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """Return ``count`` of the examples, the same for every method and in the order given; 0 returns all."""
+    if not 0 < count < len(examples):
+        return list(examples)
+    chosen = np.random.default_rng(seed).choice(len(examples), size=count, replace=False)
+    return [examples[index] for index in sorted(chosen)]
+
+
+class Evaluator:
+    """Ranks all items for given examples.
+
+    Args:
+        dataset: the catalogue, and which items each user has seen.
+        prompts: turns examples into tokens.
+        collate: pads them.
+        precision: of the forward passes.
+        budget: tokens of a batch.
+        negatives: of the sampled metrics.
+        seed: of their draw.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        prompts: PromptBuilder,
+        collate: Collator,
+        precision: Precision,
+        *,
+        budget: int,
+        negatives: int,
+        seed: int,
+    ) -> None:
+        self._dataset = dataset
+        self._prompts = prompts
+        self._collate = collate
+        self._precision = precision
+        self._budget = budget
+        self._negatives = negatives
+        self._seed = seed
+
+    @torch.no_grad()
+    def __call__(
+        self, ranker: Ranker, examples: Sequence[Example], progress: Callable[[int], object] = lambda done: None
+    ) -> TaskResult:
+        """Rank the catalogue for each example.
+
+        Args:
+            ranker: the model.
+            examples: of one task.
+            progress: is called with the number of examples done in each batch.
+        """
+        ranker.eval()
+        prompts = [self._prompts(example) for example in examples]
+        rankings: dict[str, list[str]] = {}
+        full: dict[str, dict[str, float]] = {}
+        sampled: dict[str, dict[str, float]] = {}
+        for bucket in length_buckets([len(prompt) for prompt in prompts], self._budget):
+            chosen = [examples[index] for index in bucket]
+            targets = [example.target for example in chosen]
+            with self._precision.context():
+                scores = ranker(self._collate([prompts[index] for index in bucket], targets)).cpu()
+            negatives = [self._drawn(example) for example in chosen]
+            # The negatives are unseen items and targets are never excluded, so -inf can stand for "seen" below.
+            for row, example in enumerate(chosen):
+                scores[row, sorted(self._dataset.seen(example))] = -torch.inf
+            best = top_items(scores, DEPTH)
+            ranks = target_ranks(scores, targets)
+            few = sampled_ranks(scores, targets, negatives)
+            for row, example in enumerate(chosen):
+                rankings[example.qid] = [self._dataset.items[item].id for item in best[row]]
+                full[example.qid] = query_metrics(ranks[row], len(example.target))
+                sampled[example.qid] = query_metrics(few[row], len(example.target))
+            progress(len(chosen))
+        order = [example.qid for example in examples]
+        return TaskResult(
+            {qid: rankings[qid] for qid in order},
+            {example.qid: [self._dataset.items[item].id for item in example.target] for example in examples},
+            {qid: full[qid] for qid in order},
+            {qid: sampled[qid] for qid in order},
+        )
+
+    def _drawn(self, example: Example) -> list[int]:
+        excluded = self._dataset.seen(example).union(example.target)
+        return sampled_candidates(
+            len(self._dataset.items), excluded, qid=example.qid, negatives=self._negatives, seed=self._seed
+        )

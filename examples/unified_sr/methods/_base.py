@@ -1,0 +1,160 @@
+"""What a training method is: it chooses the trained weights and turns the tasks' losses into one step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..model import Ranker
+from ..settings import Settings
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Setup(Generic[S]):
+    """What a method builds on.
+
+    Args:
+        ranker: the model, of which nothing is frozen yet but the language model's own embedding and head.
+        settings: the method's own settings.
+        tasks: their names.
+        general_batches: makes keyword arguments of ``ranker.backbone``, each a batch of general-domain text.
+        say: prints a line to the user.
+    """
+
+    ranker: Ranker
+    settings: S
+    tasks: Sequence[str]
+    general_batches: Callable[[], Iterable[Mapping[str, Tensor]]]
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """What an optimizer tells about one step, averaged over the layers.
+
+    Args:
+        cosines: ``"a|b"`` -> cosine of the two tasks' gradients.
+        gates: task -> weight of its subspace.
+        energy: subspace -> share of its gradient's energy that it keeps.
+        protected: layer -> share of its directions that are protected.
+        full: everything, for a JSON file.
+    """
+
+    cosines: Mapping[str, float] = field(default_factory=dict)
+    gates: Mapping[str, float] = field(default_factory=dict)
+    energy: Mapping[str, float] = field(default_factory=dict)
+    protected: Mapping[str, float] = field(default_factory=dict)
+    full: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Updater(ABC):
+    """Takes training steps.
+
+    Args:
+        optimizer: its parameter groups follow the learning-rate schedule.
+        notes: sentences for the report about what is trained and what is not.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, notes: Sequence[str] = ()) -> None:
+        self.optimizer = optimizer
+        self.notes = tuple(notes)
+
+    @abstractmethod
+    def update(self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int]) -> dict[str, float]:
+        """Take one step.
+
+        Args:
+            losses: task -> a function that runs the forward pass and returns the mean loss of the task's batch.
+            samples: task -> number of examples in the batch.
+
+        Returns:
+            Each task's loss.
+        """
+
+    def diagnostics(self) -> Diagnostics | None:
+        """Return what the optimizer knows about the last step, or ``None`` if it keeps no such record."""
+        return None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method's name, settings and builder.
+
+    Args:
+        name: as on the command line.
+        summary: one line for tables and help.
+        settings: its settings class, whose ``method`` defaults to ``name``.
+        build: makes the updater; ``None`` for a method that trains nothing.
+    """
+
+    name: str
+    summary: str
+    settings: type[Settings]
+    build: Callable[[Setup[Any]], Updater] | None
+
+
+class MixedLossUpdater(Updater):
+    """Steps on the gradient of the mixed batch, the ordinary way to train on several tasks.
+
+    Each task's mean loss is weighted by its share of the examples, so the sum of the gradients is that of the mean
+    loss over all examples; only one task's activations are in memory at a time.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, notes: Sequence[str] = (), grad_clip: float | None = None
+    ) -> None:
+        super().__init__(optimizer, notes)
+        self._grad_clip = grad_clip
+
+    def update(self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int]) -> dict[str, float]:
+        """Take one step of the mixed batch."""
+        total = sum(samples.values())
+        values: dict[str, float] = {}
+        for task, compute in losses.items():
+            loss = compute()
+            (loss * (samples[task] / total)).backward()  # type: ignore[no-untyped-call]
+            values[task] = float(loss.detach())
+        if self._grad_clip is not None:
+            nn.utils.clip_grad_norm_(
+                [weight for group in self.optimizer.param_groups for weight in group["params"]], self._grad_clip
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return values
+
+
+def train_only(ranker: Ranker, trained: Iterable[nn.Parameter]) -> None:
+    """Freeze every weight but ``trained`` and the items' rows."""
+    chosen = {id(weight) for weight in (*trained, *ranker.item_parameters())}
+    for weight in ranker.parameters():
+        weight.requires_grad_(id(weight) in chosen)
+
+
+def model_parameters(ranker: Ranker) -> list[nn.Parameter]:
+    """Return the weights of the language model without its embedding and head: those that may be trained."""
+    items = {id(weight) for weight in ranker.item_parameters()}
+    return [weight for weight in ranker.parameters() if weight.requires_grad and id(weight) not in items]
+
+
+def parameter_groups(weights: Iterable[nn.Parameter], settings: Settings) -> list[dict[str, Any]]:
+    """Return optimizer groups of a model's weights: matrices with weight decay, vectors without."""
+    weights = list(weights)
+    matrices = [weight for weight in weights if weight.ndim >= 2]
+    vectors = [weight for weight in weights if weight.ndim < 2]
+    groups = [
+        {"name": "matrices", "params": matrices, "lr": settings.lr, "weight_decay": settings.weight_decay},
+        {"name": "vectors", "params": vectors, "lr": settings.lr, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def item_group(ranker: Ranker, settings: Settings) -> dict[str, Any]:
+    """Return the optimizer group of the items' rows; decay would pull them away from what their titles say."""
+    return {"name": "items", "params": ranker.item_parameters(), "lr": settings.item_lr, "weight_decay": 0.0}

@@ -1,0 +1,23 @@
+"""The model half: a pre-trained language model, one new token per catalogue item, and prompts that end in an item."""
+
+from __future__ import annotations
+
+from ._batch import Batch, Collator, length_buckets
+from ._items import ItemEmbedding, title_rows, token_name
+from ._load import SMOLLM2, LanguageModel, load_language_model
+from ._prompts import PromptBuilder
+from ._ranker import Ranker
+
+__all__ = [
+    "SMOLLM2",
+    "Batch",
+    "Collator",
+    "ItemEmbedding",
+    "LanguageModel",
+    "PromptBuilder",
+    "Ranker",
+    "length_buckets",
+    "load_language_model",
+    "title_rows",
+    "token_name",
+]

@@ -1,0 +1,106 @@
+"""A language model that answers with catalogue items."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Item
+from ._batch import Batch
+from ._items import ItemEmbedding, title_ids, title_rows
+from ._load import LanguageModel
+
+
+class Ranker(nn.Module):
+    """Scores every item of a catalogue as the next token of a prompt, in one forward pass.
+
+    The score of an item is the last hidden state times the item's output row, exactly as a vocabulary head scores a
+    word. Generation is constrained to the item tokens, so the cross-entropy runs over the catalogue alone: the head
+    of the language model's own vocabulary is neither computed nor touched, and its logits for words stay those of the
+    intact model as long as no other weight moves.
+
+    Where the model ties its head to its embeddings, an item's output row is its embedding row; otherwise a second set
+    of rows starts from the head's rows of the title's tokens.
+
+    Args:
+        language_model: is changed in place: its embedding gets the items' rows, and its own rows and head are frozen.
+        items: the catalogue.
+    """
+
+    def __init__(self, language_model: LanguageModel, items: Sequence[Item]) -> None:
+        super().__init__()
+        if not items:
+            raise ValueError("items is empty: a catalogue needs at least one item")
+        self.lm = language_model.model
+        self.encoder_decoder = language_model.encoder_decoder
+        base = self.lm.get_input_embeddings()
+        head = self.lm.get_output_embeddings()
+        self.first_item: int = base.num_embeddings
+        titles = title_ids(language_model.tokenizer, items)
+        self.embedding = ItemEmbedding(base, title_rows(base.weight, titles))
+        self.output_rows: nn.Parameter | None = None
+        if head.weight is not base.weight:
+            head.weight.requires_grad_(False)
+            self.output_rows = nn.Parameter(title_rows(head.weight, titles))
+        if getattr(head, "bias", None) is not None:
+            head.bias.requires_grad_(False)
+        self.lm.set_input_embeddings(self.embedding)
+        config = self.lm.config
+        t5_tied = config.model_type in ("t5", "mt5", "longt5", "umt5") and config.tie_word_embeddings
+        # T5 shrinks the decoder's output before a tied head.
+        self._scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", t5_tied) else 1.0
+        accepted = inspect.signature(self.backbone.forward).parameters
+        self._takes_positions = "position_ids" in accepted and not self.encoder_decoder
+
+    @property
+    def backbone(self) -> Any:
+        """The module that holds the layers to train: without the vocabulary head where the model allows it."""
+        return self.lm if self.encoder_decoder else self.lm.base_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.new_rows.device
+
+    def item_parameters(self) -> list[nn.Parameter]:
+        """Return what every method trains: the items' rows."""
+        return [self.embedding.new_rows] + ([] if self.output_rows is None else [self.output_rows])
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return (B, d): the hidden states from which the answers are predicted."""
+        batch = batch.to(self.device)
+        rows = torch.arange(len(batch.input_ids), device=self.device)
+        if not self.encoder_decoder:
+            positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
+            states = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **positions)
+            last: Tensor = states.last_hidden_state[rows, batch.last]
+            return last
+        encoded = self.lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        start = torch.full((len(rows), 1), self.lm.config.decoder_start_token_id, device=self.device)
+        decoded = self.lm.get_decoder()(
+            input_ids=start,
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=batch.attention_mask,
+        )
+        first: Tensor = decoded.last_hidden_state[:, 0] * self._scale
+        return first
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return (B, items): the logit of each item as the answer to each prompt, in fp32."""
+        hidden = self.hidden(batch)
+        rows = self.embedding.new_rows if self.output_rows is None else self.output_rows
+        # bf16 has 8 bits of precision: many items would tie.
+        with torch.autocast(hidden.device.type, enabled=False):
+            return hidden.float() @ rows.float().T
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over the catalogue; several targets of a prompt share its weight equally."""
+        log_probabilities = torch.log_softmax(self(batch), dim=1)
+        rows = torch.tensor([row for row, target in enumerate(batch.targets) for _ in target], device=self.device)
+        columns = torch.tensor([item for target in batch.targets for item in target], device=self.device)
+        weights = torch.tensor([1 / len(target) for target in batch.targets for _ in target], device=self.device)
+        return -(log_probabilities[rows, columns] * weights).sum() / len(batch.targets)

@@ -1,0 +1,9 @@
+"""What a run says about itself: a table, plots and a report."""
+
+from __future__ import annotations
+
+from ._markdown import write_report
+from ._plots import draw_plots
+from ._table import result_table
+
+__all__ = ["draw_plots", "result_table", "write_report"]

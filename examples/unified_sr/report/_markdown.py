@@ -1,0 +1,99 @@
+"""``report.md``: what was run, what came out, and what it cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import read_yaml
+from ..run_folder import CONFIG, DONE, RunFolder
+from ._plots import draw_plots
+from ._table import change, markdown_table, perplexities, result_rows, result_table
+
+
+def write_report(folder: RunFolder) -> None:
+    """Draw the plots and write ``report.md`` of a run whose other files are all there."""
+    settings = read_yaml(folder.file(CONFIG))
+    summary: dict[str, Any] = folder.read_json("run.json")
+    sections = [
+        f"# {settings['method']} on {settings['data']} with {settings['model']}",
+        _result(folder, settings, summary),
+        *_plots(folder),
+        _sampled(folder, settings),
+        _data(folder, summary),
+        _cost(folder, settings, summary),
+    ]
+    # Written last: its presence marks the run as finished.
+    folder.file(DONE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
+    evaluated = ", ".join(f"{count} test examples of {task}" for task, count in summary["evaluated"].items())
+    old, new = perplexities(folder)
+    lines = [
+        "## Result",
+        "",
+        result_table(folder),
+        "",
+        f"Full ranking of the whole catalogue without the items the user had seen; {evaluated}. {settings['steps']} "
+        f"steps of {settings['batch_size']} examples per task, seed {settings['seed']}. Perplexity on "
+        f"{summary['perplexity_tokens']} held-out tokens of general text: {old:.2f} for the intact model, {new:.2f} "
+        f"after training ({change(old, new)}).",
+    ]
+    lines += ["", *(f"- {note}" for note in summary["notes"])] if summary["notes"] else []
+    return "\n".join(lines)
+
+
+def _plots(folder: RunFolder) -> list[str]:
+    drawn = draw_plots(folder)
+    return ["## Plots", *(f"![{caption}]({name})" for name, caption in drawn.items())] if drawn else []
+
+
+def _sampled(folder: RunFolder, settings: dict[str, Any]) -> str:
+    cells = [["", "zero-shot", settings["method"]]]
+    cells += [[f"{name} (sampled)", f"{old:.4f}", f"{new:.4f}"] for name, old, new in result_rows(folder, sampled=True)]
+    return "\n".join(
+        [
+            f"## The same among 1 + {settings['negatives']} sampled items",
+            "",
+            "Only for comparison with literature that ranks among a few random negatives: these numbers are inflated.",
+            "",
+            markdown_table(cells),
+        ]
+    )
+
+
+def _data(folder: RunFolder, summary: dict[str, Any]) -> str:
+    statistics = folder.read_json("statistics.json")
+    tasks = statistics["per_task"]
+    keys = list(next(iter(tasks.values())))
+    cells = [["", *tasks]]
+    cells += [[key.replace("_", " "), *(f"{values[key]:g}" for values in tasks.values())] for key in keys]
+    head = (
+        f"{statistics['name']}: {statistics['users']} users, {statistics['items']} items, {statistics['events']} "
+        f"events, density {statistics['density']:.3%}."
+    )
+    prompts = [f"- {task}: `{text}`" for task, text in summary["prompts"].items()]
+    return "\n".join(["## Data", "", head, "", markdown_table(cells), "", "Prompts look like this:", "", *prompts])
+
+
+def _cost(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
+    environment = folder.read_json("environment.json")
+    seconds = summary["seconds"]
+    cells = [["phase", "seconds"], *([name, f"{value:.1f}"] for name, value in seconds.items())]
+    cells.append(["together", f"{sum(seconds.values()):.1f}"])
+    lines = ["## Cost", "", markdown_table(cells), ""]
+    throughput = summary["throughput"]
+    if throughput:
+        lines.append(
+            f"{throughput['seconds_per_step']:.2f} s per step (median), {throughput['examples_per_second']:.1f} "
+            f"examples/s, {throughput['tokens_per_second']:.0f} prompt tokens/s; {summary['trained_parameters']:,} "
+            "trained weights."
+        )
+    versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
+    git = environment["git"]
+    changed = " with uncommitted changes" if git["uncommitted_changes"] else ""
+    lines.append(
+        f"{environment['cores']} cores, {environment['precision']}; Python {environment['python']}, {versions}; "
+        f"revision {git['revision'] or 'unknown'}{changed}."
+    )
+    return "\n".join(lines)

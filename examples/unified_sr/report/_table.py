@@ -1,0 +1,70 @@
+"""The one table: before and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import read_yaml
+from ..run_folder import CONFIG, METRICS, SAMPLED, RunFolder
+
+Rows = list[tuple[str, float, float]]
+
+
+def result_rows(folder: RunFolder, *, sampled: bool = False) -> Rows:
+    """Return (name, zero-shot, final) of Hit@10 and NDCG@10 per task."""
+    metrics: dict[str, Any] = folder.read_json(SAMPLED if sampled else METRICS)
+    names = {"hit@10": "Hit@10", "ndcg@10": "NDCG@10"}
+    return [
+        (f"{task} {label}", metrics["zero_shot"][task][key], values[key])
+        for task, values in metrics["final"].items()
+        if task != "general"
+        for key, label in names.items()
+    ]
+
+
+def perplexities(folder: RunFolder) -> tuple[float, float]:
+    """Return perplexity on general text before and after training."""
+    metrics = folder.read_json(METRICS)
+    return metrics["zero_shot"]["general"]["perplexity"], metrics["final"]["general"]["perplexity"]
+
+
+def change(before: float, after: float) -> str:
+    """Return a relative change.
+
+    Example:
+        >>> change(40.0, 41.0)
+        '+2.5 %'
+    """
+    return f"{100 * (after / before - 1):+.1f} %"
+
+
+def result_table(folder: RunFolder) -> str:
+    """Return the table of a finished run as aligned Markdown.
+
+    The ranking columns are zero-shot against the method, over the full catalogue; perplexity is that of general text
+    that the null space was not fitted on.
+    """
+    method = read_yaml(folder.file(CONFIG))["method"]
+    cells = [["", "zero-shot", method, "change"]]
+    cells += [[name, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"] for name, old, new in result_rows(folder)]
+    old, new = perplexities(folder)
+    cells.append(["general perplexity", f"{old:.2f}", f"{new:.2f}", change(old, new)])
+    return markdown_table(cells)
+
+
+def markdown_table(cells: list[list[str]]) -> str:
+    """Return rows, the first of which is the header, with aligned columns."""
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = [
+        "| "
+        + " | ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join(
+        "-" * (width + 2) if column == 0 else "-" * (width + 1) + ":" for column, width in enumerate(widths)
+    )
+    return "\n".join([lines[0], rule + "|", *lines[1:]])

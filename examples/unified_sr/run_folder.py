@@ -1,0 +1,87 @@
+"""The folder that a run leaves behind, and whether one may be written."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from .config import differences, read_yaml, to_yaml
+from .evaluation import TaskResult
+from .settings import Settings
+from .trec import write_qrels, write_run
+
+CONFIG, METRICS, SAMPLED, DONE = "config.yaml", "metrics.json", "metrics.sampled.json", "report.md"
+
+
+class State(Enum):
+    """What a folder holds."""
+
+    NEW = "nothing"
+    UNFINISHED = "a run with the same settings that did not finish"
+    FINISHED = "a finished run with the same settings"
+
+
+class RunFolder:
+    """Reads and writes a run's files.
+
+    Args:
+        path: the folder, which need not exist.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def check(self, settings: Settings) -> State:
+        """Tell whether a run with these settings can be, or has been, written here; changes nothing.
+
+        Raises:
+            FileExistsError: if the folder holds another run's results, naming the settings that differ, or holds
+                something that is no run.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(f"the output {str(self.path)!r} is a file; pass a folder with --out")
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return State.NEW
+        if not (self.path / CONFIG).is_file():
+            raise FileExistsError(
+                f"the output folder {str(self.path)!r} is not empty and holds no run (no {CONFIG}); pass another "
+                "folder with --out"
+            )
+        changed = differences(read_yaml(self.path / CONFIG), settings)
+        if changed:
+            raise FileExistsError(
+                f"the output folder {str(self.path)!r} holds another run's results, whose settings differ: "
+                f"{'; '.join(changed)}. Pass another folder with --out, or remove this one"
+            )
+        return State.FINISHED if self.file(DONE).is_file() and self.file(METRICS).is_file() else State.UNFINISHED
+
+    def file(self, name: str) -> Path:
+        """Return the path of one of its files."""
+        return self.path / name
+
+    def start(self, settings: Settings, environment: dict[str, Any]) -> None:
+        """Make the folder with the settings and the environment in it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        # What an interrupted run left would otherwise pass for this run's.
+        for name in (DONE, METRICS, SAMPLED):
+            self.file(name).unlink(missing_ok=True)
+        self.file(CONFIG).write_text(to_yaml(settings), encoding="utf-8")
+        self.write_json("environment.json", environment)
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a JSON file."""
+        self.file(name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file."""
+        return json.loads(self.file(name).read_text(encoding="utf-8"))
+
+    def write_rankings(self, task: str, result: TaskResult, tag: str) -> None:
+        """Write a task's TREC files and its values per query."""
+        write_run(self.file(f"run.{task}.trec"), result.rankings, tag=tag)
+        write_qrels(self.file(f"qrels.{task}.trec"), result.relevant)
+        with self.file(f"queries.{task}.jsonl").open("w", encoding="utf-8") as file:
+            for qid, values in result.per_query.items():
+                file.write(json.dumps({"qid": qid, **values}, ensure_ascii=False) + "\n")

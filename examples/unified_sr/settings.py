@@ -1,0 +1,131 @@
+"""The settings of a run: typed fields with limits, the same for every method, to which a method adds its own."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+
+def setting(
+    default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+) -> Any:
+    """Declare a field of a settings class.
+
+    Args:
+        default: its default value.
+        doc: one line that says what it means, with the unit.
+        minimum: the least value allowed.
+        above: a limit that the value must exceed.
+        maximum: the greatest value allowed.
+    """
+    return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above, "maximum": maximum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What every method understands; a method's own class adds to it and may change defaults."""
+
+    data: str = setting("movielens-100k", "name of a data set, or a folder with RecBole atomic files")
+    model: str = setting("smollm2-135m", "name of a language model, or a folder made by save_pretrained()")
+    method: str = setting("gems", "name of the training method")
+    steps: int = setting(100, "optimizer steps", minimum=0)
+    seed: int = setting(0, "of the initialisation, the order of the data and the sample of evaluated users", minimum=0)
+
+    min_user_events: int = setting(5, "users with fewer events are removed", minimum=1)
+    min_item_events: int = setting(5, "items with fewer events are removed", minimum=0)
+    max_history: int = setting(10, "the most recent events of a prompt", minimum=1)
+    max_query_tokens: int = setting(32, "tokens kept of a query", minimum=1)
+    general_text: str | None = setting(None, "file of general-domain English; null takes text that Python brings along")
+
+    batch_size: int = setting(32, "examples per task and step", minimum=1)
+    lr: float = setting(1e-4, "peak learning rate of the model's weights", above=0)
+    item_lr: float = setting(1e-3, "peak learning rate of the items' embedding rows", above=0)
+    warmup: float = setting(0.05, "share of the steps in which the learning rates rise", minimum=0, maximum=1)
+    weight_decay: float = setting(0.01, "decoupled weight decay of the weight matrices", minimum=0)
+    grad_clip: float | None = setting(None, "largest norm of the gradient of all weights; null does not clip", above=0)
+    autocast: typing.Literal["auto", "none", "bfloat16"] = setting(
+        "auto", "precision of the matrix products; auto takes bfloat16 where this machine is faster with it"
+    )
+    device: typing.Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "where to compute; auto takes a GPU if there is one"
+    )
+
+    eval_users: int = setting(0, "test examples evaluated per task; 0 evaluates all", minimum=0)
+    eval_tokens: int = setting(2048, "tokens of a batch in evaluation", minimum=1)
+    negatives: int = setting(99, "negatives of the sampled metrics", minimum=1)
+    perplexity_tokens: int = setting(4096, "tokens of general text on which perplexity is measured", minimum=16)
+    perplexity_window: int = setting(512, "tokens that the model sees at once in it", minimum=8)
+    report_every: int = setting(5, "steps between two diagnostics of the optimizer", minimum=1)
+
+
+def kind_of(owner: type[Settings], name: str) -> Any:
+    """Return the type that a field is declared with."""
+    return typing.get_type_hints(owner)[name]
+
+
+def checked(owner: type[Settings], name: str, value: Any) -> Any:
+    """Return a field's value with its declared type, or say what is wrong with it.
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+    declared = next(item for item in fields(owner) if item.name == name)
+    kind = kind_of(owner, name)
+    converted = _convert(kind, value)
+    if converted is _UNFIT:
+        raise ValueError(f"the setting {name} must be {_describe(kind)}, got {value!r} ({declared.metadata['doc']})")
+    _check_limits(declared, converted)
+    return converted
+
+
+_UNFIT = object()
+
+
+def _convert(kind: Any, value: Any) -> Any:
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return value if value in typing.get_args(kind) else _UNFIT
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        options = [_convert(option, value) for option in typing.get_args(kind) if option is not type(None)]
+        return next((option for option in options if option is not _UNFIT), _UNFIT)
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        # YAML 1.1 reads 6e-4, without a dot, as text.
+        try:
+            number = float(value)
+        except ValueError:
+            return _UNFIT
+        return number if math.isfinite(number) else _UNFIT
+    if kind is int and isinstance(value, bool):
+        return _UNFIT
+    return value if isinstance(value, kind) else _UNFIT
+
+
+def _check_limits(declared: Field[Any], value: Any) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return
+    limits = declared.metadata
+    minimum, above, maximum = limits["minimum"], limits["above"], limits["maximum"]
+    if minimum is not None and value < minimum:
+        wanted = f"at least {minimum}"
+    elif above is not None and value <= above:
+        wanted = f"more than {above}"
+    elif maximum is not None and value > maximum:
+        wanted = f"at most {maximum}"
+    else:
+        return
+    raise ValueError(f"the setting {declared.name} must be {wanted}, got {value!r} ({limits['doc']})")
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, typing.get_args(kind)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(kind))
+    return names[kind]

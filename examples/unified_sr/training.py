@@ -1,0 +1,150 @@
+"""The training loop that every method shares: same data, same order, same schedule."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+
+from .data import Example
+from .methods import Diagnostics, Updater
+from .model import Batch, Collator, PromptBuilder, Ranker
+from .precision import Precision
+from .settings import Settings
+
+
+@dataclass
+class History:
+    """What a training run leaves: one record per step, as in ``steps.jsonl``, and the last diagnostics."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    last: Diagnostics | None = None
+    seconds: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+
+    @property
+    def throughput(self) -> dict[str, float]:
+        """Examples and prompt tokens per second, and the median seconds of a step."""
+        if not self.records:
+            return {}
+        return {
+            "seconds_per_step": float(np.median([record["seconds"] for record in self.records])),
+            "examples_per_second": self.examples / self.seconds,
+            "tokens_per_second": self.tokens / self.seconds,
+        }
+
+
+def example_batches(examples: Sequence[Example], size: int, seed: int, task: str) -> Iterator[list[Example]]:
+    """Yield batches for ever, each epoch in a new order that depends on the seed, the task and the epoch alone."""
+    if not examples:
+        raise ValueError(f"the task {task!r} has no training example")
+    generator = np.random.default_rng([seed, *task.encode()])
+    waiting: list[int] = []
+    while True:
+        while len(waiting) < size:
+            waiting.extend(int(index) for index in generator.permutation(len(examples)))
+        yield [examples[index] for index in waiting[:size]]
+        del waiting[:size]
+
+
+def warmup_cosine(step: int, steps: int, warmup: float) -> float:
+    """Return the share of the peak learning rate: a linear rise over ``warmup * steps``, then a cosine to 0.
+
+    Example:
+        >>> [round(warmup_cosine(step, 10, 0.2), 2) for step in range(10)]
+        [0.5, 1.0, 1.0, 0.96, 0.85, 0.69, 0.5, 0.31, 0.15, 0.04]
+    """
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+def train(
+    ranker: Ranker,
+    updater: Updater,
+    examples: Mapping[str, Sequence[Example]],
+    prompts: PromptBuilder,
+    collate: Collator,
+    precision: Precision,
+    settings: Settings,
+    log: Path,
+) -> History:
+    """Take ``settings.steps`` steps, each on one batch of every task.
+
+    Args:
+        ranker: the model.
+        updater: turns the tasks' losses into a step.
+        examples: the training examples per task.
+        prompts: turns examples into tokens.
+        collate: pads them.
+        precision: of the forward passes.
+        settings: of the run.
+        log: a file that gets one JSON object per step.
+
+    Raises:
+        FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
+    """
+    streams = {task: example_batches(rows, settings.batch_size, settings.seed, task) for task, rows in examples.items()}
+    schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, settings.steps, settings.warmup))
+    history = History()
+    ranker.train()
+    with log.open("w", encoding="utf-8") as file, tqdm(total=settings.steps, desc="training", unit="step") as bar:
+        for step in range(1, settings.steps + 1):
+            start = time.perf_counter()
+            batches: dict[str, Batch] = {}
+            for task, stream in streams.items():
+                rows = next(stream)
+                batches[task] = collate([prompts(row) for row in rows], [row.target for row in rows])
+            losses = updater.update(
+                {task: _Loss(ranker, task, batch, precision) for task, batch in batches.items()},
+                {task: len(batch.targets) for task, batch in batches.items()},
+            )
+            rates = {str(group["name"]): float(group["lr"]) for group in updater.optimizer.param_groups}
+            schedule.step()
+            seconds = time.perf_counter() - start
+            record: dict[str, Any] = {"step": step, "loss": losses, "lr": rates, "seconds": round(seconds, 4)}
+            if step % settings.report_every == 0 or step in (1, settings.steps):
+                found = updater.diagnostics()
+                if found is not None:
+                    history.last = found
+                    short = {key: value for key, value in asdict(found).items() if key not in ("protected", "full")}
+                    record["diagnostics"] = short
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            history.records.append(record)
+            history.seconds += seconds
+            history.examples += sum(len(batch.targets) for batch in batches.values())
+            history.tokens += sum(int(batch.attention_mask.sum()) for batch in batches.values())
+            bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
+            bar.update()
+    ranker.eval()
+    return history
+
+
+@dataclass(frozen=True)
+class _Loss:
+    ranker: Ranker
+    task: str
+    batch: Batch
+    precision: Precision
+
+    def __call__(self) -> torch.Tensor:
+        with self.precision.context():
+            loss = self.ranker.loss(self.batch)
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"the loss of the task {self.task!r} is {float(loss)}; nothing was changed by this step. Lower lr and "
+                "item_lr, or set autocast=none"
+            )
+        return loss
