@@ -6,12 +6,22 @@ project, lift) -> `inner` (the wrapped optimizer) -> `null_space` (constraint) -
 
 from importlib.metadata import version as _version
 
-from gradsub.gates import Gate, GateInputs
+from gradsub.gates import Gate, GateInputs, HypergradientGate
 from gradsub.null_space import NullSpace
 from gradsub.optimizer import GemsOptimizer, NonFiniteError
 from gradsub.report import LayerReport, Report
 
-__all__ = ["Gate", "GateInputs", "GemsOptimizer", "LayerReport", "NonFiniteError", "NullSpace", "Report", "linalg"]
+__all__ = [
+    "Gate",
+    "GateInputs",
+    "GemsOptimizer",
+    "HypergradientGate",
+    "LayerReport",
+    "NonFiniteError",
+    "NullSpace",
+    "Report",
+    "linalg",
+]
 
 from gradsub import linalg
 

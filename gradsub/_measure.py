@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from gradsub.gates import Gate, GateInputs
 from gradsub.report import Measurements
 from gradsub.subspace import Layer
 
+GATE_MEMORY: Final = "gate_memory"
+PREVIOUS_STEP: Final = "previous_step."
+
 
 def measure(
     projected: Mapping[Layer, Projected],
@@ -18,6 +22,7 @@ def measure(
     samples: Mapping[int, float],
     tasks: int,
     gate: Gate,
+    state: Mapping[Tensor, Any],
 ) -> Measurements | None:
     """The gates of this step, and what they and a report are computed from; None without a layer or a task.
 
@@ -29,6 +34,7 @@ def measure(
         samples: by task.
         tasks: K.
         gate: the gate.
+        state: the optimizer's state, where the gate's memory and a task's previous steps are kept by weight.
 
     Raises:
         ValueError: the gate returned something of another shape than (L, K).
@@ -45,17 +51,22 @@ def measure(
     norms = [{k: torch.linalg.vector_norm(R) for k, R in found.own.items()} for found in projected.values()]
     own_norms = torch.stack([vector(values, zero) for values in norms])
     present = torch.tensor([[k in values for k in range(tasks)] for values in norms], device=zero.device)
+    memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in projected])
     inputs = GateInputs(
         losses=vector(losses, unknown),
         gradient_norms=own_norms,
         samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], device=zero.device, dtype=zero.dtype),
         present=present,
+        memory=memory,
+        alignment=_alignment(projected, own_norms, state) if needs_alignment(gate) else None,
     )
     gates = gate(inputs)
     if gates.shape != own_norms.shape:
         raise ValueError(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
+    for layer, row in zip(projected, memory, strict=True):
+        state[layer.parameter][GATE_MEMORY].copy_(row)
     return Measurements(
         layers=list(projected),
         gramian=torch.stack([_gramian(found.parts, zero.new_zeros(tasks, tasks)) for found in projected.values()]),
@@ -64,6 +75,23 @@ def measure(
         gates=gates,
         present=present,
     )
+
+
+def needs_alignment(gate: Gate) -> bool:
+    """Whether the steps taken in the tasks' own subspaces have to be kept for the gate."""
+    return bool(getattr(gate, "needs_alignment", False))
+
+
+def _alignment(projected: Mapping[Layer, Projected], own_norms: Tensor, state: Mapping[Tensor, Any]) -> Tensor:
+    """Cosines (L, K) between R_k and the task's previous step; 0 without one."""
+    alignment = torch.zeros_like(own_norms)
+    for row, (layer, found) in enumerate(projected.items()):
+        for task, gradient in found.own.items():
+            previous = state[layer.parameter][f"{PREVIOUS_STEP}{task}"]
+            norms = torch.linalg.vector_norm(previous) * torch.linalg.vector_norm(gradient)
+            cosine = (gradient * previous).sum() / norms.where(norms > 0, 1.0)
+            alignment[row, task] = cosine.to(alignment)
+    return alignment
 
 
 def _gramian(parts: Mapping[int, Tensor], gramian: Tensor) -> Tensor:

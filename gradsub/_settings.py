@@ -8,7 +8,7 @@ from gradsub.null_space._null_space import check_side
 from gradsub.subspace import MOMENT_RULES
 
 ORTHOGONALIZATIONS = ("none", "shared_first")
-NONFINITE_RULES = ("raise", "ignore")
+NONFINITE_RULES = ("raise", "skip", "ignore")
 # What a parameter group holds that the base optimizer must not see.
 NOT_INNER = frozenset({"params", "param_names", "subspace", "rank", "task_rank", "update_proj_gap", "scale"})
 

@@ -7,7 +7,15 @@ from typing import Final, Protocol
 
 from torch import Tensor
 
-__all__ = ["GATES", "Gate", "GateInputs", "heuristic_gate", "resolve_gate", "uniform_gate"]
+__all__ = [
+    "GATES",
+    "Gate",
+    "GateInputs",
+    "HypergradientGate",
+    "heuristic_gate",
+    "resolve_gate",
+    "uniform_gate",
+]
 
 
 @dataclass(frozen=True)
@@ -19,12 +27,19 @@ class GateInputs:
         gradient_norms: (L, K) Frobenius norms of the gradients projected on the tasks' own subspaces; 0 where absent.
         samples: (K,) the number of samples that each task contributed in this step.
         present: (L, K) booleans: whether the task reached the layer in this step.
+        memory: (L, K) numbers that the optimizer keeps for the gate and saves with its state; zeros at first, to be
+            changed in place.
+        alignment: (L, K) cosines between a task's projected gradient R_k now and the step d_k taken along it last time:
+            the sign and size of dL_k/dg_k = scale <R_k, d_k>, negative while the step helps its task; 0 where unknown.
+            None unless the gate has the attribute ``needs_alignment = True``, because the steps have to be kept for it.
     """
 
     losses: Tensor
     gradient_norms: Tensor
     samples: Tensor
     present: Tensor
+    memory: Tensor
+    alignment: Tensor | None = None
 
 
 class Gate(Protocol):
@@ -49,7 +64,7 @@ def uniform_gate(inputs: GateInputs) -> Tensor:
     Example:
         >>> import torch
         >>> one = torch.ones(1, 2)
-        >>> uniform_gate(GateInputs(torch.ones(2), one, torch.ones(2), one.bool()))
+        >>> uniform_gate(GateInputs(torch.ones(2), one, torch.ones(2), one.bool(), memory=torch.zeros(1, 2)))
         tensor([[0.5000, 0.5000]])
     """
     present = inputs.present.to(inputs.gradient_norms.dtype)
@@ -70,6 +85,7 @@ def heuristic_gate(inputs: GateInputs) -> Tensor:
         ...     gradient_norms=torch.tensor([[1.0, 1.0]]),
         ...     samples=torch.tensor([8.0, 8.0]),
         ...     present=torch.tensor([[True, True]]),
+        ...     memory=torch.zeros(1, 2),
         ... )
         >>> heuristic_gate(inputs)
         tensor([[0.6000, 0.4000]])
@@ -85,7 +101,53 @@ def heuristic_gate(inputs: GateInputs) -> Tensor:
     return 0.4 * _shares(losses, present) + 0.4 * _shares(norms, present) + 0.2 * _shares(samples, present)
 
 
-GATES: Final[dict[str, Gate]] = {"uniform": uniform_gate, "heuristic": heuristic_gate}
+@dataclass(frozen=True)
+class HypergradientGate:
+    r"""Gates that follow their own gradient: g = softmax(theta / temperature), theta trained in every layer.
+
+    The loss of the next batch moves with a gate by dL_k/dg_k = scale <G_k(t+1), B_k d_k(t)> = scale <R_k(t+1), d_k(t)>,
+    an inner product of two things that are there anyway. It is normalised to the cosine a_k in [-1, 1], so that
+    neither the scale of a task's loss nor the base optimizer's learning rate matters, and theta descends along
+    g_k (a_k - sum_j g_j a_j). A task whose steps help its next batch gains weight; one of noisy gradients loses it.
+
+    Args:
+        lr: step size of theta (dimensionless; theta moves by at most lr / 4 a step). Typical: 0.01 to 0.5.
+        temperature: of the softmax; larger is flatter.
+        limit: bound on |theta|, which keeps every gate positive: at least exp(-2 limit / temperature) / K.
+
+    Raises:
+        ValueError: an argument is not positive.
+    """
+
+    lr: float = 0.1
+    temperature: float = 1.0
+    limit: float = 4.0
+
+    needs_alignment = True
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ValueError(f"{name}={value} of HypergradientGate must be positive")
+
+    def __call__(self, inputs: GateInputs) -> Tensor:
+        """The gates (L, K) after a step of theta, which is ``inputs.memory``."""
+        assert inputs.alignment is not None
+        theta = inputs.memory
+        gates = self._softmax(theta, inputs.present)
+        slope = gates * (inputs.alignment - (gates * inputs.alignment).sum(-1, keepdim=True))
+        theta.sub_(self.lr / self.temperature * slope).clamp_(-self.limit, self.limit)
+        return self._softmax(theta, inputs.present)
+
+    def _softmax(self, theta: Tensor, present: Tensor) -> Tensor:
+        return _shares((theta / self.temperature).exp(), present.to(theta.dtype))
+
+
+GATES: Final[dict[str, Gate]] = {
+    "uniform": uniform_gate,
+    "heuristic": heuristic_gate,
+    "hypergradient": HypergradientGate(),
+}
 
 
 def resolve_gate(gate: str | Gate) -> Gate:

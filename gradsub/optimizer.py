@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,10 +13,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub import _settings as settings
+from gradsub._finite import NonFiniteError, find_nonfinite, largest_entry
 from gradsub._layout import Layout
-from gradsub._measure import measure
+from gradsub._measure import GATE_MEMORY, PREVIOUS_STEP, measure, needs_alignment
 from gradsub._state import check_compatible, group_parameters, hand_down, mirror, restore
-from gradsub.capture import GenericCapture, LossWatcher, Projected, gather
+from gradsub.capture import (
+    GenericCapture,
+    LossWatcher,
+    Projected,
+    ScaleWitness,
+    clip_captured,
+    gather,
+    looks_scaled,
+    mix,
+    scale_captured,
+)
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable, decays_decoupled
 from gradsub.layers import ALL_LINEAR
@@ -26,10 +37,6 @@ from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
 from gradsub.update import apply_update
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
-
-
-class NonFiniteError(FloatingPointError, ValueError):
-    """A task's loss or gradient is NaN or Inf; weights and state are as they were before the step."""
 
 
 class GemsOptimizer(Optimizer):
@@ -62,17 +69,20 @@ class GemsOptimizer(Optimizer):
         side: ``"input"``: bases span input directions, and protected inputs give the same output as before;
             ``"output"``: bases span output directions, as published.
         orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared.
-        gate: ``"heuristic"``, ``"uniform"``, or a callable from `GateInputs` to gates (L, K).
+        gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
         null_space: the protected directions; None protects nothing.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             2-D parameter with min(m, n) > rank. All other parameters take the plain inner step on G_sh.
         target_modules: which layers of ``model``, by peft's convention: ``"all-linear"``, a regular expression, or
             names.
         seed: of the random test matrices; torch's global generator is never used.
+        surgery: how conflicting tasks share the common subspace: ``"sum"``, ``"pcgrad"``, or any other of
+            `gradsub.surgery`, or a callable from the K x K Gramian of the weighted task gradients, projected on the
+            shared subspaces and summed over the layers, to K weights (any TorchJD ``Weighting``).
         moments: what happens to the base optimizer's moments when a basis changes: ``"rotate"`` expresses them in the
             new basis, ``"keep"`` leaves the numbers, ``"reset"`` starts afresh.
         nonfinite: ``"raise"`` checks losses and gradients before anything is changed, at the price of one wait for the
-            device a step; ``"ignore"`` does not look.
+            device a step; ``"skip"`` checks likewise, drops the whole step and warns once; ``"ignore"`` does not look.
 
     A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
     to keep its matrices whole.
@@ -121,6 +131,7 @@ class GemsOptimizer(Optimizer):
         model: nn.Module | None = None,
         target_modules: str | Iterable[str] = ALL_LINEAR,
         seed: int = 0,
+        surgery: str | Callable[[Tensor], Tensor] = "sum",
         moments: str = "rotate",
         nonfinite: str = "raise",
     ) -> None:
@@ -139,6 +150,7 @@ class GemsOptimizer(Optimizer):
             raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
         self.tasks = settings.check_tasks(tasks)
         self._gate = resolve_gate(gate)
+        self._surgery = None if surgery == "sum" else _surgery(surgery)
         self._moments = moments
         self._nonfinite = nonfinite
         self._layout = Layout(side, len(self.tasks), null_space, model, target_modules)
@@ -147,6 +159,9 @@ class GemsOptimizer(Optimizer):
         self._losses: dict[int, Tensor] = {}
         self._samples: dict[int, float] = {}
         self._task_open = False
+        self._scaled = False
+        self._skipped = 0
+        self._witness = ScaleWitness()
         self._measured: Measurements | None = None
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
@@ -182,14 +197,15 @@ class GemsOptimizer(Optimizer):
         self._capture.open(index)
         try:
             if loss is None:
-                with LossWatcher(lambda value: self._saw_loss(index, value)):
+                with LossWatcher(partial(self._saw_loss, index)):
                     yield
             else:
-                self._saw_loss(index, loss.detach())
+                self._saw_loss(index, loss)
                 yield
         finally:
             if self._capture.close():
                 self._samples[index] = self._samples.get(index, 0.0) + samples
+                self._bear_witness(index)
             self._task_open = False
 
     def backward(
@@ -225,8 +241,17 @@ class GemsOptimizer(Optimizer):
         return self.tasks.index(name)
 
     def _saw_loss(self, index: int, loss: Tensor) -> None:
-        loss = loss.to(torch.promote_types(loss.dtype, torch.float32)).sum()
+        self._scaled = self._scaled or looks_scaled(loss)
+        loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).sum()
         self._losses[index] = self._losses[index] + loss if index in self._losses else loss
+
+    def _bear_witness(self, index: int) -> None:
+        """Let a `GradScaler` know what was captured of the task, if its loss was scaled."""
+        if self._scaled:
+            held = self._capture.gradients[index]
+            with torch.no_grad():
+                largest = largest_entry([captured.tensors()[0] for captured in held.values()])
+                self._witness.place(self._capture.watched, largest)
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -241,18 +266,20 @@ class GemsOptimizer(Optimizer):
             what the closure returned.
 
         Raises:
-            NonFiniteError: a task's loss or gradient is NaN or Inf; nothing was changed.
+            NonFiniteError: a task's loss or gradient is NaN or Inf; nothing was changed (``nonfinite="raise"``).
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        if self._nonfinite == "raise":
-            self._check_finite()
-        weights = self._sample_shares()
-        projected = self._project(weights)
-        self._measured = measure(projected, self._losses, self._samples, len(self.tasks), self._gate)
-        gradients = self._inner_gradients(projected)
+        self._unscale()
+        if not self._finite():
+            return result
+        shares = self._sample_shares()
+        projected = self._project(shares)
+        self._measured = measure(projected, self._losses, self._samples, len(self.tasks), self._gate, self.state)
+        weights = self._operate(shares)
+        gradients = self._inner_gradients(projected, weights)
         outside = self._mix_plain(weights)
         try:
             steps = self._inner.step(self.param_groups, gradients)
@@ -264,8 +291,39 @@ class GemsOptimizer(Optimizer):
         self._discard()
         return result
 
+    def clip_grad_norm_(self, max_norm: float) -> dict[str, Tensor]:
+        """Scale each task's captured gradient, between backward and step, to a norm of at most ``max_norm``.
+
+        The norm is that of G_k over all parameters; of layers whose task accumulated several backward passes, of the
+        part in the shared subspace. Since the shares w_k sum to 1, the shared gradient's norm is bounded as well.
+        Gradients outside any task are in ``p.grad``, for ``torch.nn.utils.clip_grad_norm_``; that function does not
+        see captured ones. With a `GradScaler`, call ``scaler.unscale_(optimizer)`` first, as always.
+
+        Args:
+            max_norm: the bound, in the gradient's units, positive.
+
+        Returns:
+            task -> the norm before (0-dim).
+
+        Raises:
+            ValueError: ``max_norm`` is not positive.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm={max_norm!r} must be positive")
+        with torch.no_grad():
+            self._unscale()
+            return {self.tasks[k]: clip_captured(held, max_norm) for k, held in self._capture.gradients.items()}
+
+    def _unscale(self) -> None:
+        """Divide captured gradients by the loss scale, if a `GradScaler` was at work."""
+        factor = self._witness.withdraw()
+        if factor is not None:
+            for held in self._capture.gradients.values():
+                scale_captured(held, factor)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``p.grad`` and whatever was captured and not stepped."""
+        self._witness.withdraw()
         super().zero_grad(set_to_none)
         self._discard()
 
@@ -273,37 +331,30 @@ class GemsOptimizer(Optimizer):
         self._capture.clear()
         self._losses.clear()
         self._samples.clear()
+        self._scaled = False
 
     def _sample_shares(self) -> dict[int, float]:
         """w_k: the tasks' shares of the samples."""
         total = sum(self._samples.values())
         return {task: samples / total for task, samples in self._samples.items()}
 
-    def _check_finite(self) -> None:
-        flags: list[tuple[str, Tensor]] = [
-            (f"the loss of task {self.tasks[task]!r}", loss) for task, loss in self._losses.items()
-        ]
-        for task, held in self._capture.gradients.items():
-            tensors = [captured.tensors()[0] for captured in held.values()]
-            norms = torch._foreach_norm(tensors, math.inf)
-            device = norms[0].device
-            flags.append(
-                (f"the gradient of task {self.tasks[task]!r}", torch.stack([norm.to(device) for norm in norms]).sum())
+    def _finite(self) -> bool:
+        """Whether the step may go on."""
+        if self._nonfinite == "ignore":
+            return True
+        found = find_nonfinite(self._losses, self._capture.gradients, self.tasks)
+        if found is None:
+            return True
+        if self._nonfinite == "raise":
+            raise NonFiniteError(
+                f"{found} is NaN or Inf; weights and state are unchanged: call zero_grad() and go on with the next "
+                "batch, or lower the learning rate"
             )
-        if not flags:
-            return
-        device = flags[0][1].device
-        finite = torch.isfinite(
-            torch.stack(
-                [value.to(device, torch.float64 if device.type == "cpu" else torch.float32) for _, value in flags]
-            )
-        )
-        for (what, _), fine in zip(flags, finite.tolist(), strict=True):
-            if not fine:
-                raise NonFiniteError(
-                    f"{what} is NaN or Inf; weights and state are unchanged: call zero_grad() and go on with the next "
-                    "batch, or lower the learning rate"
-                )
+        if not self._skipped:
+            warnings.warn(f"{found} is NaN or Inf: the step is skipped, as later ones will be", stacklevel=2)
+        self._skipped += 1
+        self._discard()
+        return False
 
     def _project(self, weights: Mapping[int, float]) -> dict[Layer, Projected]:
         """Refresh what is due and bring every layer's gradients into its subspaces."""
@@ -331,12 +382,26 @@ class GemsOptimizer(Optimizer):
 
     def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
         proxy = self._proxy(layer, subspace)
+        previous = self.state[layer.parameter].get(f"{PREVIOUS_STEP}{subspace - 1}")
+        if previous is not None:
+            carry_moments({"exp_avg": previous}, old, new, layer.axis)
         if self._moments == "rotate":
             carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
         elif self._moments == "reset":
             self._inner.reset(proxy)
 
-    def _inner_gradients(self, projected: Mapping[Layer, Projected]) -> dict[Tensor, Tensor]:
+    def _operate(self, shares: dict[int, float]) -> Mapping[int, float | Tensor]:
+        """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""
+        if self._surgery is None or self._measured is None or len(shares) < 2:
+            return shares
+        gramian = self._measured.gramian.sum(0)
+        share = torch.tensor([shares.get(k, 0.0) for k in range(len(self.tasks))]).to(gramian)
+        weights = self._surgery(share[:, None] * gramian * share)
+        return {task: share[task] * weights[task] for task in shares}
+
+    def _inner_gradients(
+        self, projected: Mapping[Layer, Projected], weights: Mapping[int, float | Tensor]
+    ) -> dict[Tensor, Tensor]:
         """Every proxy's gradient; coupled (L2) weight decay joins the shared one, where the weight itself is known."""
         gradients: dict[Tensor, Tensor] = {}
         for group in self.param_groups:
@@ -347,7 +412,7 @@ class GemsOptimizer(Optimizer):
                 if layer is None or layer not in projected:
                     continue
                 found = projected[layer]
-                shared = found.shared
+                shared = mix(found.parts, weights, found.outside)
                 if coupled:
                     sign = -1.0 if group.get("maximize") else 1.0
                     shared = shared + sign * decay * project(parameter, self._bank.basis(layer, SHARED), layer.axis)
@@ -355,7 +420,7 @@ class GemsOptimizer(Optimizer):
                 gradients.update({self._proxy(layer, task + 1): R for task, R in found.own.items()})
         return gradients
 
-    def _mix_plain(self, weights: Mapping[int, float]) -> dict[Tensor, Tensor | None]:
+    def _mix_plain(self, weights: Mapping[int, float | Tensor]) -> dict[Tensor, Tensor | None]:
         """Give plain parameters the shared gradient; what they, and decomposed ones, had in ``.grad``, to put back."""
         outside = {}
         for group in self.param_groups:
@@ -363,12 +428,13 @@ class GemsOptimizer(Optimizer):
                 if parameter in self._layers:
                     continue
                 outside[parameter] = parameter.grad
-                for task, held in sorted(self._capture.gradients.items()):
-                    if parameter in held:
-                        term = held[parameter].full
-                        assert term is not None
-                        term = term * weights[task]
-                        parameter.grad = term if parameter.grad is None else parameter.grad + term
+                full = {
+                    task: gradient
+                    for task, held in sorted(self._capture.gradients.items())
+                    if parameter in held and (gradient := held[parameter].full) is not None
+                }
+                if full:
+                    parameter.grad = mix(full, weights, parameter.grad)
         return outside
 
     def _update(self, projected: Mapping[Layer, Projected], steps: Mapping[Tensor, Tensor]) -> None:
@@ -388,6 +454,9 @@ class GemsOptimizer(Optimizer):
                 }
                 apply_update(layer, self._bank, taken, gates[rows[layer]], group["scale"], shrink)
                 self._bank.advance(layer)
+                if needs_alignment(self._gate):
+                    for subspace in taken.keys() - {SHARED}:
+                        self.state[parameter][f"{PREVIOUS_STEP}{subspace - 1}"].copy_(taken[subspace])
 
     def _proxy(self, layer: Layer, subspace: int) -> Tensor:
         name = "shared" if subspace == SHARED else self.tasks[subspace - 1]
@@ -414,6 +483,7 @@ class GemsOptimizer(Optimizer):
         for layer in layers:
             self._layers[layer.parameter] = layer
             self._bank.initialise(layer)
+            self._initialise_gate(layer)
             mine: dict[str, Tensor] = {
                 f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
                 for subspace, name in enumerate(("shared", *self.tasks))
@@ -426,6 +496,15 @@ class GemsOptimizer(Optimizer):
         self._inner.add_group(options, plain, proxies)
         self._capture.watch(group["params"], layers)
         self._show_inner_state()
+
+    def _initialise_gate(self, layer: Layer) -> None:
+        weight = layer.parameter
+        self.state[weight][GATE_MEMORY] = torch.zeros(len(self.tasks), dtype=layer.dtype, device=weight.device)
+        if needs_alignment(self._gate):
+            for task in range(len(self.tasks)):
+                self.state[weight][f"{PREVIOUS_STEP}{task}"] = torch.zeros(
+                    layer.coordinates(task + 1), dtype=layer.dtype, device=weight.device
+                )
 
     def _show_inner_state(self) -> None:
         for parameter, proxies in self._proxies.items():
@@ -486,6 +565,12 @@ class GemsOptimizer(Optimizer):
         self._capture.remove()
 
 
+def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    from gradsub.surgery import resolve_surgery
+
+    return resolve_surgery(surgery)
+
+
 _OWN_ATTRIBUTES = frozenset(
     {
         "tasks",
@@ -498,6 +583,10 @@ _OWN_ATTRIBUTES = frozenset(
         "_losses",
         "_samples",
         "_task_open",
+        "_scaled",
+        "_skipped",
+        "_witness",
+        "_surgery",
         "_measured",
         "_bank",
         "_capture",

@@ -1,8 +1,21 @@
 """Per-task gradients, caught the moment a backward pass completes them."""
 
 from gradsub.capture._captured import Captured
+from gradsub.capture._clip import clip_captured, scale_captured
 from gradsub.capture._generic import GenericCapture
 from gradsub.capture._losses import LossWatcher
-from gradsub.capture._projected import Projected, gather
+from gradsub.capture._projected import Projected, gather, mix
+from gradsub.capture._scaled import ScaleWitness, looks_scaled
 
-__all__ = ["Captured", "GenericCapture", "LossWatcher", "Projected", "gather"]
+__all__ = [
+    "Captured",
+    "GenericCapture",
+    "LossWatcher",
+    "Projected",
+    "ScaleWitness",
+    "clip_captured",
+    "gather",
+    "looks_scaled",
+    "mix",
+    "scale_captured",
+]

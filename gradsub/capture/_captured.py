@@ -26,6 +26,12 @@ class Captured:
         """Every gradient held."""
         return [tensor for tensor in (self.full, self.shared, self.own) if tensor is not None]
 
+    def norm_known(self) -> Tensor:
+        """The squared norm of what is known of the gradient (0-dim): all of it, or its part in the shared subspace."""
+        if self.squared_norm is not None:
+            return self.squared_norm
+        return self.tensors()[0].square().sum()
+
     def add(self, other: Captured) -> None:
         """Accumulate another backward pass of the same task."""
         self.full = _sum(self.full, other.full)

@@ -28,7 +28,7 @@ class GenericCapture:
         self._bank = bank
         self._names = names
         self._layers: dict[Tensor, Layer] = {}
-        self._watched: list[Tensor] = []
+        self.watched: list[Tensor] = []
         self._unhooked: list[Tensor] = []
         self._handles: list[RemovableHandle] = []
         self._set_aside: list[tuple[Tensor, Tensor]] = []
@@ -40,7 +40,7 @@ class GenericCapture:
         """Hook the parameters; those that are frozen now are hooked once they train."""
         self._layers.update({layer.parameter: layer for layer in layers})
         added = list(parameters)
-        self._watched.extend(added)
+        self.watched.extend(added)
         self._unhooked.extend(added)
         self.hook()
 
@@ -58,7 +58,7 @@ class GenericCapture:
         """From now on every gradient belongs to ``task``; what ``p.grad`` held before is set aside."""
         self.hook()
         self._open, self._arrived = task, False
-        for parameter in self._watched:
+        for parameter in self.watched:
             if parameter.grad is not None:
                 self._set_aside.append((parameter, parameter.grad))
                 parameter.grad = None
@@ -117,7 +117,7 @@ class GenericCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to these parameters, not to their copies: a copy hooks its own.
-        return {**self.__dict__, "_handles": [], "_unhooked": list(self._watched)}
+        return {**self.__dict__, "_handles": [], "_unhooked": list(self.watched)}
 
 
 class _Hook:

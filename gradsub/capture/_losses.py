@@ -12,7 +12,7 @@ class LossWatcher(TorchFunctionMode):
     """Reports every scalar whose ``backward()`` is called, so that a gate learns the losses without being told.
 
     Args:
-        observe: receives the detached loss, still on its device.
+        observe: receives the loss with its graph, before the backward pass, still on its device.
     """
 
     def __init__(self, observe: Callable[[Tensor], None]) -> None:
@@ -23,5 +23,5 @@ class LossWatcher(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.Tensor.backward and args[0].numel() == 1:
-            self._observe(args[0].detach())
+            self._observe(args[0])
         return func(*args, **(kwargs or {}))

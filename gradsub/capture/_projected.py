@@ -17,16 +17,15 @@ class Projected:
     """A layer's gradients in the coordinates of its subspaces.
 
     Attributes:
-        shared: R_sh, the mixed batch's gradient in the shared subspace.
+        parts: each present task's gradient in the shared subspace.
+        outside: what came from no task, in the shared subspace.
         own: R_k in each present task's own subspace.
-        parts: each present task's gradient in the shared subspace; R_sh is their weighted sum and what came from no
-            task.
         squared_norms: each present task's squared norm of the whole gradient, where it is known.
     """
 
-    shared: Tensor
-    own: dict[int, Tensor]
     parts: dict[int, Tensor]
+    outside: Tensor | None
+    own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
 
 
@@ -35,7 +34,7 @@ def gather(
     bank: SubspaceBank,
     captured: Mapping[int, Captured],
     outside: Tensor | None,
-    weights: Mapping[int, float],
+    weights: Mapping[int, float | Tensor],
     update_proj_gap: int,
     changed: BasisChanged,
 ) -> Projected:
@@ -50,29 +49,30 @@ def gather(
         update_proj_gap: steps between refreshes.
         changed: told about every basis that changed.
     """
-    full = {task + 1: held.full for task, held in captured.items() if held.full is not None}
+    full = {task + 1: held.full.to(layer.dtype) for task, held in captured.items() if held.full is not None}
     if len(full) == len(captured) and bank.due(layer, SHARED):
-        full[SHARED] = _mix({task: full[task + 1] for task in captured}, weights, outside)
+        full[SHARED] = mix({task: full[task + 1] for task in captured}, weights, outside)
     bank.refresh(layer, full, update_proj_gap, changed)
     parts, own, squared_norms = {}, {}, {}
     for task, held in captured.items():
         if held.full is not None:
             parts[task] = project(held.full, bank.basis(layer, SHARED), layer.axis)
             own[task] = project(held.full, bank.basis(layer, task + 1), layer.axis)
-            squared_norms[task] = torch.linalg.vector_norm(held.full, dtype=layer.dtype).square()
+            if held.squared_norm is None:
+                held.squared_norm = torch.linalg.vector_norm(held.full, dtype=layer.dtype).square()
             held.full = None
         else:
             assert held.shared is not None
             assert held.own is not None
             parts[task], own[task] = held.shared, held.own
-            if held.squared_norm is not None:
-                squared_norms[task] = held.squared_norm
+        if held.squared_norm is not None:
+            squared_norms[task] = held.squared_norm
     aside = None if outside is None else project(outside, bank.basis(layer, SHARED), layer.axis)
-    return Projected(_mix(parts, weights, aside), own, parts, squared_norms)
+    return Projected(parts, aside, own, squared_norms)
 
 
-def _mix(parts: Mapping[int, Tensor], weights: Mapping[int, float], outside: Tensor | None) -> Tensor:
-    """sum_k w_k G_k, and what came from no task."""
+def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:
+    """The shared gradient: sum_k w_k G_k, and what came from no task."""
     terms = [part * weights[task] for task, part in parts.items()]
     if outside is not None:
         terms.append(outside)

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from gradsub.capture import Captured
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """A task's loss or gradient is NaN or Inf; weights and state are as they were before the step."""
+
+
+def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of the tensors' largest absolute entries (0-dim): NaN or Inf if any entry of any of them is."""
+    norms = torch._foreach_norm(list(tensors), math.inf)
+    return torch.stack(
+        [norm.to(norms[0].device, torch.float64 if norm.is_cpu else torch.float32) for norm in norms]
+    ).sum()
+
+
+def find_nonfinite(
+    losses: Mapping[int, Tensor], gradients: Mapping[int, Mapping[Tensor, Captured]], tasks: Sequence[str]
+) -> str | None:
+    """What is NaN or Inf, by task, or None; waits for the device once."""
+    flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]
+    flags += [
+        (f"the gradient of task {tasks[task]!r}", largest_entry([captured.tensors()[0] for captured in held.values()]))
+        for task, held in gradients.items()
+    ]
+    if not flags:
+        return None
+    like = flags[0][1]
+    finite = torch.stack([torch.isfinite(value).to(like.device) for _, value in flags]).tolist()
+    return next((what for (what, _), fine in zip(flags, finite, strict=True) if not fine), None)
