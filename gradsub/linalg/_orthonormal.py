@@ -66,13 +66,6 @@ def orthonormalize(Y: Tensor, *, against: Tensor | None = None, generator: torch
             raise ValueError(
                 f"against must be on the device of Y, got {against.device} and {Y.device}: move it with .to(Y.device)."
             )
-    return _orthonormalize_unchecked(Y, against=against, generator=generator)
-
-
-def _orthonormalize_unchecked(
-    Y: Tensor, *, against: Tensor | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """`orthonormalize` without looking at the values: NaN in ``Y`` gives NaN. Sizes are still checked."""
     d, c = Y.shape[-2:]
     k = 0 if against is None else against.shape[-1]
     if c > d - k:
@@ -80,6 +73,19 @@ def _orthonormalize_unchecked(
             f"Y must have at most {d - k} columns, got {c}: {d} rows less {k} columns of against leave {d - k} "
             f"dimensions. Pass Y[..., :{d - k}], or a smaller against."
         )
+    return _orthonormalize_unchecked(Y, against=against, generator=generator)
+
+
+def _orthonormalize_unchecked(
+    Y: Tensor, *, against: Tensor | None = None, generator: torch.Generator | None = None
+) -> Tensor:
+    """`orthonormalize` without its checks: NaN in ``Y`` gives NaN.
+
+    ``against`` may hold zero columns, so that bases of different rank share one shape; the caller sees to it that the
+    complement has room for all columns of ``Y``.
+    """
+    d, c = Y.shape[-2:]
+    k = 0 if against is None else against.shape[-1]
     with full_precision(Y.device):
         Y, K = widen(Y), None if against is None or k == 0 else widen(against)
         if K is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._arithmetic import full_precision, multiply, widen
-from ._checks import check_count, check_matrix
+from ._checks import check_count, check_finite_through, check_format
 from ._range_finder import exact_svd, sketch
 from ._thin import thin_svd
 
@@ -84,13 +84,15 @@ def randomized_svd(
         Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011, arXiv 0909.4061, Algorithms
         4.4 and 5.1; the bounds are its Corollary 10.10 and Theorem 9.3.
     """
-    check_matrix("A", A)
+    check_format("A", A)
     check_count("rank", rank, at_least=1)
     check_count("oversampling", oversampling, at_least=0)
     check_count("power_iterations", power_iterations, at_least=0)
-    return _randomized_svd_unchecked(
+    result = _randomized_svd_unchecked(
         A, rank, oversampling=oversampling, power_iterations=power_iterations, generator=generator
     )
+    check_finite_through(result.S, "A", A)
+    return result
 
 
 def _randomized_svd_unchecked(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ._arithmetic import full_precision, magnitude, multiply, widen
-from ._checks import check_count, check_matrix
+from ._checks import check_count, check_finite_through, check_format
 from ._gaussian import gaussian
 from ._thin import positive_qr, thin_svd
 
@@ -64,13 +64,15 @@ def range_finder(
         Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 2011, arXiv 0909.4061, Algorithm
         4.4; the bound is its Corollary 10.10.
     """
-    check_matrix("A", A)
+    check_format("A", A)
     check_count("rank", rank, at_least=1)
     check_count("oversampling", oversampling, at_least=0)
     check_count("power_iterations", power_iterations, at_least=0)
-    return _range_finder_unchecked(
+    result = _range_finder_unchecked(
         A, rank, oversampling=oversampling, power_iterations=power_iterations, generator=generator
     )
+    check_finite_through(result, "A", A)
+    return result
 
 
 def _range_finder_unchecked(

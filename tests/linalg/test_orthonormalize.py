@@ -129,6 +129,14 @@ def test_columns_of_very_different_size_are_all_directions():
         assert (Q[:, : j + 1].double().mT @ y).norm() > 1 - 1e-6
 
 
+def test_the_unchecked_twin_takes_zero_columns_to_avoid():
+    K = torch.zeros(10, 9, dtype=torch.float64)
+    K[:, :4] = orthonormal(10, 4)
+    Q = _unchecked(gaussian(10, 6, seed=3), against=K)
+    assert_orthonormal(Q)
+    assert_orthogonal(K, Q)
+
+
 def test_empty_against_avoids_nothing():
     Y = gaussian(10, 3)
     assert torch.equal(_unchecked(Y, against=torch.zeros(10, 0)), orthonormalize(Y))

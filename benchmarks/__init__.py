@@ -1,0 +1,1 @@
+"""Micro-benchmarks against the peers; nothing here asserts a time."""

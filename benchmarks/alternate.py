@@ -1,0 +1,40 @@
+"""Round-robin timing: the only fair comparison on a machine that is not idle.
+
+pytest-benchmark times one contender after the other, so a neighbour's load in the second half looks like a difference
+between them. Here every round times each contender once, and a ratio is formed within its round.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+OURS = "gradsub"
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]], rounds: int, setup: dict[str, Callable[[], object]] | None = None
+) -> dict[str, Any]:
+    """Median seconds of each contender, and for each peer the median and quartiles of peer / ours over the rounds."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for index in range(rounds + 1):
+        for name, run in contenders.items():
+            if setup is not None:
+                setup[name]()
+            start = time.perf_counter()
+            run()
+            if index > 0:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    ratios = {
+        name: [peer / own for peer, own in zip(times[name], times[OURS], strict=True)]
+        for name in contenders
+        if name != OURS
+    }
+    return {
+        "rounds": rounds,
+        "seconds": {name: statistics.median(values) for name, values in times.items()},
+        "ratios": {
+            name: dict(zip(("low", "median", "high"), statistics.quantiles(values, n=4), strict=True))
+            for name, values in ratios.items()
+        },
+    }
