@@ -1,0 +1,169 @@
+"""How much of each task's own step enters the update."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from gradsub import GateInputs, GemsOptimizer
+from gradsub.gates import heuristic_gate, resolve_gate, uniform_gate
+
+from .toys import SAMPLES, TASKS, gems, loss_of, mlp, noise, train
+
+SIZES = st.tuples(st.integers(1, 4), st.integers(1, 5))
+VALUES = st.floats(0.0, 1e6, width=32)
+
+
+@st.composite
+def gate_inputs(draw: st.DrawFn) -> GateInputs:
+    layers, tasks = draw(SIZES)
+    present = draw(hnp.arrays(bool, (layers, tasks)))
+    norms = draw(hnp.arrays(np.float32, (layers, tasks), elements=VALUES))
+    return GateInputs(
+        losses=torch.from_numpy(draw(hnp.arrays(np.float32, tasks, elements=VALUES))),
+        gradient_norms=torch.from_numpy(norms * present),
+        samples=torch.from_numpy(draw(hnp.arrays(np.float32, tasks, elements=st.floats(1, 1e4, width=32)))),
+        present=torch.from_numpy(present),
+    )
+
+
+@given(gate_inputs())
+def test_gates_are_shares(inputs):
+    for gate in (heuristic_gate, uniform_gate):
+        gates = gate(inputs)
+        assert gates.shape == inputs.gradient_norms.shape
+        assert bool((gates >= 0).all())
+        assert bool((gates[~inputs.present] == 0).all())
+        some = inputs.present.any(1)
+        torch.testing.assert_close(gates[some].sum(1), torch.ones(int(some.sum())), rtol=0, atol=1e-5)
+
+
+@given(gate_inputs())
+def test_the_uniform_gate_is_equal_over_the_tasks_present(inputs):
+    gates = uniform_gate(inputs)
+    for row, here in zip(gates, inputs.present, strict=True):
+        assert row[here].tolist() == pytest.approx([1 / max(1, int(here.sum()))] * int(here.sum()))
+
+
+@given(gate_inputs())
+def test_the_heuristic_is_its_formula(inputs):
+    """g_k = 0.4 loss share + 0.4 norm share + 0.2 sample share, where each has something to share."""
+    gates = heuristic_gate(inputs).double().numpy()
+    for row, here, norms in zip(gates, inputs.present.numpy(), inputs.gradient_norms.double().numpy(), strict=True):
+        parts = [inputs.losses.double().numpy()[here], norms[here], inputs.samples.double().numpy()[here]]
+        shares = [part / part.sum() if part.sum() > 0 else np.full(len(part), 1 / max(1, len(part))) for part in parts]
+        np.testing.assert_allclose(row[here], 0.4 * shares[0] + 0.4 * shares[1] + 0.2 * shares[2], rtol=1e-4, atol=1e-6)
+
+
+def test_an_unseen_loss_makes_losses_count_as_equal():
+    row = torch.tensor([[1.0, 1.0]])
+    inputs = GateInputs(torch.tensor([torch.nan, 100.0]), row, row[0], row.bool())
+    assert heuristic_gate(inputs).tolist() == [[0.5, 0.5]]
+    absent = GateInputs(torch.tensor([torch.nan, 100.0]), row, row[0], torch.tensor([[False, True]]))
+    assert heuristic_gate(absent).tolist() == [[0.0, 1.0]]
+
+
+def test_negative_losses_weigh_by_their_size():
+    row = torch.tensor([[1.0, 1.0]])
+    gates = heuristic_gate(GateInputs(torch.tensor([-3.0, 1.0]), row, row[0], row.bool()))
+    torch.testing.assert_close(gates, torch.tensor([[0.6, 0.4]]))
+
+
+class Spy:
+    """A user's own gate that keeps what it was shown."""
+
+    def __init__(self, gates: tuple[float, ...]) -> None:
+        self.gates = gates
+        self.seen: list[GateInputs] = []
+
+    def __call__(self, inputs: GateInputs) -> torch.Tensor:
+        self.seen.append(inputs)
+        return torch.tensor(self.gates, device=inputs.losses.device).expand(inputs.gradient_norms.shape)
+
+
+def test_a_gate_sees_losses_norms_and_samples(device):
+    model = mlp(device=device)
+    spy = Spy((0.5, 0.5))
+    optimizer = gems(model, gate=spy, rank=4, task_rank=7)
+    losses, norms = [], []
+    for task in range(2):
+        loss = loss_of(model, 0, task)
+        gradient = torch.autograd.grad(loss, model[0].weight)[0]
+        losses.append(loss.item())
+        norms.append(float(torch.linalg.svdvals(gradient)[:7].norm()))
+    train(model, optimizer, 1)
+    (inputs,) = spy.seen
+    assert inputs.losses.tolist() == pytest.approx(losses, rel=1e-5)
+    assert inputs.samples.tolist() == list(SAMPLES.values())
+    assert inputs.gradient_norms[0].tolist() == pytest.approx(norms, rel=1e-4)
+    assert inputs.present.tolist() == [[True, True]] * 2
+
+
+def test_losses_of_accumulated_parts_add_up_and_samples_too(device):
+    model = mlp(device=device)
+    spy = Spy((0.5, 0.5))
+    optimizer = gems(model, gate=spy)
+    total = 0.0
+    for part in range(3):
+        with optimizer.task("rec", samples=5):
+            loss = loss_of(model, part, 0)
+            loss.backward()
+            total += loss.item()
+    optimizer.step()
+    assert float(spy.seen[0].losses[1]) == pytest.approx(total, rel=1e-5)
+    assert bool(spy.seen[0].losses[0].isnan())
+    assert spy.seen[0].samples.tolist() == [0.0, 15.0]
+    assert spy.seen[0].present.tolist() == [[False, True]] * 2
+
+
+def test_a_loss_may_be_told(device):
+    """For backward passes that start elsewhere: a vector of losses, or torch.autograd.backward."""
+    model = mlp(device=device)
+    spy = Spy((0.5, 0.5))
+    optimizer = gems(model, gate=spy)
+    with optimizer.task("search", loss=torch.tensor([3.0, 4.0], device=device)):
+        torch.autograd.backward(loss_of(model, 0, 0))
+    with optimizer.task("rec"):
+        torch.autograd.backward(loss_of(model, 0, 0))
+    optimizer.step()
+    assert float(spy.seen[0].losses[0]) == 7.0
+    assert bool(spy.seen[0].losses[1].isnan())
+
+
+@pytest.mark.parametrize(("gates", "kept"), [((1.0, 0.0), "search"), ((0.0, 1.0), "rec")])
+def test_gates_weigh_each_tasks_own_step(device, gates, kept):
+    """A gate of 1 for one task leaves the shared step and that task's own."""
+    weight = torch.nn.Parameter(noise(9, 8, key=(1,)).double().to(device))
+    gradients = {name: noise(9, 8, key=(2, k)).double().to(device) for k, name in enumerate(TASKS)}
+    base = torch.optim.SGD([weight], lr=1.0)
+    optimizer = GemsOptimizer(base, tasks=TASKS, rank=3, task_rank=2, gate=Spy(gates), null_space=None)
+    before = weight.detach().clone()
+    for name, gradient in gradients.items():
+        with optimizer.task(name):
+            (weight * gradient).sum().backward()
+    optimizer.step()
+    shared = torch.linalg.svd(sum(gradients.values()) / 2)
+    own = torch.linalg.svd(gradients[kept])
+    expected = (shared.U[:, :3] * shared.S[:3]) @ shared.Vh[:3] + (own.U[:, :2] * own.S[:2]) @ own.Vh[:2]
+    torch.testing.assert_close(before - weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gates_by_name_and_by_callable():
+    assert resolve_gate("uniform") is uniform_gate
+    assert resolve_gate(heuristic_gate) is heuristic_gate
+    with pytest.raises(ValueError, match=r"gate='softmax' must be one of \['heuristic', 'uniform'\]"):
+        resolve_gate("softmax")
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_default_gates_of_a_run_sum_to_one(device, count):
+    model = mlp(device=device)
+    optimizer = gems(model, tasks=[f"t{k}" for k in range(count)])
+    train(model, optimizer, 2)
+    for layer in optimizer.report().layers:
+        assert sum(layer.gates.values()) == pytest.approx(1.0, abs=1e-6)
+        assert min(layer.gates.values()) > 0
