@@ -51,8 +51,9 @@ lint: $(DEV)  ## ruff: rules and formatting
 types: $(DEV)  ## mypy in strict mode
 	$(BIN)/mypy
 
+# Not --quiet: it silences the warnings before --strict can count them, and a broken link would pass.
 docs: $(DEV)  ## build site/; a broken link or an undocumented public name fails
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # One thread: the tests' matrices are so small that more threads only wait for each other (a third of the CPU time).
 pytest: $(DEV)  ## only the tests; ARGS='-k name' selects
