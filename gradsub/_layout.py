@@ -30,6 +30,7 @@ class Layout:
         null_space: the protected directions, or None.
         model: names the layers; without it the parameters' own names serve, where the base optimizer has them.
         target_modules: which layers of ``model``.
+        master_weights: whether float32 copies of lower-precision weights are kept.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Layout:
         null_space: NullSpace | None,
         model: nn.Module | None,
         target_modules: str | Iterable[str],
+        master_weights: bool = False,
     ) -> None:
         if null_space is not None and null_space.side != side:
             raise ValueError(
                 f"side={side!r}, but null_space was collected for side={null_space.side!r}: make both the same"
             )
         self._side = side
+        self._master_weights = master_weights
         self._tasks = tasks
         self._null_space = null_space
         self._targets: dict[Tensor, _Target] | None = None
@@ -147,11 +150,13 @@ class Layout:
             raise ValueError(
                 f"{self.name(parameter)} is complex ({parameter.dtype}): pass torch.view_as_real of it as the parameter"
             )
-        if parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32 and self._null_space is not None:
+        low = parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32
+        if low and self._null_space is not None and not self._master_weights:
             self._warn(
                 "low precision",
                 f"the weights are {parameter.dtype}: rounding them after each step moves the protected directions by "
-                "more than the update does at small learning rates; keep float32 weights and train under autocast",
+                "more than the update does at small learning rates; keep float32 weights and train under autocast, or "
+                "pass master_weights=True",
             )
 
     def check_names(self) -> None:

@@ -34,7 +34,7 @@ from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
 from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
-from gradsub.update import apply_update
+from gradsub.update import apply_update, hold_protected, initialise_update
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
 
@@ -83,6 +83,8 @@ class GemsOptimizer(Optimizer):
             new basis, ``"keep"`` leaves the numbers, ``"reset"`` starts afresh.
         nonfinite: ``"raise"`` checks losses and gradients before anything is changed, at the price of one wait for the
             device a step; ``"skip"`` checks likewise, drops the whole step and warns once; ``"ignore"`` does not look.
+        master_weights: keep a float32 copy of weights below float32 (4 bytes a weight) and round the copy into them
+            after each step. Without it rounding undoes the protection, which is said once.
 
     A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
     to keep its matrices whole.
@@ -134,6 +136,7 @@ class GemsOptimizer(Optimizer):
         surgery: str | Callable[[Tensor], Tensor] = "sum",
         moments: str = "rotate",
         nonfinite: str = "raise",
+        master_weights: bool = False,
     ) -> None:
         check_wrappable(base)
         settings.check_arguments(side, orthogonalize, moments, nonfinite)
@@ -153,7 +156,8 @@ class GemsOptimizer(Optimizer):
         self._surgery = None if surgery == "sum" else _surgery(surgery)
         self._moments = moments
         self._nonfinite = nonfinite
-        self._layout = Layout(side, len(self.tasks), null_space, model, target_modules)
+        self._master_weights = master_weights
+        self._layout = Layout(side, len(self.tasks), null_space, model, target_modules, master_weights)
         self._layers: dict[Tensor, Layer] = {}
         self._proxies: dict[Tensor, dict[str, Tensor]] = {}
         self._losses: dict[int, Tensor] = {}
@@ -452,7 +456,10 @@ class GemsOptimizer(Optimizer):
                     for subspace, proxy in enumerate(self._proxies[parameter].values())
                     if proxy in steps
                 }
-                apply_update(layer, self._bank, taken, gates[rows[layer]], group["scale"], shrink)
+                state = self.state[parameter]
+                if projected[layer].refreshed:
+                    hold_protected(layer, state)
+                apply_update(layer, self._bank, state, taken, gates[rows[layer]], group["scale"], shrink)
                 self._bank.advance(layer)
                 if needs_alignment(self._gate):
                     for subspace in taken.keys() - {SHARED}:
@@ -484,6 +491,7 @@ class GemsOptimizer(Optimizer):
             self._layers[layer.parameter] = layer
             self._bank.initialise(layer)
             self._initialise_gate(layer)
+            initialise_update(layer, self.state[layer.parameter], self._master_weights)
             mine: dict[str, Tensor] = {
                 f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
                 for subspace, name in enumerate(("shared", *self.tasks))
@@ -577,6 +585,7 @@ _OWN_ATTRIBUTES = frozenset(
         "_gate",
         "_moments",
         "_nonfinite",
+        "_master_weights",
         "_layout",
         "_layers",
         "_proxies",

@@ -2,44 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from gradsub.subspace import Layer, SubspaceBank, lift
+from gradsub.subspace import Layer, SubspaceBank, lift, project
 
-__all__ = ["apply_update", "decay"]
+__all__ = ["ANCHOR", "MASTER", "apply_update", "hold_protected", "initialise_update"]
+
+ANCHOR: Final = "anchor"
+MASTER: Final = "master"
+
+State = MutableMapping[str, Any]
+
+
+def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
+    """The state that updates need: where the protected part of the weight stood, and the precise weight.
+
+    ``"anchor"`` is W K (m x k) for axis 1, K^T W (k x n) for axis 0. ``"master"`` (m x n) exists for weights below
+    float32, on demand.
+    """
+    weight = layer.parameter
+    if layer.protected is not None:
+        state[ANCHOR] = torch.zeros_like(project(weight.detach(), layer.protected, layer.axis))
+    if master_weights and weight.dtype != layer.dtype:
+        state[MASTER] = weight.detach().to(layer.dtype)
 
 
 def apply_update(
-    layer: Layer, bank: SubspaceBank, steps: Mapping[int, Tensor], gates: Tensor, scale: float, shrink: float | Tensor
+    layer: Layer,
+    bank: SubspaceBank,
+    state: State,
+    steps: Mapping[int, Tensor],
+    gates: Tensor,
+    scale: float,
+    shrink: float | Tensor,
 ) -> None:
     r"""W <- W - shrink P W + scale (lift(d_sh) + sum_k g_k lift(d_k)).
+
+    The whole update is formed before it is added: each addition rounds W, and only rounding can move what is protected.
 
     Args:
         layer: the layer; W is its parameter.
         bank: its bases, which lie in the null space, so every lifted step does.
+        state: the layer's state.
         steps: d by subspace, what the inner optimizer moved.
         gates: g (K,), one a task.
         scale: multiplies the lifted step.
         shrink: lr times weight decay, or 0. P = I - K K^T keeps the decay off the protected directions as well.
     """
+    weight = _precise(layer, state)
+    decays = isinstance(shrink, Tensor) or shrink != 0.0
+    blocks = [(step if k == 0 else step * gates[k - 1].to(step)) * scale for k, step in steps.items()]
+    bases = [bank.basis(layer, k) for k in steps]
+    if decays and layer.protected is not None:
+        blocks.append(project(weight, layer.protected, layer.axis) * shrink)
+        bases.append(layer.protected)
+    update = lift(torch.cat(blocks, dim=layer.axis), torch.cat(bases, dim=1), layer.axis)
+    if decays:
+        update -= weight * shrink
+    _write(layer, weight.add_(update))
+
+
+def hold_protected(layer: Layer, state: State) -> None:
+    """Undo what rounding did to the protected part of the weight since the last call; once a refresh.
+
+    Each step rounds W, and the roundings add up like a random walk: over thousands of steps they leave more in the
+    protected directions than the update, which is orthogonal to them, ever would. So W + (A - W K) K^T is restored,
+    with A = W K as it was. A difference far beyond rounding means that somebody else wrote the weight (a checkpoint
+    was loaded): then that is the new A.
+    """
+    if layer.protected is None:
+        return
+    weight = _precise(layer, state)
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64
+    K = layer.protected.to(wide)
+    now = project(weight.to(wide), K, layer.axis)
+    drift = state[ANCHOR] - now
+    rounding = 64 * torch.finfo(weight.dtype).eps * now.norm()
+    foreign = drift.norm() > rounding
+    state[ANCHOR].copy_(torch.where(foreign, now, state[ANCHOR]))
+    _write(layer, weight.copy_(weight + lift(torch.where(foreign, 0.0, drift), K, layer.axis)))
+
+
+def _precise(layer: Layer, state: State) -> Tensor:
+    """The weight in the layer's dtype: itself, its master copy, or a conversion of it."""
     weight = layer.parameter
-    update = decay(layer, shrink)
-    blocks = [step if subspace == 0 else step * gates[subspace - 1].to(step) for subspace, step in steps.items()]
-    bases = [bank.basis(layer, subspace) for subspace in steps]
-    lifted = lift(torch.cat(blocks, dim=layer.axis), torch.cat(bases, dim=1), layer.axis)
-    lifted = lifted * scale if update is None else update.add_(lifted, alpha=scale)
-    weight.copy_(weight.to(layer.dtype) + lifted) if weight.dtype != layer.dtype else weight.add_(lifted)
+    if weight.dtype == layer.dtype:
+        return weight
+    converted = weight.to(layer.dtype)
+    master: Tensor | None = state.get(MASTER)
+    if master is None:
+        return converted
+    # Entries that somebody else wrote (a checkpoint was loaded into the model) win over the copy.
+    return master.copy_(torch.where(master.to(weight.dtype) == weight, master, converted))
 
 
-def decay(layer: Layer, shrink: float | Tensor) -> Tensor | None:
-    """-shrink (I - K K^T) W, or None if there is nothing to shrink."""
-    if isinstance(shrink, float) and shrink == 0.0:
-        return None
-    weight = layer.parameter.to(layer.dtype)
-    if layer.protected is not None:
-        inside = weight @ layer.protected if layer.axis == 1 else layer.protected.mT @ weight
-        weight = weight - lift(inside, layer.protected, layer.axis)
-    return weight * -shrink
+def _write(layer: Layer, precise: Tensor) -> None:
+    if precise is not layer.parameter:
+        layer.parameter.copy_(precise)

@@ -21,12 +21,14 @@ class Projected:
         outside: what came from no task, in the shared subspace.
         own: R_k in each present task's own subspace.
         squared_norms: each present task's squared norm of the whole gradient, where it is known.
+        refreshed: whether a basis changed on the way.
     """
 
     parts: dict[int, Tensor]
     outside: Tensor | None
     own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
+    refreshed: bool
 
 
 def gather(
@@ -52,7 +54,7 @@ def gather(
     full = {task + 1: held.full.to(layer.dtype) for task, held in captured.items() if held.full is not None}
     if len(full) == len(captured) and bank.due(layer, SHARED):
         full[SHARED] = mix({task: full[task + 1] for task in captured}, weights, outside)
-    bank.refresh(layer, full, update_proj_gap, changed)
+    refreshed = bank.refresh(layer, full, update_proj_gap, changed)
     parts, own, squared_norms = {}, {}, {}
     for task, held in captured.items():
         if held.full is not None:
@@ -68,7 +70,7 @@ def gather(
         if held.squared_norm is not None:
             squared_norms[task] = held.squared_norm
     aside = None if outside is None else project(outside, bank.basis(layer, SHARED), layer.axis)
-    return Projected(parts, aside, own, squared_norms)
+    return Projected(parts, aside, own, squared_norms, refreshed)
 
 
 def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:

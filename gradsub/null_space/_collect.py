@@ -46,6 +46,11 @@ def _call(model: nn.Module, batch: Any) -> None:
         raise ValueError(f"a batch is a tensor, a tuple or a mapping, found {type(batch).__name__}: wrap it in one")
 
 
+def _version_of(tensor: Tensor) -> int:
+    # Tensors of inference mode have no version; asking for it raises.
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def observe_features(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], side: Side, observe: Observe
 ) -> int:
@@ -58,8 +63,9 @@ def observe_features(
 
     def rows_of(source: Tensor) -> Tensor:
         nonlocal latest
-        if latest is None or latest[0] is not source or latest[1] != source._version:
-            latest = source, source._version, _rows(source, mask)
+        version = _version_of(source)
+        if latest is None or latest[0] is not source or latest[1] != version:
+            latest = source, version, _rows(source, mask)
         return latest[2]
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -1,24 +1,18 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """float64 wherever the device has it.
-
-    A covariance squares the condition number of the features, so float32 sums lose every direction below 3e-4 of the
-    largest one.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
+from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
 
 
 class Covariance:
-    """The exact uncentred second moment of a stream of features.
+    """The exact statistics: X^T X as one d x d sum in the accumulation dtype, so accumulators merge by addition."""
 
-    C = (1 / N) sum_i x_i x_i^T, kept as the sum and the count, so batches may come in any order and two accumulators
-    merge by addition.
-    """
+    kind = "exact"
+    error = 0.0
 
     def __init__(self, total: Tensor, count: int) -> None:
         self.total = total
@@ -28,22 +22,40 @@ class Covariance:
     def empty(cls, dimension: int, device: torch.device) -> Covariance:
         return cls(torch.zeros(dimension, dimension, dtype=accumulation_dtype(device), device=device), 0)
 
+    @classmethod
+    def restore(cls, tensor: Tensor, state: dict[str, Any]) -> Covariance:
+        return cls(tensor, state["count"])
+
     @property
     def dimension(self) -> int:
         return self.total.shape[0]
 
-    def add(self, gram: Tensor, count: int) -> None:
-        """Add the features' Gram matrix X^T X (d x d) of ``count`` rows."""
-        self.total += gram.to(self.total)
-        self.count += count
+    @property
+    def nbytes(self) -> int:
+        return self.total.nbytes
 
-    def eigh(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d,), largest first and never negative, and eigenvectors as the columns of (d, d)."""
+    @property
+    def tensor(self) -> Tensor:
+        return self.total
+
+    def add(self, rows: Tensor) -> None:
+        wide = rows.to(self.total.dtype)
+        self.total += (wide.mT @ wide).to(self.total.device)
+        self.count += rows.shape[0]
+
+    def merge(self, other: Statistics) -> None:
+        assert isinstance(other, Covariance)
+        self.total += other.total.to(self.total)
+        self.count += other.count
+
+    def copy(self) -> Covariance:
+        return Covariance(self.total.clone(), self.count)
+
+    def spectrum(self) -> Spectrum:
         values, vectors = torch.linalg.eigh(self.total / max(self.count, 1))
-        return values.flip(0).clamp_min(0.0), vectors.flip(1)
+        values = values.flip(0).clamp_min(0.0)
+        resolution = self.dimension * torch.finfo(values.dtype).eps
+        return Spectrum(values, vectors.flip(1), float(values.sum()), 0.0, resolution)
 
-
-def gram(features: Tensor) -> Tensor:
-    """X^T X of features X (N x d), in the accumulation dtype."""
-    wide = features.to(accumulation_dtype(features.device))
-    return wide.T @ wide
+    def state(self) -> dict[str, Any]:
+        return {"kind": self.kind, "count": self.count}

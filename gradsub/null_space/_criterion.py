@@ -2,8 +2,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from gradsub.null_space._statistics import Spectrum
 
 
 @dataclass(frozen=True)
@@ -11,6 +10,8 @@ class Criterion:
     """How many eigenvectors of a covariance are protected.
 
     Exactly one of ``energy`` and ``threshold`` decides, ``max_rank`` caps it; ``max_rank`` alone protects that many.
+    Where the spectrum is approximate, the criterion errs towards protection: the energy is a share of the true one,
+    and a direction whose eigenvalue may reach the threshold counts as reaching it.
     """
 
     energy: float | None = None
@@ -29,18 +30,32 @@ class Criterion:
         if self.max_rank is not None and self.max_rank < 1:
             raise ValueError(f"max_rank={self.max_rank} must be at least 1, or None for no cap")
 
-    def count(self, eigenvalues: Tensor) -> int:
-        """The number of leading eigenvalues (sorted, largest first) to protect."""
-        largest = eigenvalues[0]
+    def count(self, spectrum: Spectrum) -> int:
+        """The number of leading eigenvectors to protect."""
+        values = spectrum.eigenvalues
         # Beyond the numerical rank an eigenvector is rounding noise: protecting it would only cost capacity.
-        floor = largest * eigenvalues.shape[0] * torch.finfo(eigenvalues.dtype).eps
-        numerical_rank = int((eigenvalues > floor).sum())
+        numerical_rank = int((values > values[0] * spectrum.resolution).sum())
         if self.threshold is not None:
-            chosen = int((eigenvalues >= self.threshold).sum())
+            chosen = int((values + spectrum.error >= self.threshold).sum())
         elif self.energy is not None and self.energy < 1.0:
-            kept = eigenvalues.cumsum(0)
-            chosen = int((kept < self.energy * kept[-1]).sum()) + 1
+            chosen = int((values.cumsum(0) < self.energy * spectrum.energy).sum()) + 1
         else:
             chosen = numerical_rank
         chosen = min(chosen, numerical_rank)
         return chosen if self.max_rank is None else min(chosen, self.max_rank)
+
+    def missed(self, spectrum: Spectrum) -> str | None:
+        """What the protected directions of an approximate spectrum fall short of; None where they satisfy it."""
+        values, count = spectrum.eigenvalues, self.count(spectrum)
+        exact = spectrum.error <= float(values[0]) * spectrum.resolution
+        if exact or count == self.max_rank:
+            return None
+        if self.threshold is not None:
+            reached, lack = spectrum.error < self.threshold, f"its error bound {spectrum.error:.3g} is no smaller"
+            wanted = f"threshold={self.threshold}"
+        elif self.energy is not None:
+            held = float(values[:count].sum()) / spectrum.energy
+            reached, lack, wanted = held >= self.energy, f"it holds {held:.4f}", f"energy={self.energy}"
+        else:
+            reached, lack, wanted = False, f"it holds {count} directions", f"max_rank={self.max_rank}"
+        return None if reached else f"{wanted} ({lack})"

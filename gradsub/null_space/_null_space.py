@@ -1,8 +1,9 @@
 from __future__ import annotations
 
-import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +11,14 @@ from torch import Tensor, nn
 
 from gradsub.layers import ALL_LINEAR, select_layers
 from gradsub.null_space._collect import observe_features
-from gradsub.null_space._covariance import Covariance, gram
+from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
+from gradsub.null_space._files import read, write
+from gradsub.null_space._protection import Protection, protect
+from gradsub.null_space._shared import SharedStatistics, Steps
+from gradsub.null_space._sketch import Sketch
+from gradsub.null_space._statistics import Statistics, accumulation_dtype
+from gradsub.null_space._table import Row, render
 
 SIDES = ("input", "output")
 
@@ -32,6 +39,17 @@ class NullSpace:
     dW (m x n) inside it satisfies dW K = 0 for ``side="input"``: the layer answers every protected input as before; and
     K^T dW = 0 for ``side="output"``: no input can move the protected part of the output.
 
+    The statistics of a layer are its covariance, exact and in float64 (8 d^2 bytes), or, where
+    ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The sketch knows its own error: its
+    covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum of all but the k largest
+    eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the budget. Batches may come
+    in any order and any division: exact statistics differ by rounding only, sketches by the bound. A sketch errs
+    towards protection: ``energy`` counts against the exact tr(C), and ``threshold`` takes every direction that may
+    reach it. Where it cannot hold enough directions, it warns once and protects all it holds.
+
+    Layers that receive the very same tensor in every batch, as query, key and value projections do, share their
+    statistics and one eigendecomposition.
+
     Args:
         side: ``"input"`` (features are layer inputs, d = in_features) or ``"output"`` (d = out_features, as published).
         energy: share in (0, 1] of the features' mean square tr(C) that the protected directions hold at least; the
@@ -40,6 +58,10 @@ class NullSpace:
             (published: 2e-2). Excludes ``energy``.
         max_rank: at most this many protected directions a layer; alone, without the others, exactly that many (as far
             as the features have rank).
+        layer_memory_budget: bytes that a layer's statistics may take between calls; None: always exact. With d the
+            features' width, layers with 8 d^2 bytes or less stay exact, the others hold budget / (4 d) rows of
+            float32 features (8 d of float64). Working memory of several times the budget comes on top while rows are
+            condensed or a basis is computed, for one layer at a time.
 
     Raises:
         ValueError: an argument is outside its range, or ``energy`` and ``threshold`` are both given.
@@ -64,13 +86,21 @@ class NullSpace:
         energy: float | None = None,
         threshold: float | None = None,
         max_rank: int | None = None,
+        layer_memory_budget: int | None = None,
     ) -> None:
         self.side = check_side(side)
         if energy is None and threshold is None and max_rank is None:
             energy = 0.95
         self.criterion = Criterion(energy, threshold, max_rank)
-        self._covariances: dict[str, Covariance] = {}
-        self._bases: dict[str, Tensor] = {}
+        if layer_memory_budget is not None and layer_memory_budget < 1:
+            raise ValueError(
+                f"layer_memory_budget={layer_memory_budget} must be a positive number of bytes, or None for exact "
+                "statistics of every layer"
+            )
+        self.layer_memory_budget = layer_memory_budget
+        self._shared = SharedStatistics()
+        self._protected: dict[str, Protection] = {}
+        self._warned: set[str] = set()
 
     def collect(
         self, model: nn.Module, batches: Iterable[Any], target_modules: str | Iterable[str] = ALL_LINEAR
@@ -92,13 +122,13 @@ class NullSpace:
             ValueError: no layer matches, there is no batch, or a feature is NaN or Inf (the layer is named).
         """
         layers = select_layers(model, target_modules)
-        latest: tuple[Tensor, Tensor] | None = None
+        latest: tuple[Tensor, Steps] | None = None
 
         def observe(name: str, features: Tensor) -> None:
             nonlocal latest
             if latest is None or latest[0] is not features:
-                latest = features, gram(_checked(name, features))
-            self._add(name, latest[1], features.shape[0])
+                latest = features, []
+            self._add(name, features, latest[1])
 
         if observe_features(model, layers, batches, self.side, observe) == 0:
             raise ValueError("batches is empty: collect needs at least one batch of general-domain data")
@@ -107,27 +137,72 @@ class NullSpace:
     def update(self, name: str, features: Tensor) -> None:
         """Add features (N x d) of the layer ``name``; leading dimensions are flattened.
 
+        Allowed at any time, during training too: `version` rises, and `basis` gives the directions of all features so
+        far.
+
         Raises:
             ValueError: the features are not at least 2-D, are empty, hold NaN or Inf, or their width d differs from
-                what the layer had before.
+                what the layer had before; or ``layer_memory_budget`` is too small for two rows of them.
         """
         if features.ndim < 2 or features.numel() == 0:
             raise ValueError(f"features of {name!r} must be (N, d) and not empty, found {tuple(features.shape)}")
-        rows = features.detach().reshape(-1, features.shape[-1])
-        self._add(name, gram(_checked(name, rows)), rows.shape[0])
+        self._add(name, features.detach().reshape(-1, features.shape[-1]), [])
 
-    def _add(self, name: str, product: Tensor, count: int) -> None:
-        dimension = product.shape[0]
-        covariance = self._covariances.get(name)
-        if covariance is None:
-            covariance = self._covariances[name] = Covariance.empty(dimension, product.device)
-        elif covariance.dimension != dimension:
-            raise ValueError(
-                f"features of {name!r} have width {dimension}, but the layer had {covariance.dimension} before: "
-                "pass features of the same layer and side"
-            )
-        covariance.add(product, count)
-        self._bases.pop(name, None)
+    def merge(self, other: NullSpace) -> NullSpace:
+        """Add all that another null space has seen, as if its features had come here; ``other`` stays as it is.
+
+        Covariances add exactly. Sketches merge by Frequent Directions, with the error bound of a single sketch of all
+        features. So ranks of a distributed run can each collect their share of the data.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: side, criterion, memory budget or the width of a layer differ; then nothing is changed.
+        """
+        settings, others = self._settings(), other._settings()
+        different = {key: (value, others[key]) for key, value in settings.items() if others[key] != value}
+        if different:
+            raise ValueError(f"the settings of other differ (here, there): {different}: collect both alike")
+        sources = dict(other._shared.by_name)
+        for name, theirs in sources.items():
+            mine = self._shared.by_name.get(name, theirs)
+            if (mine.dimension, mine.kind) != (theirs.dimension, theirs.kind):
+                raise ValueError(
+                    f"other has {theirs.kind} statistics of width {theirs.dimension} for {name!r}, this null space "
+                    f"{mine.kind} ones of width {mine.dimension}: collect both on the same model"
+                )
+        steps: dict[int, Steps] = {id(source): [] for source in sources.values()}
+        with torch.inference_mode(False), torch.no_grad():
+            for name, source in sources.items():
+                self._shared.advance(name, steps[id(source)], source.copy, partial(_merge, source))
+                self._protected.pop(name, None)
+        return self
+
+    def _add(self, name: str, rows: Tensor, steps: Steps) -> None:
+        def first() -> Statistics:
+            statistics = self._empty(_checked(name, rows))
+            statistics.add(rows)
+            return statistics
+
+        def more(statistics: Statistics) -> None:
+            if statistics.dimension != rows.shape[1]:
+                raise ValueError(
+                    f"features of {name!r} have width {rows.shape[1]}, but the layer had {statistics.dimension} before"
+                    ": pass features of the same layer and side"
+                )
+            statistics.add(_checked(name, rows))
+
+        # Statistics that begin in inference mode could not be added to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._shared.advance(name, steps, first, more)
+        self._protected.pop(name, None)
+
+    def _empty(self, rows: Tensor) -> Statistics:
+        budget, dimension, device = self.layer_memory_budget, rows.shape[1], rows.device
+        if budget is None or dimension**2 * accumulation_dtype(device).itemsize <= budget:
+            return Covariance.empty(dimension, device)
+        return Sketch.within(budget, dimension, rows.dtype, device)
 
     def basis(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The protected directions K (d x k) of the layer ``name``: orthonormal columns, strongest first.
@@ -139,38 +214,93 @@ class NullSpace:
         Raises:
             KeyError: nothing was collected for the layer; the message lists the layers there are.
         """
-        if name not in self._bases:
-            values, vectors = self._covariance(name).eigh()
-            self._bases[name] = vectors[:, : self.criterion.count(values)].contiguous()
-        return self._bases[name].to(dtype)
+        return self._protection(name).basis.to(dtype)
 
     def eigenvalues(self, name: str) -> Tensor:
-        """Eigenvalues (d,) of the layer's covariance, largest first, in squared feature units."""
-        return self._covariance(name).eigh()[0]
+        """Eigenvalues (d,) of the layer's covariance, largest first, in squared feature units.
+
+        Those of a sketch are lower by `error_bound` at most, and zero beyond the directions that it holds.
+        """
+        return self._protection(name).eigenvalues.clone()
 
     def protected_fraction(self, name: str) -> float:
         """k / d: the share of the layer's directions that no update may use."""
-        dimension, count = self.basis(name).shape
+        dimension, count = self._protection(name).basis.shape
         return count / dimension
 
-    def _covariance(self, name: str) -> Covariance:
-        if name not in self._covariances:
-            raise KeyError(f"no features were collected for {name!r}; there are {sorted(self._covariances)}")
-        return self._covariances[name]
+    def error_bound(self, name: str) -> float:
+        """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""
+        return self._statistics(name).error
+
+    def version(self, name: str) -> int:
+        """How often the layer's statistics have grown: who keeps a basis compares this to learn that it is old."""
+        self._statistics(name)
+        return self._shared.versions[name]
+
+    def table(self) -> str:
+        """A line per layer: dimension d, protected directions k, k / d, their share of the features' mean square
+        (a lower bound for a sketch), the kind of statistics and the number of tokens seen.
+
+        Computes every basis that is not there yet.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> null_space = NullSpace(max_rank=1)
+            >>> null_space.update("layer", torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+            >>> print(null_space.table())
+            layer  dimension  protected  fraction  energy   kind  tokens
+            layer          2          1     0.500  0.8000  exact       2
+            statistics: 0.0 MB
+        """
+        rows = []
+        for name, statistics in self._shared.by_name.items():
+            protection = self._protection(name)
+            dimension, count = protection.basis.shape
+            rows.append(Row(name, dimension, count, protection.energy, statistics.kind, statistics.count))
+        return render(rows, sum(statistics.nbytes for statistics in self._shared.distinct().values()))
+
+    def _statistics(self, name: str) -> Statistics:
+        if name not in self._shared.by_name:
+            raise KeyError(f"no features were collected for {name!r}; there are {sorted(self._shared.by_name)}")
+        return self._shared.by_name[name]
+
+    def _protection(self, name: str) -> Protection:
+        statistics = self._statistics(name)
+        if name not in self._protected:
+            twins = (twin for twin in self._protected if self._shared.by_name[twin] is statistics)
+            twin = next(twins, None)
+            self._protected[name] = self._decompose(name, statistics) if twin is None else self._protected[twin]
+        return self._protected[name]
+
+    def _decompose(self, name: str, statistics: Statistics) -> Protection:
+        with torch.inference_mode(False), torch.no_grad():
+            protection = protect(statistics.spectrum(), self.criterion)
+        if protection.missed is not None and name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"layer_memory_budget={self.layer_memory_budget}: the sketch of {name!r} is too small for "
+                f"{protection.missed}; it protects {protection.basis.shape[1]} of {statistics.dimension} directions. "
+                "Raise the budget",
+                stacklevel=4,
+            )
+        return protection
+
+    def _settings(self) -> dict[str, Any]:
+        return {"side": self.side, **vars(self.criterion), "layer_memory_budget": self.layer_memory_budget}
 
     def __contains__(self, name: object) -> bool:
-        return name in self._covariances
+        return name in self._shared.by_name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._covariances)
+        return iter(self._shared.by_name)
 
     def __len__(self) -> int:
-        return len(self._covariances)
+        return len(self._shared.by_name)
 
     def __repr__(self) -> str:
-        chosen = {key: value for key, value in vars(self.criterion).items() if value is not None}
-        criterion = ", ".join(f"{key}={value}" for key, value in chosen.items())
-        return f"NullSpace(side={self.side!r}, {criterion}, layers={len(self)})"
+        chosen = ", ".join(f"{key}={value!r}" for key, value in self._settings().items() if value is not None)
+        return f"NullSpace({chosen}, layers={len(self)})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics and the criterion as a safetensors file, so that `load` can go on collecting.
@@ -178,14 +308,7 @@ class NullSpace:
         Raises:
             ImportError: safetensors is not installed.
         """
-        tensors = {name: covariance.total.contiguous() for name, covariance in self._covariances.items()}
-        metadata = {
-            "format": "gradsub.NullSpace",
-            "side": self.side,
-            "criterion": json.dumps(vars(self.criterion)),
-            "counts": json.dumps({name: covariance.count for name, covariance in self._covariances.items()}),
-        }
-        _safetensors().save_file(tensors, os.fspath(path), metadata)
+        write(path, self._settings(), self._shared)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NullSpace:
@@ -199,14 +322,14 @@ class NullSpace:
             ImportError: safetensors is not installed.
             ValueError: the file holds something else.
         """
-        with _safetensors().safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != "gradsub.NullSpace":
-                raise ValueError(f"path={os.fspath(path)!r} is no file of NullSpace.save")
-            loaded = cls(metadata["side"], **json.loads(metadata["criterion"]))
-            for name, count in json.loads(metadata["counts"]).items():
-                loaded._covariances[name] = Covariance(file.get_tensor(name), count)
+        settings, shared = read(path, device)
+        loaded = cls(**settings)
+        loaded._shared = shared
         return loaded
+
+
+def _merge(source: Statistics, held: Statistics) -> None:
+    held.merge(source)
 
 
 def _checked(name: str, features: Tensor) -> Tensor:
@@ -215,19 +338,3 @@ def _checked(name: str, features: Tensor) -> Tensor:
     if not bool(torch.isfinite(features).all()):
         raise ValueError(f"features of {name!r} hold NaN or Inf: check the model and the batch before collecting")
     return features
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "saving and loading a NullSpace needs safetensors: pip install 'gradsub[safetensors]'"
-        ) from error
-
-    class Files:
-        save_file = staticmethod(safetensors.torch.save_file)
-        safe_open = staticmethod(safetensors.safe_open)
-
-    return Files

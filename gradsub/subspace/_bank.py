@@ -65,7 +65,7 @@ class SubspaceBank:
         gradients: Mapping[int, Tensor],
         update_proj_gap: int,
         changed: Callable[[int, Tensor, Tensor], None],
-    ) -> None:
+    ) -> bool:
         """Recompute the bases that are due and whose gradient is there and not zero.
 
         Args:
@@ -73,9 +73,12 @@ class SubspaceBank:
             gradients: full gradients (m x n) by subspace.
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
             changed: told the subspace, its old and its new basis.
+
+        Returns:
+            whether any basis changed.
         """
         state = self._state[layer.parameter]
-        step = int(state["step"])
+        step, refreshed = int(state["step"]), False
         for subspace in sorted(gradients):
             # Reading the flag waits for the device, on refresh steps only, where the decompositions wait as well.
             if not self.due(layer, subspace) or not bool(gradients[subspace].any()):
@@ -93,6 +96,8 @@ class SubspaceBank:
             changed(subspace, old, new)
             old.copy_(new)
             state["next_refresh"][subspace] = (step // update_proj_gap + 1) * update_proj_gap
+            refreshed = True
+        return refreshed
 
     def _forbidden(self, layer: Layer, subspace: int) -> tuple[Tensor | None, int]:
         protected, free = layer.protected, layer.free

@@ -1,0 +1,31 @@
+"""Conflict surgery: how much of each task's gradient enters the common step, decided from inner products alone.
+
+Each method takes the Gramian G_ij = <g_i, g_j> (K x K) of the already weighted task gradients and returns K weights w;
+the common gradient is sum_k w_k g_k. A method never sees the gradients, so the same function serves full gradients,
+projected ones and sums of either over layers. `sum_weights`, `pcgrad` and `gradvac` have the size of the sum of the
+gradients, `mgda` and `cagrad` that of their mean: exchanging one for the other wants another learning rate.
+
+Rules that all of them keep: weights have the dtype and device of the Gramian and no autograd history; they do not
+change when the Gramian is multiplied by a positive number; a task with a zero gradient (an absent task) gets a finite
+weight and leaves the weights of the others as if it were not there; the global random state is neither read nor
+advanced.
+"""
+
+from ._cagrad import cagrad
+from ._gradvac import GradVac, gradvac
+from ._mgda import mgda
+from ._pcgrad import pcgrad
+from ._registry import SURGERIES, Surgery, resolve_surgery
+from ._sum import sum_weights
+
+__all__ = [
+    "SURGERIES",
+    "GradVac",
+    "Surgery",
+    "cagrad",
+    "gradvac",
+    "mgda",
+    "pcgrad",
+    "resolve_surgery",
+    "sum_weights",
+]

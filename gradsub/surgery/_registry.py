@@ -1,0 +1,61 @@
+"""The methods by name."""
+
+import copy
+from collections.abc import Callable
+from typing import Final, TypeAlias
+
+from torch import Tensor
+
+from ._cagrad import cagrad
+from ._gradvac import GradVac
+from ._mgda import mgda
+from ._pcgrad import pcgrad
+from ._sum import sum_weights
+
+Surgery: TypeAlias = Callable[[Tensor], Tensor]
+"""Anything that turns a Gramian (K, K) into weights (K,)."""
+
+SURGERIES: Final[dict[str, Surgery]] = {
+    "sum": sum_weights,
+    "pcgrad": pcgrad,
+    "gradvac": GradVac(),
+    "mgda": mgda,
+    "cagrad": cagrad,
+}
+"""The methods with their default settings, by name."""
+
+
+def resolve_surgery(surgery: str | Surgery) -> Surgery:
+    """The method of that name with its default settings, or the callable itself.
+
+    Any callable from a Gramian (K, K) to weights (K,) will do: ``functools.partial(cagrad, c=0.2)``, a function of your
+    own, or one of TorchJD's Gramian weightings, such as ``torchjd.aggregation.MGDAWeighting()``; those of them that
+    draw random numbers use the global generator. By name, "gradvac" gives a new object with its own memory at every
+    call, and "pcgrad" and "gradvac" meet the tasks in cyclic order: bind a ``generator`` for a random one.
+
+    Args:
+        surgery: A key of ``SURGERIES``, or a callable.
+
+    Raises:
+        ValueError: there is no method of that name, or the object cannot be called.
+
+    Example:
+        >>> import torch
+        >>> from gradsub.surgery import resolve_surgery
+        >>> resolve_surgery("mgda")(torch.eye(2))
+        tensor([0.5000, 0.5000])
+        >>> resolve_surgery(lambda gramian: gramian.diagonal().rsqrt())(4 * torch.eye(2))
+        tensor([0.5000, 0.5000])
+    """
+    if isinstance(surgery, str) and surgery in SURGERIES:
+        # A copy of a function is the function itself; a copy of a stateful method keeps two users' targets apart.
+        method = copy.deepcopy(SURGERIES[surgery])
+        if isinstance(method, GradVac):
+            method.reset()
+        return method
+    if isinstance(surgery, str) or not callable(surgery):
+        raise ValueError(
+            f"surgery={surgery!r} must be one of {sorted(SURGERIES)} or a callable from a (K, K) Gramian to (K,) "
+            "weights: pass one of these."
+        )
+    return surgery
