@@ -4,10 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# One deadline for all machines would only measure how busy they are; few examples, because each of them trains.
-settings.register_profile(
-    "gradsub", deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+# A deadline would only measure how busy the machine is.
+settings.register_profile("gradsub", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("gradsub")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

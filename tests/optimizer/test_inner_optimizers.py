@@ -156,12 +156,11 @@ def whole_space(make: Make, side: str) -> tuple[Tensor, Tensor, Tensor]:
     start = noise(*shape, key=(1,)).double()
     bare, weight = (nn.Parameter(start.clone()) for _ in range(2))
     reference = make([bare])
+    layer = nn.Linear(*reversed(shape), bias=False)
+    layer.weight = weight
+    options = {"tasks": (), "rank": 5, "side": side, "update_proj_gap": 3, "model": nn.Sequential(layer)}
     with pytest.warns(UserWarning, match="rank=5"):
-        layer = nn.Linear(*reversed(shape), bias=False)
-        layer.weight = weight
-        optimizer = GemsOptimizer(
-            make([weight]), tasks=(), rank=5, side=side, update_proj_gap=3, model=nn.Sequential(layer)
-        )
+        optimizer = GemsOptimizer(make([weight]), **options)
     for step in range(8):
         gradient = noise(*shape, key=(2, step)).double()
         for parameter, each in ((bare, reference), (weight, optimizer)):
@@ -217,5 +216,5 @@ def test_decoupled_decay_of_adam_is_adamws(device, flag):
     for make in (torch.optim.AdamW, functools.partial(torch.optim.Adam, decoupled_weight_decay=flag)):
         model = mlp(device=device)
         train(model, gems(model, base=make(model.parameters(), lr=1e-2, weight_decay=0.5)), 4)
-        ends.append(tensors_in([p for p in model.parameters()]))
+        ends.append(tensors_in(list(model.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)) is flag

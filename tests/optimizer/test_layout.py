@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsub import GemsOptimizer
+from gradsub import GemsOptimizer, NullSpace
 
 from .toys import TASKS, gems, mlp, noise, null_space_of, same, train, weights_of
 
@@ -100,13 +100,14 @@ def test_full_rank_without_a_model_warns_once_and_steps_plainly(device):
 
 def test_what_a_null_space_cannot_protect_is_said_once(device):
     model = mlp((12, 10, 9, 8), device=device)
-    null_space = null_space_of(model)
-    del null_space._covariances["2"]
+    null_space = NullSpace(max_rank=2)
+    null_space.update("0", noise(20, 12))
+    null_space.update("4", noise(20, 9))
     with pytest.warns(UserWarning, match=r"null_space has nothing for 2: their updates are not constrained") as caught:
         gems(model, null_space=null_space)
     assert len(caught) == 1
     groups = [{"params": [p], "subspace": p is not model[0].weight} for p in model.parameters()]
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="null_space") as caught:
         gems(model, base=torch.optim.SGD(groups, lr=0.1), null_space=null_space)
     assert sorted(str(w.message)[:40] for w in caught) == [
         "0.weight is protected by null_space but ",

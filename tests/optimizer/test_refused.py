@@ -223,7 +223,7 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         {"params": [model[0].weight]},
     ]
     for group in bad:
-        with pytest.raises(ValueError, match="complex|rank=0|more than one parameter group"):
+        with pytest.raises(ValueError, match=r"complex|rank=0|more than one parameter group"):
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == 1
     assert same(before, tensors_in(optimizer.state_dict()))
