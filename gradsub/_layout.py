@@ -72,9 +72,9 @@ class Layout:
             self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
             self._check_dtype(parameter)
             protecting = self._protecting(parameter)
-            too_small = parameter.ndim == 2 and group["rank"] >= min(parameter.shape)
+            too_small = parameter.ndim >= 2 and group["rank"] >= _smaller_side(parameter)
             if not self._decomposed(parameter, group, bool(protecting)):
-                if group["subspace"] and parameter.ndim == 2 and too_small and self._targets is None:
+                if group["subspace"] and too_small and self._targets is None:
                     full_rank.append(self.name(parameter))
                 if protecting:
                     self._warn(
@@ -91,25 +91,25 @@ class Layout:
         return layers
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
-        if not group["subspace"] or parameter.ndim != 2 or not parameter.is_floating_point():
+        if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point():
             return False
         if self._targets is not None:
             return parameter in self._targets
-        return protected or min(parameter.shape) > group["rank"]
+        return protected or _smaller_side(parameter) > group["rank"]
 
     def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
         target = (self._targets or {}).get(parameter)
         axis = 1 if self._side == "input" else 0
         if target is not None and target.transposed:
             axis = 1 - axis
-        rank = min(group["rank"], *parameter.shape)
+        most = _smaller_side(parameter)
         task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
         layer = Layer(
             name=target.names[0] if target else self.name(parameter).removesuffix(".weight"),
             parameter=parameter,
             index=index,
             axis=axis,
-            widths=(rank, *([min(task_rank, *parameter.shape)] * self._tasks)),
+            widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
         )
         if not protecting:
             return layer
@@ -198,6 +198,12 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[Tens
         earlier = found.get(weight)
         found[weight] = _Target((*(earlier.names if earlier else ()), name), is_transposed(module))
     return found
+
+
+def _smaller_side(parameter: Tensor) -> int:
+    """min(m, n) of the weight as a matrix."""
+    rows = parameter.shape[0]
+    return min(rows, parameter.numel() // rows) if rows else 0
 
 
 def _some(names: list[str], most: int = 3) -> str:

@@ -38,7 +38,7 @@ class GateInputs:
     gradient_norms: Tensor
     samples: Tensor
     present: Tensor
-    memory: Tensor
+    memory: Tensor | None = None
     alignment: Tensor | None = None
 
 
@@ -64,7 +64,7 @@ def uniform_gate(inputs: GateInputs) -> Tensor:
     Example:
         >>> import torch
         >>> one = torch.ones(1, 2)
-        >>> uniform_gate(GateInputs(torch.ones(2), one, torch.ones(2), one.bool(), memory=torch.zeros(1, 2)))
+        >>> uniform_gate(GateInputs(torch.ones(2), one, torch.ones(2), one.bool()))
         tensor([[0.5000, 0.5000]])
     """
     present = inputs.present.to(inputs.gradient_norms.dtype)
@@ -85,7 +85,6 @@ def heuristic_gate(inputs: GateInputs) -> Tensor:
         ...     gradient_norms=torch.tensor([[1.0, 1.0]]),
         ...     samples=torch.tensor([8.0, 8.0]),
         ...     present=torch.tensor([[True, True]]),
-        ...     memory=torch.zeros(1, 2),
         ... )
         >>> heuristic_gate(inputs)
         tensor([[0.6000, 0.4000]])
@@ -133,6 +132,7 @@ class HypergradientGate:
     def __call__(self, inputs: GateInputs) -> Tensor:
         """The gates (L, K) after a step of theta, which is ``inputs.memory``."""
         assert inputs.alignment is not None
+        assert inputs.memory is not None
         theta = inputs.memory
         gates = self._softmax(theta, inputs.present)
         slope = gates * (inputs.alignment - (gates * inputs.alignment).sum(-1, keepdim=True))

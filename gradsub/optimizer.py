@@ -72,7 +72,8 @@ class GemsOptimizer(Optimizer):
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
         null_space: the protected directions; None protects nothing.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
-            2-D parameter with min(m, n) > rank. All other parameters take the plain inner step on G_sh.
+            parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
+            ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh.
         target_modules: which layers of ``model``, by peft's convention: ``"all-linear"``, a regular expression, or
             names.
         seed: of the random test matrices; torch's global generator is never used.
@@ -419,7 +420,9 @@ class GemsOptimizer(Optimizer):
                 shared = mix(found.parts, weights, found.outside)
                 if coupled:
                     sign = -1.0 if group.get("maximize") else 1.0
-                    shared = shared + sign * decay * project(parameter, self._bank.basis(layer, SHARED), layer.axis)
+                    shared = shared + sign * decay * project(
+                        layer.matrix(parameter), self._bank.basis(layer, SHARED), layer.axis
+                    )
                 gradients[self._proxy(layer, SHARED)] = shared
                 gradients.update({self._proxy(layer, task + 1): R for task, R in found.own.items()})
         return gradients

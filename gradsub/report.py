@@ -23,7 +23,7 @@ class LayerReport:
 
     Attributes:
         name: the layer.
-        shape: of its weight.
+        shape: (m, n) of its weight.
         step: how many steps the layer has taken.
         gradient_norms: task -> ||G_k||, the Frobenius norm of its whole gradient; NaN where a task accumulated several
             backward passes, whose norms do not add up.
@@ -133,10 +133,9 @@ def _layer_report(
     present: list[bool],
 ) -> LayerReport:
     here = [k for k in range(len(tasks)) if present[k]]
-    rows, columns = layer.parameter.shape
     return LayerReport(
         name=layer.name,
-        shape=(rows, columns),
+        shape=layer.shape,
         step=step,
         gradient_norms={tasks[k]: math.sqrt(squared_norms[k]) for k in here},
         cosines={

@@ -26,9 +26,9 @@ def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
     """
     weight = layer.parameter
     if layer.protected is not None:
-        state[ANCHOR] = torch.zeros_like(project(weight.detach(), layer.protected, layer.axis))
+        state[ANCHOR] = torch.zeros_like(project(layer.matrix(weight.detach()), layer.protected, layer.axis))
     if master_weights and weight.dtype != layer.dtype:
-        state[MASTER] = weight.detach().to(layer.dtype)
+        state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
 
 def apply_update(
@@ -89,7 +89,7 @@ def hold_protected(layer: Layer, state: State) -> None:
 
 def _precise(layer: Layer, state: State) -> Tensor:
     """The weight in the layer's dtype: itself, its master copy, or a conversion of it."""
-    weight = layer.parameter
+    weight = layer.matrix(layer.parameter)
     if weight.dtype == layer.dtype:
         return weight
     converted = weight.to(layer.dtype)
@@ -101,5 +101,5 @@ def _precise(layer: Layer, state: State) -> Tensor:
 
 
 def _write(layer: Layer, precise: Tensor) -> None:
-    if precise is not layer.parameter:
-        layer.parameter.copy_(precise)
+    if precise.data_ptr() != layer.parameter.data_ptr():
+        layer.parameter.copy_(precise.view(layer.parameter.shape))

@@ -106,6 +106,7 @@ class GenericCapture:
             return Captured(full=gradient)
         with torch.no_grad():
             squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
+            gradient = layer.matrix(gradient)
             own = task + 1
             if self._bank.due(layer, SHARED) or self._bank.due(layer, own):
                 return Captured(full=gradient, squared_norm=squared_norm)

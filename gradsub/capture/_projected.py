@@ -51,6 +51,7 @@ def gather(
         update_proj_gap: steps between refreshes.
         changed: told about every basis that changed.
     """
+    outside = None if outside is None else layer.matrix(outside).to(layer.dtype)
     full = {task + 1: held.full.to(layer.dtype) for task, held in captured.items() if held.full is not None}
     if len(full) == len(captured) and bank.due(layer, SHARED):
         full[SHARED] = mix({task: full[task + 1] for task in captured}, weights, outside)

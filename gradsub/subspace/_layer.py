@@ -12,7 +12,8 @@ class Layer:
 
     Attributes:
         name: what reports and errors call it.
-        parameter: the weight, two-dimensional.
+        parameter: the weight; one with more than two dimensions, as of a convolution, counts as the matrix
+            ``out x (in * kernel)``.
         index: its position among all the optimizer's parameters; seeds its random numbers.
         axis: the axis of the weight that the bases span, of length d: 1 for ``side="input"`` of an
             ``out_features x in_features`` weight, 0 for ``side="output"``.
@@ -28,9 +29,19 @@ class Layer:
     protected: Tensor | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of the weight as a matrix."""
+        rows = self.parameter.shape[0]
+        return rows, self.parameter.numel() // rows
+
+    def matrix(self, tensor: Tensor) -> Tensor:
+        """The weight, or a gradient of its shape, as a matrix; a view wherever memory allows."""
+        return tensor if tensor.ndim == 2 else tensor.reshape(self.shape)
+
+    @property
     def dimension(self) -> int:
         """d, the length of the axis that the bases span."""
-        return self.parameter.shape[self.axis]
+        return self.shape[self.axis]
 
     @property
     def free(self) -> int:
@@ -44,7 +55,7 @@ class Layer:
 
     def coordinates(self, subspace: int) -> tuple[int, int]:
         """The shape of a projected gradient: (m, r) or (r, n)."""
-        rows, columns = self.parameter.shape
+        rows, columns = self.shape
         width = self.widths[subspace]
         return (rows, width) if self.axis == 1 else (width, columns)
 

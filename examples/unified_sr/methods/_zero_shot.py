@@ -10,10 +10,10 @@ from ._base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShotSettings(Settings):
-    """Nothing of its own."""
+    """Nothing of its own; ``steps`` may be given and means nothing."""
 
     method: str = setting("zero-shot", "name of the training method")
-    steps: int = setting(0, "optimizer steps, of which there are none", minimum=0, maximum=0)
+    steps: int = setting(0, "ignored: nothing is trained", minimum=0)
 
 
 ZERO_SHOT = Method("zero-shot", "the language model as it is", ZeroShotSettings, None)

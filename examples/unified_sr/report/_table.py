@@ -49,7 +49,7 @@ def result_table(folder: RunFolder) -> str:
     cells += [[name, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"] for name, old, new in result_rows(folder)]
     old, new = perplexities(folder)
     cells.append(["general perplexity", f"{old:.2f}", f"{new:.2f}", change(old, new)])
-    return markdown_table(cells)
+    return markdown_table([row[:2] for row in cells] if method == "zero-shot" else cells)
 
 
 def markdown_table(cells: list[list[str]]) -> str:
