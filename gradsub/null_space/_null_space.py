@@ -45,7 +45,9 @@ class NullSpace:
     eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the budget. Batches may come
     in any order and any division: exact statistics differ by rounding only, sketches by the bound. A sketch errs
     towards protection: ``energy`` counts against the exact tr(C), and ``threshold`` takes every direction that may
-    reach it. Where it cannot hold enough directions, it warns once and protects all it holds.
+    reach it. Where it cannot hold enough directions, it warns once and protects all it holds. Its certificate of the
+    energy is loose unless the budget holds several times as many rows as there are directions to protect: where that
+    is no saving over 8 d^2 bytes, prefer exact statistics, which are faster to collect as well.
 
     Layers that receive the very same tensor in every batch, as query, key and value projections do, share their
     statistics and one eigendecomposition.
