@@ -155,7 +155,7 @@ def test_gates_weigh_each_tasks_own_step(device, gates, kept):
 def test_gates_by_name_and_by_callable():
     assert resolve_gate("uniform") is uniform_gate
     assert resolve_gate(heuristic_gate) is heuristic_gate
-    with pytest.raises(ValueError, match=r"gate='softmax' must be one of \['heuristic', 'uniform'\]"):
+    with pytest.raises(ValueError, match=r"gate='softmax' must be one of .*'heuristic'.*'uniform'"):
         resolve_gate("softmax")
 
 

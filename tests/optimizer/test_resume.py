@@ -63,7 +63,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(device, base, dtype, after):
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("gate", ["uniform", "heuristic"])
+@pytest.mark.parametrize("gate", ["uniform", "heuristic", "hypergradient"])
 @pytest.mark.parametrize("orthogonalize", ["none", "shared_first"])
 @pytest.mark.parametrize("moments", ["rotate", "reset"])
 def test_with_every_option(device, side, gate, orthogonalize, moments):

@@ -58,8 +58,14 @@ def test_sgd_in_one_subspace_is_a_truncated_svd_step(rows, columns, rank, side, 
     (layer.weight * gradient).sum().backward()
     optimizer.step()
     moved = (before - layer.weight.detach()).numpy()
-    error = np.linalg.norm(moved - truncated(gradient, rank))
-    assert error <= 1e-6 * float(gradient.norm()) + 1e-14 * float(before.norm())
+    wanted, best = gradient.numpy(), truncated(gradient, rank)
+    slack = 1e-6 * np.linalg.norm(wanted) + 1e-14 * float(before.norm())
+    # A randomized basis is as good as the best one but for a few percent, and exact where it is as wide as the matrix.
+    factor = 1.0 if rank >= min(rows, columns) else 1.05
+    assert np.linalg.norm(wanted - moved) <= factor * np.linalg.norm(wanted - best) + slack
+    assert np.linalg.norm(wanted - moved) ** 2 == pytest.approx(
+        np.linalg.norm(wanted) ** 2 - np.linalg.norm(moved) ** 2, abs=slack * np.linalg.norm(wanted) * 4
+    )  # an orthogonal projection of the gradient: nothing is scaled
 
 
 def layer_in(layer: nn.Module) -> nn.Module:
