@@ -22,7 +22,10 @@ def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def find_nonfinite(
-    losses: Mapping[int, Tensor], gradients: Mapping[int, Mapping[Tensor, Captured]], tasks: Sequence[str]
+    losses: Mapping[int, Tensor],
+    gradients: Mapping[int, Mapping[Tensor, Captured]],
+    tasks: Sequence[str],
+    outside: Sequence[Tensor],
 ) -> str | None:
     """What is NaN or Inf, by task, or None; waits for the device once."""
     flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]
@@ -30,6 +33,9 @@ def find_nonfinite(
         (f"the gradient of task {tasks[task]!r}", largest_entry([captured.tensors()[0] for captured in held.values()]))
         for task, held in gradients.items()
     ]
+    dense = [gradient for gradient in outside if gradient.layout is torch.strided]
+    if dense:
+        flags.append(("a gradient from outside any task", largest_entry(dense)))
     if not flags:
         return None
     like = flags[0][1]

@@ -10,7 +10,9 @@ from gradsub.subspace import MOMENT_RULES
 ORTHOGONALIZATIONS = ("none", "shared_first")
 NONFINITE_RULES = ("raise", "skip", "ignore")
 # What a parameter group holds that the base optimizer must not see.
-NOT_INNER = frozenset({"params", "param_names", "subspace", "rank", "task_rank", "update_proj_gap", "scale"})
+NOT_INNER = frozenset(
+    {"params", "param_names", "tasks", "side", "subspace", "rank", "task_rank", "update_proj_gap", "scale"}
+)
 
 
 def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:

@@ -37,50 +37,59 @@ def hand_down(state: Mapping[str, Any], inner: Inner, proxies: Mapping[str, Tens
 
 
 def check_compatible(
-    saved: Mapping[str, Any], params: Sequence[Tensor], state: Mapping[Tensor, Any], layers: Mapping[Tensor, Layer]
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Any],
+    layers: Mapping[Tensor, Layer],
 ) -> None:
-    """Raise before anything is loaded if a checkpoint comes from other tasks, ranks or shapes.
+    """Raise before anything is loaded if a checkpoint comes from other tasks, ranks, shapes or another optimizer.
 
     Raises:
         ValueError: the message names the parameter and the difference.
     """
+    params = group_parameters(groups)
     order = [index for group in saved["param_groups"] for index in group["params"]]
     if len(order) != len(params):
         raise ValueError(
             f"state_dict has {len(order)} parameters, the optimizer has {len(params)}: load the same model"
         )
+    for theirs, ours in zip(saved["param_groups"], groups, strict=False):
+        for option in ("tasks", "side"):
+            there, here = theirs.get(option, ours[option]), ours[option]
+            if list(there) != list(here):
+                raise ValueError(f"state_dict: {option} is {there!r} there and {here!r} here: use the same")
     for index, parameter in zip(order, params, strict=True):
-        theirs = saved["state"].get(index)
-        if theirs is None:
-            continue
         layer = layers.get(parameter)
         name = layer.name if layer else f"parameter {index}"
-        if (layer is not None) != ("basis" in theirs):
-            raise ValueError(
-                f"state_dict: {name} is {'a plain' if layer else 'a decomposed'} parameter there and "
-                f"{'a decomposed' if layer else 'a plain'} one here: use the same rank, target_modules and subspace"
-            )
-        ours = state[parameter]
-        _check_subspaces(name, theirs, ours)
-        for key, value in ours.items():
-            other = theirs.get(key)
-            if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
-                raise ValueError(
-                    f"state_dict: {key!r} of {name} has shape {tuple(other.shape)} there and {tuple(value.shape)} "
-                    "here: use the same tasks, rank, task_rank and side"
-                )
+        _check_parameter(name, saved["state"].get(index, {}), state.get(parameter, {}), decomposed=layer is not None)
 
 
-def _check_subspaces(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    def subspaces(state: Mapping[str, Any]) -> set[str]:
-        return {
-            key.removeprefix(INNER).rsplit(".", 1)[0] for key in state if key.startswith(INNER) and key.count(".") > 1
-        }
-
-    if subspaces(theirs) and subspaces(ours) and subspaces(theirs) != subspaces(ours):
+def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], decomposed: bool) -> None:
+    if decomposed != ("basis" in theirs):
+        there, here = ("a plain", "a decomposed") if decomposed else ("a decomposed", "a plain")
         raise ValueError(
-            f"state_dict: {name} has the subspaces {sorted(subspaces(theirs))} there and {sorted(subspaces(ours))} "
-            "here: use the same tasks"
+            f"state_dict: {name} is {there} parameter there and {here} one here: save it from a GemsOptimizer with the "
+            "same rank, target_modules and subspace options"
+        )
+    # The anchor belongs to the null space, which may be another one now: it is then found anew.
+    for key in (ours.keys() & theirs.keys()) - {ANCHOR}:
+        value, other = ours[key], theirs[key]
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
+            raise ValueError(
+                f"state_dict: {key!r} of {name} has shape {tuple(other.shape)} there and {tuple(value.shape)} here: "
+                "use the same tasks, rank, task_rank, side and null space"
+            )
+    inner_theirs, inner_ours = ({key for key in keys if key.startswith(INNER)} for keys in (theirs, ours))
+    # Some optimizers have no state before their first step, on either side.
+    if inner_theirs and inner_ours and inner_theirs != inner_ours:
+        raise ValueError(
+            f"state_dict: the base optimizer's state of {name} differs in {sorted(inner_theirs ^ inner_ours)}: wrap "
+            "the same optimizer with the same options"
+        )
+    missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - {ANCHOR}
+    if missing:
+        raise ValueError(
+            f"state_dict: {name} lacks {sorted(missing)}: use the same gate, null space and master_weights"
         )
 
 

@@ -110,7 +110,17 @@ class Inner:
         """A zero proxy."""
         return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
 
-    def step(self, groups: Iterable[dict[str, Any]], gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    @property
+    def relative(self) -> bool:
+        """Whether the step's length follows the parameter's: then a proxy has to start as the weight's coordinates."""
+        return any("adafactor" in kind.__name__.lower() for kind in type(self.base).__mro__)
+
+    def step(
+        self,
+        groups: Iterable[dict[str, Any]],
+        gradients: Mapping[Tensor, Tensor],
+        starts: Mapping[Tensor, Tensor],
+    ) -> dict[Tensor, Tensor]:
         """One step of the base optimizer.
 
         Args:
@@ -118,19 +128,33 @@ class Inner:
                 (a schedule-free optimizer counts there) is written back to them.
             gradients: of proxies; a proxy without one is not stepped. Plain parameters carry theirs in ``.grad``.
 
+            starts: where a proxy starts, if not at zero.
+
         Returns:
             d, the step taken, for every proxy in ``gradients``.
         """
         groups = list(groups)
         self._read_options(groups)
         for proxy, gradient in gradients.items():
-            proxy.data = torch.zeros_like(gradient)
+            proxy.data = starts[proxy].clone() if proxy in starts else torch.zeros_like(gradient)
             proxy.grad = gradient
-        self.base.step()
+        self._base_step()
         self._write_options(groups)
-        steps = {proxy: proxy.data for proxy in gradients}
+        steps = {proxy: proxy.data - starts[proxy] if proxy in starts else proxy.data for proxy in gradients}
         self._release(gradients)
         return steps
+
+    def _base_step(self) -> None:
+        """The base optimizer's step without torch's wrapper, which would fire the global step hooks a second time."""
+        step = type(self.base).step
+        if not getattr(step, "hooked", False):
+            self.base.step()
+            return
+        for before in list(self.base._optimizer_step_pre_hooks.values()):
+            before(self.base, (), {})
+        step.__wrapped__(self.base)  # type: ignore[attr-defined]
+        for after in list(self.base._optimizer_step_post_hooks.values()):
+            after(self.base, (), {})
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """The base optimizer's state of a plain parameter or of a proxy; empty if it has none yet."""

@@ -141,7 +141,10 @@ class GemsOptimizer(Optimizer):
     ) -> None:
         check_wrappable(base)
         settings.check_arguments(side, orthogonalize, moments, nonfinite)
+        self.tasks = settings.check_tasks(tasks)
         own = {
+            "tasks": self.tasks,
+            "side": side,
             "subspace": True,
             "rank": rank,
             "task_rank": task_rank,
@@ -152,7 +155,6 @@ class GemsOptimizer(Optimizer):
         clash = sorted(own.keys() & base.defaults.keys())
         if clash:
             raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
-        self.tasks = settings.check_tasks(tasks)
         self._gate = resolve_gate(gate)
         self._surgery = None if surgery == "sum" else _surgery(surgery)
         self._moments = moments
@@ -171,10 +173,12 @@ class GemsOptimizer(Optimizer):
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
         self._capture = GenericCapture(self._bank, self._layout.name)
-        self._inner = Inner(base)
-        for position in range(len(self.param_groups)):
-            self._adopt(position)
+        found = [self._lay_out(group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
+        # Nothing can be refused any more: only now is the base optimizer taken over.
+        self._inner = Inner(base)
+        for group, layers in zip(self.param_groups, found, strict=True):
+            self._adopt(group, layers)
 
     # --- gradients in ------------------------------------------------------------------------------------------------
 
@@ -277,6 +281,7 @@ class GemsOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        self._check_dense()
         self._unscale()
         if not self._finite():
             return result
@@ -287,7 +292,7 @@ class GemsOptimizer(Optimizer):
         gradients = self._inner_gradients(projected, weights)
         outside = self._mix_plain(weights)
         try:
-            steps = self._inner.step(self.param_groups, gradients)
+            steps = self._inner.step(self.param_groups, gradients, self._starts(projected))
         finally:
             for parameter, gradient in outside.items():
                 parameter.grad = gradient
@@ -343,11 +348,17 @@ class GemsOptimizer(Optimizer):
         total = sum(self._samples.values())
         return {task: samples / total for task, samples in self._samples.items()}
 
+    def _check_dense(self) -> None:
+        for parameter in self._layers:
+            if parameter.grad is not None:
+                self._capture.check_dense(parameter, parameter.grad)
+
     def _finite(self) -> bool:
         """Whether the step may go on."""
         if self._nonfinite == "ignore":
             return True
-        found = find_nonfinite(self._losses, self._capture.gradients, self.tasks)
+        outside = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        found = find_nonfinite(self._losses, self._capture.gradients, self.tasks, outside)
         if found is None:
             return True
         if self._nonfinite == "raise":
@@ -427,6 +438,18 @@ class GemsOptimizer(Optimizer):
                 gradients.update({self._proxy(layer, task + 1): R for task, R in found.own.items()})
         return gradients
 
+    def _starts(self, projected: Mapping[Layer, Projected]) -> dict[Tensor, Tensor]:
+        """The weights' coordinates, for a base optimizer whose step is relative to them."""
+        if not self._inner.relative:
+            return {}
+        return {
+            self._proxy(layer, subspace): project(
+                layer.matrix(layer.parameter), self._bank.basis(layer, subspace), layer.axis
+            )
+            for layer in projected
+            for subspace in range(len(layer.widths))
+        }
+
     def _mix_plain(self, weights: Mapping[int, float | Tensor]) -> dict[Tensor, Tensor | None]:
         """Give plain parameters the shared gradient; what they, and decomposed ones, had in ``.grad``, to put back."""
         outside = {}
@@ -479,16 +502,19 @@ class GemsOptimizer(Optimizer):
         super().add_param_group(param_group)
         if "_inner" not in self.__dict__:
             return  # called by torch's constructor: the groups are adopted together once everything is there
+        group = self.param_groups[-1]
         try:
-            self._adopt(len(self.param_groups) - 1)
+            layers = self._lay_out(group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
+        self._adopt(group, layers)
 
-    def _adopt(self, position: int) -> None:
-        group = self.param_groups[position]
+    def _lay_out(self, group: dict[str, Any], position: int) -> list[Layer]:
         settings.check_group(group)
-        layers = self._layout.add_group(group, position)
+        return self._layout.add_group(group, position)
+
+    def _adopt(self, group: dict[str, Any], layers: list[Layer]) -> None:
         proxies: dict[Tensor, Tensor] = {}
         for layer in layers:
             self._layers[layer.parameter] = layer
@@ -531,12 +557,14 @@ class GemsOptimizer(Optimizer):
         if self._capture.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
         params = group_parameters(self.param_groups)
-        check_compatible(state_dict, params, self.state, self._layers)
+        check_compatible(state_dict, self.param_groups, self.state, self._layers)
         earlier = self.state
         super().load_state_dict(state_dict)
         restore(state_dict, params, self.state, earlier)
         for parameter, proxies in self._proxies.items():
             hand_down(self.state.get(parameter, {}), self._inner, proxies)
+        for layer in self._layers.values():
+            self._bank.enforce(layer)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.

@@ -86,11 +86,7 @@ class GenericCapture:
         if self._open is None or parameter.grad is None:
             return
         gradient, parameter.grad = parameter.grad, None
-        if gradient.layout is not torch.strided:
-            raise ValueError(
-                f"the gradient of {self._names(parameter)} is sparse ({gradient.layout}): subspaces need dense "
-                "gradients, so build the embedding with sparse=False"
-            )
+        self.check_dense(parameter, gradient)
         self._arrived = True
         task = self._open
         captured = self._captured(parameter, gradient, task)
@@ -99,6 +95,14 @@ class GenericCapture:
             held[parameter].add(captured)
         else:
             held[parameter] = captured
+
+    def check_dense(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Raise a ValueError if a gradient is sparse."""
+        if gradient.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of {self._names(parameter)} is sparse ({gradient.layout}): subspaces need dense "
+                "gradients, so build the embedding with sparse=False"
+            )
 
     def _captured(self, parameter: Tensor, gradient: Tensor, task: int) -> Captured:
         layer = self._layers.get(parameter)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
@@ -55,6 +56,19 @@ class SubspaceBank:
         state = self._state[layer.parameter]
         return bool(state["step"] >= state["next_refresh"][subspace])
 
+    def enforce(self, layer: Layer) -> None:
+        """Keep bases that came from elsewhere out of the protected directions, and let them be refreshed soon.
+
+        A checkpoint may know of another null space, or of none; bases that obey this one stay bit for bit.
+        """
+        if layer.protected is None:
+            return
+        state = self._state[layer.parameter]
+        inside = layer.protected.mT @ state["basis"]
+        if bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
+            state["basis"] -= layer.protected @ inside
+            state["next_refresh"].fill_(int(state["step"]))
+
     def advance(self, layer: Layer) -> None:
         """Count a step."""
         self._state[layer.parameter]["step"] += 1
@@ -80,8 +94,10 @@ class SubspaceBank:
         state = self._state[layer.parameter]
         step, refreshed = int(state["step"]), False
         for subspace in sorted(gradients):
-            # Reading the flag waits for the device, on refresh steps only, where the decompositions wait as well.
-            if not self.due(layer, subspace) or not bool(gradients[subspace].any()):
+            if not self.due(layer, subspace):
+                continue
+            # Reading this waits for the device, on refresh steps only, where the decompositions wait as well.
+            if not 0.0 < float(gradients[subspace].abs().amax()) < math.inf:
                 continue
             against, free = self._forbidden(layer, subspace)
             old = self.basis(layer, subspace)
@@ -97,6 +113,9 @@ class SubspaceBank:
             old.copy_(new)
             state["next_refresh"][subspace] = (step // update_proj_gap + 1) * update_proj_gap
             refreshed = True
+            if subspace == SHARED and self._orthogonalize == "shared_first":
+                # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
+                state["next_refresh"][1:] = step
         return refreshed
 
     def _forbidden(self, layer: Layer, subspace: int) -> tuple[Tensor | None, int]:
