@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradsub.inner import Inner
 from gradsub.subspace import Layer
+from gradsub.update import ANCHOR
 
 INNER = "inner."
 
@@ -88,9 +89,7 @@ def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, An
         )
     missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - {ANCHOR}
     if missing:
-        raise ValueError(
-            f"state_dict: {name} lacks {sorted(missing)}: use the same gate, null space and master_weights"
-        )
+        raise ValueError(f"state_dict: {name} lacks {sorted(missing)}: use the same gate and master_weights")
 
 
 def restore(
@@ -109,11 +108,17 @@ def restore(
     """
     order = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(order, params, strict=True):
+        before = earlier.get(parameter, {})
         for key, value in saved["state"].get(index, {}).items():
             if isinstance(value, Tensor):
-                like = earlier.get(parameter, {}).get(key)
+                like = before.get(key)
                 device = like.device if isinstance(like, Tensor) else parameter.device if value.ndim else value.device
                 state[parameter][key] = value.detach().to(device, copy=True)
+        anchor, found = before.get(ANCHOR), state[parameter].get(ANCHOR) if parameter in state else None
+        if anchor is None and found is not None:
+            del state[parameter][ANCHOR]
+        elif anchor is not None and (found is None or found.shape != anchor.shape):
+            state[parameter][ANCHOR] = torch.zeros_like(anchor)
 
 
 def group_parameters(groups: Sequence[Mapping[str, Any]]) -> list[torch.nn.Parameter]:

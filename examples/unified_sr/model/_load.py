@@ -77,7 +77,7 @@ def _load_folder(name: str) -> LanguageModel:
         )
     try:
         return _load(name, name, {"local_files_only": True})
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"the model folder {name!r} cannot be loaded ({error}); it must hold the files that save_pretrained() "
             "writes, of both the model and its tokenizer"
