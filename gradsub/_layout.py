@@ -52,6 +52,7 @@ class Layout:
         self._null_space = null_space
         self._targets: dict[Tensor, _Target] | None = None
         self._names: dict[Tensor, str] = {}
+        self._seen: dict[Tensor, tuple[int, ...]] = {}
         self._count = 0
         self._warned: set[str] = set()
         if model is not None:
@@ -118,7 +119,34 @@ class Layout:
             self._warn(
                 "no freedom", f"null_space protects all {layer.dimension} directions of {layer.name}: it cannot learn"
             )
-        return Layer(layer.name, layer.parameter, layer.index, layer.axis, layer.widths, protected)
+        layer.protected = protected
+        self._seen[layer.parameter] = self._versions(protecting)
+        return layer
+
+    def renewed(self, layer: Layer, kept: Tensor | None) -> Tensor | None:
+        """The directions to protect now; at least ``kept``, and ``kept`` itself where nothing was added.
+
+        Args:
+            layer: the layer.
+            kept: what was protected before (d x k).
+        """
+        names = self._protecting(layer.parameter)
+        if self._null_space is None or not names or kept is None:
+            return layer.protected if names else None
+        self._seen[layer.parameter] = self._versions(names)
+        for name in names:
+            kept = self._null_space.extended(name, kept)
+        return kept
+
+    def outdated(self, layer: Layer) -> bool:
+        """Whether the null space has seen more of the layer since its directions were last taken."""
+        return layer.parameter in self._seen and self._seen[layer.parameter] != self._versions(
+            self._protecting(layer.parameter)
+        )
+
+    def _versions(self, names: list[str]) -> tuple[int, ...]:
+        assert self._null_space is not None
+        return tuple(self._null_space.version(name) for name in names)
 
     def _protecting(self, parameter: Tensor) -> list[str]:
         """The names under which the null space knows the parameter."""

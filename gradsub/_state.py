@@ -8,9 +8,10 @@ from torch import Tensor
 
 from gradsub.inner import Inner
 from gradsub.subspace import Layer
-from gradsub.update import ANCHOR
+from gradsub.update import ANCHOR, PROTECTED
 
 INNER = "inner."
+NULL_SPACE = frozenset({ANCHOR, PROTECTED})
 
 
 def mirror(states: MutableMapping[Tensor, Any], parameter: Tensor, inner: Inner, proxies: Mapping[str, Tensor]) -> None:
@@ -72,8 +73,8 @@ def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, An
             f"state_dict: {name} is {there} parameter there and {here} one here: save it from a GemsOptimizer with the "
             "same rank, target_modules and subspace options"
         )
-    # The anchor belongs to the null space, which may be another one now: it is then found anew.
-    for key in (ours.keys() & theirs.keys()) - {ANCHOR}:
+    # What is protected may be more, or less, than it was then.
+    for key in (key for key in ours if key in theirs and key not in NULL_SPACE):
         value, other = ours[key], theirs[key]
         if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
             raise ValueError(
@@ -87,7 +88,7 @@ def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, An
             f"state_dict: the base optimizer's state of {name} differs in {sorted(inner_theirs ^ inner_ours)}: wrap "
             "the same optimizer with the same options"
         )
-    missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - {ANCHOR}
+    missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - NULL_SPACE
     if missing:
         raise ValueError(f"state_dict: {name} lacks {sorted(missing)}: use the same gate and master_weights")
 
@@ -114,11 +115,6 @@ def restore(
                 like = before.get(key)
                 device = like.device if isinstance(like, Tensor) else parameter.device if value.ndim else value.device
                 state[parameter][key] = value.detach().to(device, copy=True)
-        anchor, found = before.get(ANCHOR), state[parameter].get(ANCHOR) if parameter in state else None
-        if anchor is None and found is not None:
-            del state[parameter][ANCHOR]
-        elif anchor is not None and (found is None or found.shape != anchor.shape):
-            state[parameter][ANCHOR] = torch.zeros_like(anchor)
 
 
 def group_parameters(groups: Sequence[Mapping[str, Any]]) -> list[torch.nn.Parameter]:

@@ -34,7 +34,7 @@ from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
 from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
-from gradsub.update import apply_update, hold_protected, initialise_update
+from gradsub.update import PROTECTED, apply_update, hold_protected, initialise_update
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
 
@@ -385,6 +385,8 @@ class GemsOptimizer(Optimizer):
                 }
                 if not captured and parameter.grad is None:
                     continue
+                if self._bank.due(layer, SHARED) and self._layout.outdated(layer):
+                    self._protect(layer, self._layout.renewed(layer, layer.protected))
                 projected[layer] = gather(
                     layer,
                     self._bank,
@@ -395,6 +397,12 @@ class GemsOptimizer(Optimizer):
                     partial(self._carry, layer),
                 )
         return projected
+
+    def _protect(self, layer: Layer, protected: Tensor | None) -> None:
+        """Take up protected directions; bases and what is kept of the weight follow."""
+        layer.protected = protected
+        initialise_update(layer, self.state[layer.parameter], self._master_weights)
+        self._bank.enforce(layer)
 
     def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
         proxy = self._proxy(layer, subspace)
@@ -564,7 +572,7 @@ class GemsOptimizer(Optimizer):
         for parameter, proxies in self._proxies.items():
             hand_down(self.state.get(parameter, {}), self._inner, proxies)
         for layer in self._layers.values():
-            self._bank.enforce(layer)
+            self._protect(layer, self._layout.renewed(layer, self.state[layer.parameter].get(PROTECTED)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.

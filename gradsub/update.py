@@ -10,24 +10,37 @@ from torch import Tensor
 
 from gradsub.subspace import Layer, SubspaceBank, lift, project
 
-__all__ = ["ANCHOR", "MASTER", "apply_update", "hold_protected", "initialise_update"]
+__all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_update", "hold_protected", "initialise_update"]
 
 ANCHOR: Final = "anchor"
 MASTER: Final = "master"
+PROTECTED: Final = "protected"
 
 State = MutableMapping[str, Any]
 
 
 def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
-    """The state that updates need: where the protected part of the weight stood, and the precise weight.
+    """The state that updates need: what is protected, where it stood, and the precise weight.
 
-    ``"anchor"`` is W K (m x k) for axis 1, K^T W (k x n) for axis 0. ``"master"`` (m x n) exists for weights below
-    float32, on demand.
+    ``"protected"`` is K (d x k), so that a resumed run protects the same. ``"anchor"`` is W K (m x k) for axis 1,
+    K^T W (k x n) for axis 0; it is found at the first refresh. ``"master"`` (m x n) exists for weights below float32,
+    on demand.
     """
     weight = layer.parameter
-    if layer.protected is not None:
-        state[ANCHOR] = torch.zeros_like(project(layer.matrix(weight.detach()), layer.protected, layer.axis))
-    if master_weights and weight.dtype != layer.dtype:
+    if layer.protected is None:
+        state.pop(PROTECTED, None)
+        state.pop(ANCHOR, None)
+    else:
+        held = state.get(ANCHOR)
+        state[PROTECTED] = layer.protected
+        shape = (
+            (layer.shape[0], layer.protected.shape[1])
+            if layer.axis == 1
+            else (layer.protected.shape[1], layer.shape[1])
+        )
+        if held is None or held.shape != shape:
+            state[ANCHOR] = layer.protected.new_zeros(shape)
+    if master_weights and weight.dtype != layer.dtype and MASTER not in state:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
 

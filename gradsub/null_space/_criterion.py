@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from gradsub.null_space._statistics import Spectrum
 
 
@@ -43,6 +45,28 @@ class Criterion:
             chosen = numerical_rank
         chosen = min(chosen, numerical_rank)
         return chosen if self.max_rank is None else min(chosen, self.max_rank)
+
+    def count_beyond(self, values: Tensor, held: float, spectrum: Spectrum, resolution: float, already: int) -> int:
+        """How many more directions to protect beside ``already`` protected ones that hold the energy ``held``.
+
+        Args:
+            values: the eigenvalues of what those leave of the covariance, largest first.
+            held: tr(K^T C K) of the protected directions K.
+            spectrum: the covariance's own.
+            resolution: values below this share of the largest eigenvalue are rounding noise.
+            already: how many directions are protected.
+        """
+        real = int((values > float(spectrum.eigenvalues[0]) * resolution).sum())
+        if self.threshold is not None:
+            chosen = int((values + spectrum.error >= self.threshold).sum())
+        elif self.energy is not None and self.energy < 1.0:
+            # A hair less than asked for, or rounding would add a direction to a basis that just satisfies it.
+            wanted = self.energy * spectrum.energy * (1.0 - 1e-6) - held
+            chosen = 0 if wanted <= 0.0 else int((values.cumsum(0) < wanted).sum()) + 1
+        else:
+            chosen = real
+        chosen = min(chosen, real)
+        return chosen if self.max_rank is None else max(0, min(chosen, self.max_rank - already))
 
     def missed(self, spectrum: Spectrum) -> str | None:
         """What the protected directions of an approximate spectrum fall short of; None where they satisfy it."""

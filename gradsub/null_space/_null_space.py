@@ -14,7 +14,7 @@ from gradsub.null_space._collect import observe_features
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import read, write
-from gradsub.null_space._protection import Protection, protect
+from gradsub.null_space._protection import Protection, extend, protect
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics, accumulation_dtype
@@ -217,6 +217,46 @@ class NullSpace:
             KeyError: nothing was collected for the layer; the message lists the layers there are.
         """
         return self._protection(name).basis.to(dtype)
+
+    def extended(self, name: str, kept: Tensor) -> Tensor:
+        """The directions to protect now, without giving up any of ``kept``: for a basis that is in use already.
+
+        More general-domain data shifts the leading eigenvectors, and `basis` follows them; what was protected before
+        must stay so. The result spans ``kept`` and the fewest further directions that satisfy the criterion; it is
+        ``kept`` itself where that does already.
+
+        Args:
+            name: the layer.
+            kept: (d, k), orthonormal columns.
+
+        Returns:
+            (d, k'), orthonormal columns, those of ``kept`` first, with its dtype and device.
+
+        Raises:
+            KeyError: nothing was collected for the layer.
+            ValueError: ``kept`` has another number of rows than the layer's features have columns.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> null_space = NullSpace(energy=1.0)
+            >>> null_space.update("layer", torch.eye(4)[:1])
+            >>> kept = null_space.basis("layer")
+            >>> null_space.update("layer", torch.eye(4)[2:3])
+            >>> null_space.extended("layer", kept).shape
+            torch.Size([4, 2])
+        """
+        statistics = self._statistics(name)
+        if kept.ndim != 2 or kept.shape[0] != statistics.dimension:
+            raise ValueError(
+                f"kept must be ({statistics.dimension}, k) for {name!r}, found {tuple(kept.shape)}: pass a basis of "
+                "the same layer and side"
+            )
+        fresh = self.basis(name, kept.dtype).to(kept.device)
+        if bool((fresh - kept @ (kept.mT @ fresh)).norm() <= 1e-5 * max(1, fresh.shape[1]) ** 0.5):
+            return kept
+        with torch.inference_mode(False), torch.no_grad():
+            return extend(statistics.spectrum(), self.criterion, kept).to(kept)
 
     def eigenvalues(self, name: str) -> Tensor:
         """Eigenvalues (d,) of the layer's covariance, largest first, in squared feature units.

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Layer:
-    """A weight that is trained inside subspaces, and what never changes about it.
+    """A weight that is trained inside subspaces; only what is protected in it may change.
 
     Attributes:
         name: what reports and errors call it.
@@ -18,7 +18,7 @@ class Layer:
         axis: the axis of the weight that the bases span, of length d: 1 for ``side="input"`` of an
             ``out_features x in_features`` weight, 0 for ``side="output"``.
         widths: columns of each subspace's basis: the shared one first, then one a task.
-        protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch.
+        protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow.
     """
 
     name: str
