@@ -187,3 +187,29 @@ def test_low_precision_models_are_accumulated_in_full(device):
     model = nn.Sequential(nn.Linear(WIDTH, 3)).to(device, torch.bfloat16)
     batches = [torch.randn(50, WIDTH, device=device).bfloat16() for _ in range(40)]
     matches(NullSpace().collect(model, batches), {"0": torch.cat(batches)})
+
+
+class Flattening(nn.Module):
+    """Brings tokens into one long list before its layer, or calls the layer by keyword."""
+
+    def __init__(self, keyword: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.keyword = keyword
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer(input=x) if self.keyword else self.layer(x.flatten(0, 1))
+
+
+@pytest.mark.xfail(strict=True, reason="only inputs passed by position are seen: IndexError")
+def test_a_layer_called_by_keyword(x, device):
+    mask = torch.ones(5, TOKENS, device=device)
+    matches(NullSpace().collect(Flattening(True).to(device), [{"x": x, "attention_mask": mask}]), {"layer": x})
+
+
+@pytest.mark.xfail(strict=True, reason="the mask is dropped silently when the features come as (batch * tokens, d)")
+def test_padding_is_excluded_from_flattened_tokens(x, device):
+    mask = torch.ones(5, TOKENS, device=device)
+    mask[0, 2:] = 0
+    found = NullSpace().collect(Flattening(False).to(device), [{"x": x, "attention_mask": mask}])
+    matches(found, {"layer": x[mask.bool()]})

@@ -48,10 +48,10 @@ def test_with_a_model_the_targeted_layers_are_decomposed():
         assert decomposed(optimizer, model) == expected
 
 
-def test_without_a_model_every_matrix_larger_than_the_rank_is():
+def test_without_a_model_every_matrix_larger_than_the_rank_is_and_a_convolution_is_one():
     model = Network()
     optimizer = GemsOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, rank=11)
-    assert decomposed(optimizer, model) == ["embedding.weight", "query.weight", "head.weight"]
+    assert decomposed(optimizer, model) == ["embedding.weight", "conv.weight", "query.weight", "head.weight"]
     base = torch.optim.SGD([{"params": list(model.parameters()), "subspace": False}], lr=0.1)
     assert decomposed(GemsOptimizer(base, tasks=TASKS, rank=4), model) == []
 

@@ -178,11 +178,6 @@ def test_a_layer_that_is_protected_wholly_says_so_and_rests(device):
     torch.testing.assert_close(model[0].weight.detach(), old, rtol=0, atol=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="bases out of a checkpoint are taken over as they are: until the next refresh they ignore a null space "
-    "that the checkpoint did not know",
-)
 def test_a_null_space_that_is_new_at_a_resume_protects_from_the_first_step(device):
     model = mlp((12, 16), device=device)
     optimizer = gems(model, update_proj_gap=100)

@@ -134,11 +134,11 @@ def test_a_checkpoint_between_backward_and_step_is_refused(device):
 
 
 REFUSED = {
-    "tasks": ({"tasks": ("search", "ads")}, r"0 has the subspaces \['ads', 'search', 'shared'\] there"),
-    "more tasks": ({"tasks": (*TASKS, "ads")}, "subspaces|has shape"),
-    "rank": ({"rank": 5}, r"of 0 has shape \(12, 9\) there and \(12, 8\) here.*rank"),
-    "task_rank": ({"task_rank": 3}, r"of 0 has shape \(12, 10\) there and \(12, 8\) here.*task_rank"),
-    "side": ({"side": "output"}, r"of 0 has shape.*side"),
+    "tasks": ({"tasks": ("search", "ads")}, r"tasks is \('search', 'ads'\) there and \('search', 'rec'\) here"),
+    "more tasks": ({"tasks": (*TASKS, "ads")}, "tasks is"),
+    "rank": ({"rank": 5}, r"of 0 has shape \(.*\) there and \(.*\) here.*rank"),
+    "task_rank": ({"task_rank": 3}, r"of 0 has shape \(.*\) there and \(.*\) here.*task_rank"),
+    "side": ({"side": "output"}, "side is 'output' there and 'input' here"),
     "whole": ({"target_modules": ["2"]}, r"0 is a plain parameter there and a decomposed one here|parameter 0 is"),
 }
 
@@ -169,7 +169,6 @@ def test_a_checkpoint_of_another_model_is_refused(device, widths):
     refused(gems(model), model, saved, r"has shape|6 parameters, the optimizer has 4")
 
 
-@pytest.mark.xfail(strict=True, reason="task names are compared as sets, but bases lie in the order of the tasks")
 def test_a_checkpoint_with_the_tasks_in_another_order_is_refused_or_sorted(device):
     model, other = mlp(device=device), mlp(device=device)
     first = gems(other)
@@ -183,7 +182,6 @@ def test_a_checkpoint_with_the_tasks_in_another_order_is_refused_or_sorted(devic
     assert torch.equal(joint[:, 4:6], mine[:, 6:8])
 
 
-@pytest.mark.xfail(strict=True, reason="without inner state nothing in the checkpoint names the tasks or the side")
 @pytest.mark.parametrize("options", [{"tasks": ("a", "b")}, {"side": "output"}], ids=["tasks", "side"])
 def test_other_tasks_or_side_are_refused_without_inner_state_too(device, options):
     model, other = mlp((9, 9), device=device), mlp((9, 9), device=device)
@@ -191,7 +189,6 @@ def test_other_tasks_or_side_are_refused_without_inner_state_too(device, options
     refused(gems(model, base=torch.optim.SGD(model.parameters(), lr=0.1)), model, saved, "tasks|side")
 
 
-@pytest.mark.xfail(strict=True, reason="a parameter without saved state is skipped: loaded, it has no basis any more")
 def test_a_checkpoint_of_a_bare_optimizer_is_refused(device):
     model = mlp(device=device)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -199,7 +196,6 @@ def test_a_checkpoint_of_a_bare_optimizer_is_refused(device):
     refused(gems(model, base=base), model, saved, "basis|state|plain")
 
 
-@pytest.mark.xfail(strict=True, reason="what belongs to another base optimizer is taken over, and the step fails")
 def test_a_checkpoint_of_another_base_is_refused(device):
     model, other = mlp(device=device), mlp(device=device)
     saved = gems(other, base=torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)).state_dict()

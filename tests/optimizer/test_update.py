@@ -123,11 +123,6 @@ def test_bases_are_orthonormal_and_between_refreshes_they_stay(device, side, ort
         kept.append(joint)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a shared basis that is refreshed later than a task's (its gradient was zero when it was due) leaves the "
-    "task's basis where it is",
-)
 def test_shared_first_holds_when_the_shared_gradient_was_zero_at_first():
     layer = one_layer(8, 7)
     optimizer = GemsOptimizer(
