@@ -56,9 +56,9 @@ def _faster_in_bfloat16(device: str) -> bool:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+    left, right = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
     times = []
-    for _ in range(4):
+    for _ in range(5):
         start = time.perf_counter()
         left @ right
         times.append(time.perf_counter() - start)

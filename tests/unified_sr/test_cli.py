@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from examples.unified_sr.cli import main
+from examples.unified_sr.methods import METHODS
+from examples.unified_sr.metrics import CUTOFFS
+from examples.unified_sr.trec import evaluate_files
+
+NAMES = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr", "map") for k in CUTOFFS}
+SMALL = ["batch_size=4", "perplexity_tokens=256", "perplexity_window=64", "eval_tokens=512", "min_user_events=3"]
+GEMS = ["update_proj_gap=2", "null_space_tokens=256"]
+
+
+def arguments(method: str, model: str, data: str, out: Path, *more: str) -> list[str]:
+    own = {"gems": [*GEMS, "rank=4"], "gems-paper": GEMS}.get(method, [])
+    line = ["run", "--data", data, "--model", model, "--method", method, "--steps", "3", "--seed", "1"]
+    return [*line, "--out", str(out), "--set", *SMALL, *own, *more]
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:.*rank.*:UserWarning", "ignore:.*protects all.*:UserWarning")
+def test_every_method_runs_from_the_command_line(
+    method: str,
+    model: str,
+    data_folder: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    line = arguments(method, request.getfixturevalue(f"{model}_folder"), data_folder, out)
+    assert main(line) == 0
+    printed = capsys.readouterr().out
+    assert "NDCG@10" in printed
+    assert str(out / "report.md") in printed
+    check_files(out, method)
+    finished = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert main(line) == 0
+    assert "finished: its results are reused" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == finished
+
+
+def check_files(out: Path, method: str) -> None:
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert set(metrics) == {"zero_shot", "final"}
+    for part in metrics.values():
+        assert set(part) == {"rec", "search", "general"}
+        assert set(part["general"]) == {"perplexity"}
+    for task in ("rec", "search"):
+        assert set(metrics["final"][task]) == NAMES
+        assert metrics["final"][task] == pytest.approx(
+            evaluate_files(out / f"run.{task}.trec", out / f"qrels.{task}.trec"), abs=1e-6
+        )
+        queries = [json.loads(line) for line in (out / f"queries.{task}.jsonl").read_text().splitlines()]
+        assert metrics["final"][task]["ndcg@10"] == pytest.approx(sum(q["ndcg@10"] for q in queries) / len(queries))
+    environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
+    assert environment["seed"] == 1
+    assert {"packages", "git", "cores", "python"} <= set(environment)
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    assert (config["method"], config["steps"], config["batch_size"]) == (method, 3, 4)
+    steps = (out / "steps.jsonl").read_text(encoding="utf-8").splitlines()
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "sampled" in report
+    plots = {path.name for path in out.glob("*.png")}
+    assert all(f"({name})" in report for name in plots)
+    if method == "zero-shot":
+        assert steps == []
+        assert metrics["final"] == metrics["zero_shot"]
+        return
+    assert len(steps) == 3
+    assert metrics["final"] != metrics["zero_shot"]
+    assert {"loss.png", "metrics.png"} <= plots
+    if method.startswith("gems"):
+        assert {"cosine.png", "gates.png"} <= plots
+        assert "cosines" in json.loads(steps[-1])["diagnostics"]
+
+
+def test_all_methods_start_from_the_same_numbers(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
+    found = []
+    for method in ("zero-shot", "adamw"):
+        assert main(arguments(method, llama_folder, data_folder, tmp_path / method)) == 0
+        found.append(json.loads((tmp_path / method / "metrics.json").read_text(encoding="utf-8"))["zero_shot"])
+    assert found[0] == found[1]
+
+
+def test_another_runs_folder_is_left_alone(
+    llama_folder: str, data_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(arguments("zero-shot", llama_folder, data_folder, out)) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert main(arguments("zero-shot", llama_folder, data_folder, out, "max_history=3")) == 2
+    message = capsys.readouterr().err
+    assert "holds another run's results" in message
+    assert "max_history: 10 -> 3" in message
+    assert "--out" in message
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_interrupted_run_starts_again(
+    llama_folder: str, data_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    line = arguments("zero-shot", llama_folder, data_folder, out)
+    assert main(line) == 0
+    (out / "report.md").unlink()
+    assert main(line) == 0
+    assert "unfinished: it starts again" in capsys.readouterr().out
+    assert (out / "report.md").is_file()
+
+
+def test_errors_are_one_line_and_write_nothing(
+    llama_folder: str, data_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    cases = [
+        (arguments("adamw", llama_folder, data_folder, out, "lrr=1"), "did you mean lr"),
+        (arguments("adamw", llama_folder, str(tmp_path / "none"), out), "is no folder"),
+        (arguments("adamw", str(tmp_path / "mine"), data_folder, out), "config.json"),
+        (arguments("zero-shot", llama_folder, data_folder, tmp_path / "mine"), "is not empty and holds no run"),
+        (arguments("zero-shot", llama_folder, data_folder, tmp_path / "file"), "is a file"),
+        ([*arguments("adamw", llama_folder, data_folder, out), "--config", "none.yaml"], "none.yaml"),
+        ([*arguments("adamw", llama_folder, data_folder, out), "--general-text", "none.txt"], "none.txt"),
+    ]
+    for line, message in cases:
+        assert main(line) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+    assert not out.exists()
+
+
+def test_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("update_proj_gap", "item_lr", "alpha", "zero-shot", "--general-text"))

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from examples.unified_sr.config import resolve
+from examples.unified_sr.data import Item
+from examples.unified_sr.general_domain import general_batches, token_windows
+from examples.unified_sr.methods import METHODS, Setup, Updater
+from examples.unified_sr.model import Batch, Collator, Ranker, load_language_model
+
+ITEMS = [Item(str(n), title) for n, title in enumerate(("red chair", "blue lamp", "glass", "spoon"))]
+TEXT = "A language model must not forget what it knew about the world outside the catalogue. " * 40
+# On a model this small the published rank is the whole space, and the published threshold protects whole layers.
+pytestmark = pytest.mark.filterwarnings("ignore:.*rank.*:UserWarning", "ignore:.*protects all.*:UserWarning")
+TRAINED = [name for name, method in METHODS.items() if method.build is not None]
+
+
+def built(folder: str, method: str, *pairs: str) -> tuple[Ranker, Updater]:
+    language_model = load_language_model(folder)
+    ranker = Ranker(language_model, ITEMS)
+    own = {"gems": ("rank=4", "update_proj_gap=2"), "gems-paper": ("threshold=1.0",)}.get(method, ())
+    settings = resolve(pairs=[*own, *pairs], flags={"method": method, "steps": 2})
+    windows = token_windows(language_model.tokenizer, TEXT, tokens=256, window=64)
+    setup: Setup[Any] = Setup(
+        ranker,
+        settings,
+        ("rec", "search"),
+        lambda: general_batches(language_model, windows, torch.device("cpu")),
+        lambda line: None,
+    )
+    build = METHODS[method].build
+    assert build is not None
+    return ranker, build(setup)
+
+
+def batches(ranker: Ranker) -> dict[str, Batch]:
+    first = ranker.first_item
+    collate = Collator(0)
+    return {
+        "rec": collate([[40, first, 41], [first + 1, 42]], [(1,), (3,)]),
+        "search": collate([[50, 51, first + 2]], [(0,)]),
+    }
+
+
+def losses(ranker: Ranker) -> dict[str, Callable[[], torch.Tensor]]:
+    return {task: lambda batch=batch: ranker.loss(batch) for task, batch in batches(ranker).items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_frozen_weights_stay_and_trained_weights_move(model_folder: str, method: str) -> None:
+    ranker, updater = built(model_folder, method)
+    before = {name: weight.detach().clone() for name, weight in ranker.named_parameters()}
+    for _ in range(2):
+        values = updater.update(losses(ranker), {"rec": 2, "search": 1})
+    assert set(values) == {"rec", "search"}
+    moved = {name for name, weight in ranker.named_parameters() if not torch.equal(weight, before[name])}
+    trained = {name for name, weight in ranker.named_parameters() if weight.requires_grad}
+    assert moved <= trained
+    assert any(name.endswith("new_rows") for name in moved)
+    assert len(moved) > 2
+    assert not any("embed_tokens.base" in name or "shared.base" in name or "lm_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_has_its_own_rate_for_the_items(llama_folder: str, method: str) -> None:
+    _, updater = built(llama_folder, method, "lr=0.5", "item_lr=0.25")
+    rates = {group["name"].split(".")[-1]: group["lr"] for group in updater.optimizer.param_groups}
+    assert rates["items"] == 0.25
+    assert rates["matrices"] == 0.5
+    decays = {group["name"].split(".")[-1]: group["weight_decay"] for group in updater.optimizer.param_groups}
+    assert decays["items"] == 0
+
+
+def test_half_batches_give_the_gradient_of_the_mixed_batch(llama_folder: str) -> None:
+    ranker, updater = built(llama_folder, "adamw")
+    seen: dict[str, torch.Tensor] = {}
+
+    def look() -> None:
+        seen.update({name: w.grad.clone() for name, w in ranker.named_parameters() if w.grad is not None})
+
+    updater.optimizer.step = look  # type: ignore[method-assign,assignment]
+    updater.update(losses(ranker), {"rec": 2, "search": 1})
+    parts = batches(ranker)
+    mixed = Collator(0)(
+        [[40, ranker.first_item, 41], [ranker.first_item + 1, 42], [50, 51, ranker.first_item + 2]],
+        (*parts["rec"].targets, *parts["search"].targets),
+    )
+    ranker.zero_grad()
+    ranker.loss(mixed).backward()
+    for name, weight in ranker.named_parameters():
+        if weight.grad is not None:
+            torch.testing.assert_close(seen[name], weight.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_are_clipped_where_asked(llama_folder: str) -> None:
+    ranker, updater = built(llama_folder, "adamw", "grad_clip=1.0e-3")
+    norms: list[float] = []
+
+    def look() -> None:
+        found = [weight.grad.norm() for weight in ranker.parameters() if weight.grad is not None]
+        norms.append(float(torch.stack(found).norm()))
+
+    updater.optimizer.step = look  # type: ignore[method-assign,assignment]
+    updater.update(losses(ranker), {"rec": 2, "search": 1})
+    assert norms[0] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_gems_leaves_vectors_alone_unless_told(t5_folder: str) -> None:
+    ranker, updater = built(t5_folder, "gems")
+    names = {name for name, weight in ranker.named_parameters() if weight.requires_grad}
+    assert not any("norm" in name or "relative_attention_bias" in name for name in names)
+    assert any("frozen" in note for note in updater.notes)
+    ranker, _ = built(t5_folder, "gems", "train_others=true")
+    names = {name for name, weight in ranker.named_parameters() if weight.requires_grad}
+    assert any("norm" in name for name in names)
+    assert any("relative_attention_bias" in name for name in names)
+
+
+def test_gems_reports_what_the_plots_need(llama_folder: str) -> None:
+    ranker, updater = built(llama_folder, "gems")
+    updater.update(losses(ranker), {"rec": 2, "search": 1})
+    found = updater.diagnostics()
+    assert found is not None
+    assert set(found.cosines) == {"rec|search"}
+    assert sum(found.gates.values()) == pytest.approx(1)
+    assert set(found.energy) == {"shared", "rec", "search"}
+    assert len(found.protected) == 14
+    assert all(0 < fraction < 1 for fraction in found.protected.values())
+
+
+def test_gems_protects_general_text_better_than_adamw(llama_folder: str) -> None:
+    """At the same rates the layers' weights move in both, and the answers to general text hardly in one."""
+    change = {}
+    for method in ("gems", "adamw"):
+        ranker, updater = built(llama_folder, method, "lr=1.0e-2", *(["energy=0.99"] if method == "gems" else []))
+        language_model = load_language_model(llama_folder)
+        windows = token_windows(language_model.tokenizer, TEXT, tokens=256, window=64)
+        for _ in range(5):
+            updater.update(losses(ranker), {"rec": 2, "search": 1})
+        with torch.no_grad():
+            shift = [
+                (ranker.lm(**batch).logits - language_model.model(**batch).logits).norm()
+                for batch in general_batches(language_model, windows, torch.device("cpu"))
+            ]
+        change[method] = float(torch.stack(shift).norm())
+    assert change["gems"] < 0.3 * change["adamw"]
+
+
+def test_gems_needs_one_criterion(llama_folder: str) -> None:
+    with pytest.raises(ValueError, match=r"exactly one of energy and threshold.*energy=0\.95 and threshold=0\.01"):
+        built(llama_folder, "gems", "threshold=0.01")
+    with pytest.raises(ValueError, match="exactly one of energy and threshold"):
+        built(llama_folder, "gems", "energy=null")

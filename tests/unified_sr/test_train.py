@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples.unified_sr.config import resolve
+from examples.unified_sr.data import Example, Item
+from examples.unified_sr.methods import Updater
+from examples.unified_sr.methods._base import MixedLossUpdater
+from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
+from examples.unified_sr.precision import Precision, choose_precision
+from examples.unified_sr.training import History, example_batches, train, warmup_cosine
+
+ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood"))]
+ROWS = {
+    "rec": [Example("rec", "u", (n,), "", ((n + 1) % 5,), 0.0, f"r{n}") for n in range(5)],
+    "search": [Example("search", "u", (), ITEMS[n].title, (n,), 0.0, f"s{n}") for n in range(5)],
+}
+FP32 = Precision(torch.device("cpu"), None)
+
+
+def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) -> tuple[Ranker, History]:
+    language_model = load_language_model(folder)
+    ranker = Ranker(language_model, ITEMS)
+    settings = resolve(pairs=["batch_size=5", "report_every=2", *pairs], flags={"method": "adamw"})
+    weights = [weight for weight in ranker.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": weights, "name": "all", "lr": settings.lr}])
+    updater: Updater = MixedLossUpdater(optimizer)
+    prompts = PromptBuilder(
+        language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
+    )
+    return ranker, train(ranker, updater, ROWS, prompts, Collator(0), precision, settings, log)
+
+
+def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
+    log = tmp_path / "steps.jsonl"
+    ranker, history = trained(model_folder, log, "steps=40", "lr=1.0e-2")
+    first, last = history.records[0]["loss"], history.records[-1]["loss"]
+    assert all(last[task] < 0.5 * first[task] for task in ROWS)
+    assert not ranker.training
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert set(records[0]) == {"step", "loss", "lr", "seconds"}
+    assert history.examples == 400
+    assert history.throughput["examples_per_second"] > 0
+
+
+def test_the_same_seed_gives_the_same_run(llama_folder: str, tmp_path: Path) -> None:
+    runs = [trained(llama_folder, tmp_path / "a", "steps=3", f"seed={seed}")[1].records for seed in (1, 1, 2)]
+    curves = [[record["loss"] for record in records] for records in runs]
+    assert curves[0] == curves[1] != curves[2]
+
+
+def test_bfloat16_trains_too(llama_folder: str, tmp_path: Path) -> None:
+    precision = Precision(torch.device("cpu"), torch.bfloat16)
+    _, history = trained(llama_folder, tmp_path / "log", "steps=2", precision=precision)
+    _, exact = trained(llama_folder, tmp_path / "log", "steps=2")
+    assert history.records[0]["loss"]["rec"] == pytest.approx(exact.records[0]["loss"]["rec"], rel=0.02)
+
+
+def test_a_loss_that_is_nan_names_its_task(llama_folder: str, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match=r"loss of the task 'rec' is (nan|inf).*Lower lr"):
+        trained(llama_folder, tmp_path / "log", "steps=20", "lr=1.0e+30", "warmup=0")
+
+
+def test_batches_cover_each_epoch_and_depend_on_seed_and_task_alone() -> None:
+    def taken(seed: int, task: str) -> list[str]:
+        stream = example_batches(ROWS["rec"], 2, seed, task)
+        return [row.qid for batch in itertools.islice(stream, 5) for row in batch]
+
+    found = taken(0, "rec")
+    assert sorted(found[:5]) == sorted(found[5:]) == sorted(row.qid for row in ROWS["rec"])
+    assert found == taken(0, "rec")
+    assert len({tuple(taken(seed, task)) for seed in (0, 1) for task in ("rec", "search")}) > 1
+    with pytest.raises(ValueError, match="'rec' has no training example"):
+        next(example_batches([], 2, 0, "rec"))
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (10, 0.0), (100, 0.05), (7, 0.5)])
+def test_the_schedule_rises_and_falls(steps: int, warmup: float) -> None:
+    rates = [warmup_cosine(step, steps, warmup) for step in range(steps)]
+    assert max(rates) == pytest.approx(1)
+    assert all(0 < rate <= 1 for rate in rates)
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+
+
+def test_precision_is_what_was_asked_for() -> None:
+    assert choose_precision(resolve(pairs=["autocast=none", "device=cpu"])) == FP32
+    assert choose_precision(resolve(pairs=["autocast=bfloat16", "device=cpu"])).autocast is torch.bfloat16
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="torch finds no GPU"):
+            choose_precision(resolve(pairs=["device=cuda"]))
