@@ -15,7 +15,7 @@ class NonFiniteError(FloatingPointError, ValueError):
 
 def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of the tensors' largest absolute entries (0-dim): NaN or Inf if any entry of any of them is."""
-    norms = torch._foreach_norm(list(tensors), math.inf)
+    norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()] or [torch.zeros(1)], math.inf)
     return torch.stack(
         [norm.to(norms[0].device, torch.float64 if norm.is_cpu else torch.float32) for norm in norms]
     ).sum()

@@ -73,7 +73,7 @@ class Layout:
             self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
             self._check_dtype(parameter)
             protecting = self._protecting(parameter)
-            too_small = parameter.ndim >= 2 and group["rank"] >= _smaller_side(parameter)
+            too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= _smaller_side(parameter)
             if not self._decomposed(parameter, group, bool(protecting)):
                 if group["subspace"] and too_small and self._targets is None:
                     full_rank.append(self.name(parameter))
@@ -200,7 +200,7 @@ class Layout:
         if not names:
             return
         what = (
-            "they get a basis of all min(m, n) directions, so nothing in them is low-rank and nothing is saved"
+            "they get a basis of min(m, n) columns, as many as a gradient can have directions, so nothing is saved"
             if self._targets is not None or self._null_space is not None
             else "they are not decomposed and take the plain inner step"
         )

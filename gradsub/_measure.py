@@ -48,8 +48,10 @@ def measure(
     def vector(values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
         return torch.stack([values[k].to(missing) if k in values else missing for k in range(tasks)])
 
-    norms = [{k: _norm(R) for k, R in found.own.items()} for found in projected.values()]
-    own_norms = torch.stack([vector(values, zero) for values in norms])
+    norms = [{k: torch.linalg.vector_norm(R) for k, R in found.own.items()} for found in projected.values()]
+    # Squares of large float32 entries overflow; tasks whose norms do count as equally large.
+    largest = torch.finfo(zero.dtype).max / (tasks + 1)
+    own_norms = torch.stack([vector(values, zero) for values in norms]).clamp_max(largest)
     present = torch.tensor([[k in values for k in range(tasks)] for values in norms], device=zero.device)
     memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in projected])
     inputs = GateInputs(
@@ -75,12 +77,6 @@ def measure(
         gates=gates,
         present=present,
     )
-
-
-def _norm(matrix: Tensor) -> Tensor:
-    """The Frobenius norm, in float64 where there is one: squares of large float32 entries overflow."""
-    norm: Tensor = torch.linalg.vector_norm(matrix, dtype=None if matrix.device.type == "mps" else torch.float64)
-    return norm
 
 
 def needs_alignment(gate: Gate) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Inner", "check_wrappable", "decays_decoupled"]
+__all__ = ["Inner", "check_wrappable", "decays_decoupled", "decoupled_shrinkage"]
 
 # torch's optimizers that add weight decay to the gradient (L2) unless a flag in the group says otherwise.
 _COUPLED_DECAY = frozenset(
@@ -18,6 +18,7 @@ _COUPLED_DECAY = frozenset(
 )
 _TRUST_RATIO = ("lamb", "lars")
 _REEVALUATES = ("sam", "lbfgs")
+_POSITION = ("prodigy", "madgrad", "dowg", "cocob")
 
 
 def check_wrappable(base: Optimizer) -> None:
@@ -25,7 +26,8 @@ def check_wrappable(base: Optimizer) -> None:
 
     Raises:
         TypeError: ``base`` is no optimizer.
-        ValueError: it has stepped already, evaluates its closure several times, or scales by the parameter's norm.
+        ValueError: it has stepped already, evaluates its closure several times, scales by the parameter's norm, or
+            remembers the parameter's position.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be a torch.optim.Optimizer, found {type(base).__name__}")
@@ -40,6 +42,11 @@ def check_wrappable(base: Optimizer) -> None:
         raise ValueError(
             f"base={name} scales its step by the parameter's norm, which is 0 for the proxies that stand for the "
             "subspace: wrap an optimizer without a trust ratio, such as torch.optim.AdamW"
+        )
+    if any(word in kind for kind in kinds for word in _POSITION):
+        raise ValueError(
+            f"base={name} measures how far the parameter has come from where it started, but proxies start from 0 at "
+            "every step: wrap an optimizer whose step depends on gradients alone, such as torch.optim.AdamW"
         )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(f"base={name}(differentiable=True) is not supported: pass differentiable=False")
@@ -58,6 +65,15 @@ def decays_decoupled(base: Optimizer, group: Mapping[str, Any]) -> bool:
         if flag in group:
             return bool(group[flag])
     return not (type(base).__module__.startswith("torch.optim") and type(base).__name__ in _COUPLED_DECAY)
+
+
+def decoupled_shrinkage(base: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
+    """The share of the weight that decoupled decay takes away in a step: lr times weight decay, 0 if it is coupled."""
+    decay = group.get("weight_decay", 0.0)
+    if not decay or not decays_decoupled(base, group):
+        return 0.0
+    shrinkage: float | Tensor = decay if group.get("fixed_decay") else group["lr"] * decay
+    return shrinkage
 
 
 class Inner:

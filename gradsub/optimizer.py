@@ -29,7 +29,7 @@ from gradsub.capture import (
     scale_captured,
 )
 from gradsub.gates import Gate, resolve_gate
-from gradsub.inner import Inner, check_wrappable, decays_decoupled
+from gradsub.inner import Inner, check_wrappable, decays_decoupled, decoupled_shrinkage
 from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
@@ -285,6 +285,13 @@ class GemsOptimizer(Optimizer):
         self._unscale()
         if not self._finite():
             return result
+        try:
+            self._take_step()
+        finally:
+            self._discard()
+        return result
+
+    def _take_step(self) -> None:
         shares = self._sample_shares()
         projected = self._project(shares)
         self._measured = measure(projected, self._losses, self._samples, len(self.tasks), self._gate, self.state)
@@ -298,8 +305,6 @@ class GemsOptimizer(Optimizer):
                 parameter.grad = gradient
         self._update(projected, steps)
         self._show_inner_state()
-        self._discard()
-        return result
 
     def clip_grad_norm_(self, max_norm: float) -> dict[str, Tensor]:
         """Scale each task's captured gradient, between backward and step, to a norm of at most ``max_norm``.
@@ -479,8 +484,7 @@ class GemsOptimizer(Optimizer):
         rows = {layer: row for row, layer in enumerate(projected)}
         gates = torch.empty(len(rows), 0) if self._measured is None else self._measured.gates
         for group in self.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            shrink = group["lr"] * decay if decay and decays_decoupled(self._inner.base, group) else 0.0
+            shrink = decoupled_shrinkage(self._inner.base, group)
             for parameter in group["params"]:
                 layer = self._layers.get(parameter)
                 if layer is None or layer not in rows:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gradsub.subspace import Layer, SubspaceBank, lift, project
+from gradsub.subspace import SHARED, Layer, SubspaceBank, lift, project
 
 __all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_update", "hold_protected", "initialise_update"]
 
@@ -68,14 +68,14 @@ def apply_update(
     """
     weight = _precise(layer, state)
     decays = isinstance(shrink, Tensor) or shrink != 0.0
-    blocks = [(step if k == 0 else step * gates[k - 1].to(step)) * scale for k, step in steps.items()]
-    bases = [bank.basis(layer, k) for k in steps]
-    if decays and layer.protected is not None:
-        blocks.append(project(weight, layer.protected, layer.axis) * shrink)
-        bases.append(layer.protected)
-    update = lift(torch.cat(blocks, dim=layer.axis), torch.cat(bases, dim=1), layer.axis)
+    gated = [step if k == SHARED else step * gates[k - 1].to(step) for k, step in steps.items()]
+    update = lift(torch.cat(gated, dim=layer.axis), bank.joint_basis(layer, steps), layer.axis)
+    if scale != 1.0:
+        update *= scale
     if decays:
-        update -= weight * shrink
+        update = update.sub_(weight * shrink) if isinstance(shrink, Tensor) else update.sub_(weight, alpha=shrink)
+        if layer.protected is not None:
+            update += lift(project(weight, layer.protected, layer.axis) * shrink, layer.protected, layer.axis)
     _write(layer, weight.add_(update))
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 Observe = Callable[[str, Tensor], None]
 Side = str
+Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]
 
 
 @contextmanager
@@ -28,11 +30,17 @@ def _mask_of(batch: object) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _rows(features: Tensor, mask: Tensor | None) -> Tensor:
-    """Features as (N, d), without the positions that ``mask`` calls padding."""
-    if mask is not None and features.shape[:-1] == mask.shape:
-        return features[mask.to(features.device)]
-    return features.reshape(-1, features.shape[-1])
+def _rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
+    """Features as (N, d) without the positions that ``mask`` calls padding, and whether it could be applied.
+
+    Some models flatten batch and tokens before a layer: the mask is flattened likewise.
+    """
+    rows = features.reshape(-1, features.shape[-1])
+    if mask is None:
+        return rows, True
+    if features.shape[:-1] != mask.shape and (features.ndim != 2 or features.shape[0] != mask.numel()):
+        return rows, bool(mask.all())
+    return rows[mask.flatten().to(features.device)], True
 
 
 def _call(model: nn.Module, batch: Any) -> None:
@@ -61,23 +69,31 @@ def observe_features(
     # observer can reuse what it computed.
     latest: tuple[Tensor, int, Tensor] | None = None
 
-    def rows_of(source: Tensor) -> Tensor:
+    def rows_of(name: str, source: Tensor) -> Tensor:
         nonlocal latest
         version = _version_of(source)
         if latest is None or latest[0] is not source or latest[1] != version:
-            latest = source, version, _rows(source, mask)
+            rows, masked = _rows(source, mask)
+            if not masked:
+                warnings.warn(
+                    f"attention_mask {tuple(mask.shape) if mask is not None else ()} does not fit the features "
+                    f"{tuple(source.shape)} of {name!r}: padding counts as data there; pass batches without padding",
+                    stacklevel=2,
+                )
+            latest = source, version, rows
         return latest[2]
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            observe(name, rows_of(inputs[0] if side == "input" else output))
+    def watch(name: str) -> Hook:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            source = output if side == "output" else inputs[0] if inputs else next(iter(named.values()))
+            observe(name, rows_of(name, source))
 
         return hook
 
     count = 0
     try:
         for name, module in layers.items():
-            handles.append(module.register_forward_hook(watch(name)))
+            handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
         with torch.no_grad(), _evaluating(model):
             for batch in batches:
                 mask, latest = _mask_of(batch), None

@@ -29,8 +29,8 @@ class Criterion:
             raise ValueError(f"energy={self.energy} must lie in (0, 1]: it is a share of the features' mean square")
         if self.threshold is not None and not self.threshold > 0.0:
             raise ValueError(f"threshold={self.threshold} must be positive: it is an absolute eigenvalue")
-        if self.max_rank is not None and self.max_rank < 1:
-            raise ValueError(f"max_rank={self.max_rank} must be at least 1, or None for no cap")
+        if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < 1):
+            raise ValueError(f"max_rank={self.max_rank} must be an integer of at least 1, or None for no cap")
 
     def count(self, spectrum: Spectrum) -> int:
         """The number of leading eigenvectors to protect."""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,13 @@ class SubspaceBank:
         """The subspace's basis (d x r), a view."""
         joint: Tensor = self._state[layer.parameter]["basis"]
         return joint[:, layer.columns(subspace)]
+
+    def joint_basis(self, layer: Layer, subspaces: Collection[int]) -> Tensor:
+        """The bases of several subspaces side by side, in this order (d x sum of r); all of them are there as such."""
+        joint: Tensor = self._state[layer.parameter]["basis"]
+        if list(subspaces) == list(range(len(layer.widths))):
+            return joint
+        return torch.cat([self.basis(layer, subspace) for subspace in subspaces], dim=1)
 
     def due(self, layer: Layer, subspace: int) -> bool:
         """Whether this step should refresh the subspace."""

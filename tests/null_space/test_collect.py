@@ -201,13 +201,11 @@ class Flattening(nn.Module):
         return self.layer(input=x) if self.keyword else self.layer(x.flatten(0, 1))
 
 
-@pytest.mark.xfail(strict=True, reason="only inputs passed by position are seen: IndexError")
 def test_a_layer_called_by_keyword(x, device):
     mask = torch.ones(5, TOKENS, device=device)
     matches(NullSpace().collect(Flattening(True).to(device), [{"x": x, "attention_mask": mask}]), {"layer": x})
 
 
-@pytest.mark.xfail(strict=True, reason="the mask is dropped silently when the features come as (batch * tokens, d)")
 def test_padding_is_excluded_from_flattened_tokens(x, device):
     mask = torch.ones(5, TOKENS, device=device)
     mask[0, 2:] = 0

@@ -215,7 +215,6 @@ def test_decoupled_decay_of_adam_is_adamws(device, flag):
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True)) is flag
 
 
-@pytest.mark.xfail(strict=True, reason="fixed_decay of pytorch_optimizer is not looked at: lr * weight_decay is taken")
 def test_fixed_decay_does_not_depend_on_the_learning_rate():
     weight = nn.Parameter(torch.ones(6, 5))
     base = of_pytorch_optimizer("Lion", lr=1e-3, weight_decay=0.1, fixed_decay=True)([weight])

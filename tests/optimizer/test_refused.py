@@ -99,7 +99,6 @@ def test_optimizers_that_cannot_run_on_a_zero_proxy():
         GemsOptimizer(torch.optim.AdamW(model.parameters(), differentiable=True), tasks=TASKS)
 
 
-@pytest.mark.xfail(strict=True, reason="they are taken, and hardly learn: their state refers to the proxy's position")
 @pytest.mark.parametrize("name", ["Prodigy", "MADGRAD"])
 def test_optimizers_that_remember_where_they_started(name):
     """They keep the first position in their state, or measure the distance to it; a proxy begins each step at 0."""
