@@ -70,7 +70,7 @@ def test_padding_changes_no_score(model_folder: str, side: str) -> None:
     ranker = Ranker(language_model, ITEMS).eval()
     build = prompts_of(language_model, ranker)
     ids = [build(row) for row in EXAMPLES]
-    assert len({len(prompt) for prompt in ids}) == len(ids)
+    assert len({len(prompt) for prompt in ids}) > 1
     targets = [row.target for row in EXAMPLES]
     with torch.no_grad():
         together = ranker(Collator(0, side)(ids, targets))
@@ -117,9 +117,9 @@ def test_the_embedding_looks_up_both_kinds() -> None:
 def test_prompts_read_as_documented(llama_folder: str, t5_folder: str) -> None:
     tokenizer = load_language_model(llama_folder).tokenizer
     build = PromptBuilder(tokenizer, first_item=260, encoder_decoder=False, max_history=2, max_query_tokens=5)
-    assert build.text(example((0, 3, 5))) == "A user chose <item_3> <item_5>. The next choice:"
-    assert build.text(example((1,), "red lamp")) == "A user chose <item_1>. Now the user searches for red . The result:"
-    assert build.text(example((), "red")) == "A user searches for red. The result:"
+    assert build.text(example((0, 3, 5))) == "History: <item_3> <item_5> Next:"
+    assert build.text(example((1,), "red lamp")) == "History: <item_1> Search: red  Result:"
+    assert build.text(example((), "red")) == "Search: red Result:"
     ended = PromptBuilder(load_language_model(t5_folder).tokenizer, first_item=260, encoder_decoder=True)
     assert ended(example((1,)))[-1] == 1
 

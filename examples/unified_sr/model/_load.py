@@ -126,7 +126,8 @@ def _load(name: str, source: str, options: dict[str, Any]) -> LanguageModel:
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     factory: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    model = factory.from_pretrained(source, dtype=torch.float32, **options)
+    # Without the configuration at hand, a GGUF file would be parsed once more, which takes seconds.
+    model = factory.from_pretrained(source, config=config, dtype=torch.float32, **options)
     if "gguf_file" in options:
         _forget_quantisation(model)
     model.config.use_cache = False  # a cache is memory for generation, and nothing here generates

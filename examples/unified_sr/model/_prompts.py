@@ -8,19 +8,18 @@ from typing import Any
 from ..data import Example
 from ._items import token_name
 
-HISTORY = "A user chose"
-RECOMMEND = ". The next choice:"
-SEARCH = ". Now the user searches for"
-SEARCH_WITHOUT_HISTORY = "A user searches for"
-RESULT = ". The result:"
+HISTORY = "History:"
+RECOMMEND = " Next:"
+SEARCH = " Search:"
+RESULT = " Result:"
 
 
 class PromptBuilder:
     """Turns examples into token ids.
 
-    A recommendation reads ``A user chose <item_3> <item_8>. The next choice:``, a search ``A user chose <item_3>
-    <item_8>. Now the user searches for comedy 1990s. The result:``; the answer is one item token behind the colon (for
-    an encoder-decoder the first token of the decoder).
+    A recommendation reads ``History: <item_3> <item_8> Next:``, a search ``History: <item_3> <item_8> Search: comedy
+    1990s Result:``; the answer is one item token behind the colon (for an encoder-decoder the first token of the
+    decoder).
 
     Args:
         tokenizer: the language model's.
@@ -59,7 +58,7 @@ class PromptBuilder:
         if history:
             ids += [*self._words(HISTORY), *(self._first_item + item for item in history)]
         if example.query:
-            ids += self._words(SEARCH if history else SEARCH_WITHOUT_HISTORY)
+            ids += self._words(SEARCH if history else SEARCH.strip())
             ids += self._words(f" {example.query}")[: self._max_query_tokens]
         ids += self._words(RESULT if example.query else RECOMMEND)
         return [*ids, *self._suffix]
