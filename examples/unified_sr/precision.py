@@ -49,7 +49,7 @@ def choose_precision(settings: Settings) -> Precision:
 
 
 def _faster_in_bfloat16(device: str) -> bool:
-    # A CPU without bfloat16 instructions emulates them, 5 to 25 times slower than fp32.
+    # A CPU without bfloat16 instructions emulates them, and a training step takes 25 times longer.
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return 1.2 * _seconds(torch.bfloat16) < _seconds(torch.float32)

@@ -144,7 +144,7 @@ class _Loss:
             loss = self.ranker.loss(self.batch)
         if not bool(torch.isfinite(loss)):
             raise FloatingPointError(
-                f"the loss of the task {self.task!r} is {float(loss.detach())}; nothing was changed by this step. Lower lr and "
-                "item_lr, or set autocast=none"
+                f"the loss of the task {self.task!r} is {float(loss.detach())}; nothing was changed by this step. "
+                "Lower lr and item_lr, or set autocast=none"
             )
         return loss

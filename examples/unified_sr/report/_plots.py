@@ -84,7 +84,8 @@ def _metrics(figure: Any, folder: RunFolder) -> None:
             axes.bar_label(bars, [f"{value:.3f}" for value in values], fontsize=8, padding=2)
         axes.set_xticks(places, list(names.values()))
         axes.set_title(task, fontsize=11)
-        axes.margins(y=0.18)
+        highest = max(metrics[part][task][key] for part in ("zero_shot", "final") for key in names)
+        axes.set_ylim(0, 1.25 * max(highest, 0.004))  # all values may be 0
         _finish(axes, grid="y")
 
 
@@ -144,6 +145,8 @@ def _smooth(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
 
 def _finish(axes: Any, grid: str = "both") -> None:
     axes.grid(axis=grid, alpha=0.25)
+    if axes.get_xlabel() == "step":
+        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
