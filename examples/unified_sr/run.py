@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .environment import describe_environment
 from .evaluation import Evaluator, TaskResult, choose_examples
@@ -80,7 +81,8 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         say(f"{folder.path} holds this very run, finished: its results are reused (remove the folder to run again)")
         return folder
     if state is State.UNFINISHED:
-        say(f"{folder.path} holds this run unfinished: it starts again")
+        say(f"{folder.path} holds this run unfinished: it goes on from the last checkpoint, if there is one")
+    checkpoint = Checkpoint(folder.file("checkpoint.pt"))
     clock = Clock()
     with clock.phase("loading"):
         precision = choose_precision(settings)
@@ -116,6 +118,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
                 precision,
                 settings,
                 folder.file("steps.jsonl"),
+                checkpoint,
             )
         with clock.phase("final evaluation"):
             after = parts.measure(settings.method)
@@ -127,6 +130,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     folder.write_json("run.json", _summary(parts, updater, history, clock))
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
+    checkpoint.remove()
     return folder
 
 

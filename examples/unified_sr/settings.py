@@ -58,6 +58,7 @@ class Settings:
     negatives: int = setting(99, "negatives of the sampled metrics", minimum=1)
     perplexity_tokens: int = setting(4096, "tokens of general text on which perplexity is measured", minimum=16)
     perplexity_window: int = setting(512, "tokens that the model sees at once in it", minimum=8)
+    checkpoint_every: int = setting(25, "steps between two checkpoints of the training; 0 writes none", minimum=0)
     report_every: int = setting(5, "steps between two diagnostics of the optimizer", minimum=1)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
+from .checkpoint import Checkpoint
 from .data import Example
 from .methods import Diagnostics, Updater
 from .model import Batch, Collator, PromptBuilder, Ranker
@@ -31,6 +32,17 @@ class History:
     seconds: float = 0.0
     examples: int = 0
     tokens: int = 0
+
+    def state(self) -> dict[str, Any]:
+        """Everything as plain values, for a checkpoint."""
+        last = None if self.last is None else asdict(self.last)
+        return {**vars(self), "last": last}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> History:
+        """The inverse of ``state``; an empty history of an empty one."""
+        last = state.get("last")
+        return cls(**{**state, "last": None if last is None else Diagnostics(**last)})
 
     @property
     def throughput(self) -> dict[str, float]:
@@ -79,6 +91,7 @@ def train(
     precision: Precision,
     settings: Settings,
     log: Path,
+    checkpoint: Checkpoint,
 ) -> History:
     """Take ``settings.steps`` steps, each on one batch of every task.
 
@@ -91,16 +104,25 @@ def train(
         precision: of the forward passes.
         settings: of the run.
         log: a file that gets one JSON object per step.
+        checkpoint: where an interrupted run left off, if it is there; written every ``settings.checkpoint_every``.
 
     Raises:
         FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
     """
     streams = {task: example_batches(rows, settings.batch_size, settings.seed, task) for task, rows in examples.items()}
     schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, settings.steps, settings.warmup))
-    history = History()
+    done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
+    history = History.of(state)
+    for stream in streams.values():
+        for _ in range(done):
+            next(stream)
     ranker.train()
-    with log.open("w", encoding="utf-8") as file, tqdm(total=settings.steps, desc="training", unit="step") as bar:
-        for step in range(1, settings.steps + 1):
+    with (
+        log.open("w", encoding="utf-8") as file,
+        tqdm(total=settings.steps, initial=done, desc="training", unit="step") as bar,
+    ):
+        file.writelines(json.dumps(record) + "\n" for record in history.records)
+        for step in range(done + 1, settings.steps + 1):
             start = time.perf_counter()
             batches: dict[str, Batch] = {}
             for task, stream in streams.items():
@@ -128,6 +150,8 @@ def train(
             history.tokens += sum(int(batch.attention_mask.sum()) for batch in batches.values())
             bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
             bar.update()
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
+                checkpoint.save(step, ranker, updater.optimizer, schedule, history.state())
     ranker.eval()
     return history
 

@@ -1,0 +1,87 @@
+"""What an interrupted training run goes on from: one file, replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Checkpoint:
+    """The file of a training run's state.
+
+    It is written beside its place, flushed to the disk, and only then put there, so a run that is killed while it
+    writes, or finds the disk full, leaves the earlier one as it was.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._partial = path.with_suffix(".partial")
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, history: dict[str, Any]
+    ) -> None:
+        """Replace the checkpoint by one that was taken after ``step`` steps.
+
+        Raises:
+            OSError: if it cannot be written, a full disk among other reasons; the earlier checkpoint is still there.
+        """
+        content = {
+            "step": step,
+            "weights": {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad},
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "history": history,
+            "random": torch.get_rng_state(),
+        }
+        try:
+            with self._partial.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._partial.replace(self.path)
+        except (OSError, RuntimeError) as error:
+            # torch reports a failed write as a RuntimeError of its archive writer.
+            with contextlib.suppress(OSError):
+                self._partial.unlink(missing_ok=True)
+            raise OSError(
+                f"the checkpoint after step {step} could not be written to {str(self.path)!r} ({error}); the earlier "
+                "one is unchanged. Make room and start the same command again: it goes on from there"
+            ) from error
+
+    def restore(self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> tuple[int, dict[str, Any]]:
+        """Put weights, optimizer, schedule and random state back; return the step and the history, ``(0, {})`` if none.
+
+        Raises:
+            ValueError: if the weights of the checkpoint are not those that are trained.
+        """
+        self._partial.unlink(missing_ok=True)
+        if not self.path.is_file():
+            return 0, {}
+        content = torch.load(self.path, weights_only=True)
+        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        if trained.keys() != content["weights"].keys():
+            different = sorted(trained.keys() ^ content["weights"].keys())
+            raise ValueError(
+                f"the checkpoint {str(self.path)!r} is of other weights ({different[:3]} ...); remove it to start again"
+            )
+        with torch.no_grad():
+            for name, weight in trained.items():
+                weight.copy_(content["weights"][name])
+        optimizer.load_state_dict(content["optimizer"])
+        schedule.load_state_dict(content["schedule"])
+        torch.set_rng_state(content["random"])
+        return int(content["step"]), content["history"]
+
+    def remove(self) -> None:
+        """Delete it: the run is finished."""
+        self.path.unlink(missing_ok=True)
