@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from examples.unified_sr.config import resolve
+from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._base import MixedLossUpdater
@@ -33,7 +34,9 @@ def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) ->
     prompts = PromptBuilder(
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
-    return ranker, train(ranker, updater, ROWS, prompts, Collator(0), precision, settings, log)
+    return ranker, train(
+        ranker, updater, ROWS, prompts, Collator(0), precision, settings, log, Checkpoint(log.with_suffix(".pt"))
+    )
 
 
 def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
