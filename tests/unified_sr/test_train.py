@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples.unified_sr.config import resolve
 from examples.unified_sr.checkpoint import Checkpoint
+from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._base import MixedLossUpdater
