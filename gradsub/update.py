@@ -67,15 +67,21 @@ def apply_update(
         shrink: lr times weight decay, or 0. P = I - K K^T keeps the decay off the protected directions as well.
     """
     weight = _precise(layer, state)
-    decays = isinstance(shrink, Tensor) or shrink != 0.0
-    gated = [step if k == SHARED else step * gates[k - 1].to(step) for k, step in steps.items()]
-    update = lift(torch.cat(gated, dim=layer.axis), bank.joint_basis(layer, steps), layer.axis)
-    if scale != 1.0:
-        update *= scale
-    if decays:
-        update = update.sub_(weight * shrink) if isinstance(shrink, Tensor) else update.sub_(weight, alpha=shrink)
-        if layer.protected is not None:
-            update += lift(project(weight, layer.protected, layer.axis) * shrink, layer.protected, layer.axis)
+    blocks = [step * scale if k == SHARED else step * (gates[k - 1] * scale).to(step) for k, step in steps.items()]
+    bases = bank.joint_basis(layer, steps)
+    shrinks = isinstance(shrink, Tensor) or shrink != 0.0
+    if shrinks and layer.protected is not None:
+        # P W = W - A K^T: the anchor spares a product with the whole weight.
+        blocks.append(state[ANCHOR] * shrink)
+        bases = torch.cat([bases, layer.protected], dim=1)
+    joint = torch.cat(blocks, dim=layer.axis)
+    if not shrinks:
+        update = lift(joint, bases, layer.axis)
+    elif isinstance(shrink, Tensor):
+        update = lift(joint, bases, layer.axis) - weight * shrink
+    else:
+        left, right = (joint, bases.mT) if layer.axis == 1 else (bases, joint)
+        update = torch.addmm(weight, left, right, beta=-shrink)
     _write(layer, weight.add_(update))
 
 
