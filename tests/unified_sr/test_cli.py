@@ -103,7 +103,7 @@ def test_another_runs_folder_is_left_alone(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_an_interrupted_run_starts_again(
+def test_an_interrupted_run_goes_on(
     llama_folder: str, data_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -111,7 +111,7 @@ def test_an_interrupted_run_starts_again(
     assert main(line) == 0
     (out / "report.md").unlink()
     assert main(line) == 0
-    assert "unfinished: it starts again" in capsys.readouterr().out
+    assert "unfinished: it goes on" in capsys.readouterr().out
     assert (out / "report.md").is_file()
 
 
