@@ -495,7 +495,8 @@ class GemsOptimizer(Optimizer):
                     if proxy in steps
                 }
                 state = self.state[parameter]
-                if projected[layer].refreshed:
+                # At the first step as well: the model's weights may have been loaded after the optimizer was built.
+                if projected[layer].refreshed or state["step"] == 0:
                     hold_protected(layer, state)
                 apply_update(layer, self._bank, state, taken, gates[rows[layer]], group["scale"], shrink)
                 self._bank.advance(layer)

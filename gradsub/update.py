@@ -23,23 +23,18 @@ def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
     """The state that updates need: what is protected, where it stood, and the precise weight.
 
     ``"protected"`` is K (d x k), so that a resumed run protects the same. ``"anchor"`` is W K (m x k) for axis 1,
-    K^T W (k x n) for axis 0; it is found at the first refresh. ``"master"`` (m x n) exists for weights below float32,
-    on demand.
+    K^T W (k x n) for axis 0. ``"master"`` (m x n) exists for weights below float32, on demand.
     """
     weight = layer.parameter
     if layer.protected is None:
         state.pop(PROTECTED, None)
         state.pop(ANCHOR, None)
     else:
+        found = project(layer.matrix(weight.detach()), layer.protected, layer.axis)
         held = state.get(ANCHOR)
+        if held is None or held.shape != found.shape:
+            state[ANCHOR] = found
         state[PROTECTED] = layer.protected
-        shape = (
-            (layer.shape[0], layer.protected.shape[1])
-            if layer.axis == 1
-            else (layer.protected.shape[1], layer.shape[1])
-        )
-        if held is None or held.shape != shape:
-            state[ANCHOR] = layer.protected.new_zeros(shape)
     if master_weights and weight.dtype != layer.dtype and MASTER not in state:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
