@@ -106,3 +106,31 @@ def test_an_empty_parameter_is_finite(device):
         (weight.sum() + empty.sum()).backward()
     optimizer.step()
     assert bool((weight < 1).all())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_skipping_drops_the_step_and_warns_once(device, what):
+    """Weights and state stay, the other task's gradient goes with it, and the next batch is a step as any other."""
+    model, twin = mlp(device=device), mlp(device=device)
+    optimizer, other = gems(model, nonfinite="skip"), gems(twin, nonfinite="skip")
+    train(model, optimizer, 2)
+    train(twin, other, 2)
+    before = tensors_in(optimizer.state_dict())
+    snapshot = [tensor.clone() for tensor in before]
+    for attempt in range(2):
+        with optimizer.task("search"):
+            loss_of(model, 7, 0).backward()
+        with optimizer.task("rec"):
+            loss = loss_of(model, 7, 1)
+            (loss * math.nan if what == "loss" else loss + (model[0].weight * math.inf).sum() * 0).backward()
+        if attempt == 0:
+            with pytest.warns(UserWarning, match="of task 'rec' is NaN or Inf: the step is skipped"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        assert same(tensors_in(optimizer.state_dict()), snapshot)
+    assert same(model.parameters(), twin.parameters())
+    train(model, optimizer, 3, start=2)
+    train(twin, other, 3, start=2)
+    assert same(model.parameters(), twin.parameters())
