@@ -131,8 +131,10 @@ class Layout:
             kept: what was protected before (d x k).
         """
         names = self._protecting(layer.parameter)
-        if self._null_space is None or not names or kept is None:
-            return layer.protected if names else None
+        if self._null_space is None or not names:
+            return kept
+        if kept is None:
+            return layer.protected
         self._seen[layer.parameter] = self._versions(names)
         for name in names:
             kept = self._null_space.extended(name, kept)

@@ -52,12 +52,12 @@ def measure(
     # Squares of large float32 entries overflow; tasks whose norms do count as equally large.
     largest = torch.finfo(zero.dtype).max / (tasks + 1)
     own_norms = torch.stack([vector(values, zero) for values in norms]).clamp_max(largest)
-    present = torch.tensor([[k in values for k in range(tasks)] for values in norms], device=zero.device)
+    present = torch.tensor([[k in values for k in range(tasks)] for values in norms]).to(zero.device, non_blocking=True)
     memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in projected])
     inputs = GateInputs(
         losses=vector(losses, unknown),
         gradient_norms=own_norms,
-        samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], device=zero.device, dtype=zero.dtype),
+        samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)]).to(zero, non_blocking=True),
         present=present,
         memory=memory,
         alignment=_alignment(projected, own_norms, state) if needs_alignment(gate) else None,
@@ -100,6 +100,10 @@ def _gramian(parts: Mapping[int, Tensor], gramian: Tensor) -> Tensor:
     """Inner products (K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
     if parts:
         rows = torch.stack([part.flatten() for part in parts.values()])
-        where = torch.tensor(list(parts), device=gramian.device)
-        gramian[where[:, None], where] = (rows @ rows.mT).to(gramian)
+        products = (rows @ rows.mT).to(gramian)
+        if len(parts) == len(gramian):
+            return products
+        for i, a in enumerate(parts):
+            for j, b in enumerate(parts):
+                gramian[a, b] = products[i, j]
     return gramian

@@ -94,27 +94,35 @@ def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, An
 
 
 def restore(
-    saved: Mapping[str, Any], params: Sequence[Tensor], state: Mapping[Tensor, Any], earlier: Mapping[Tensor, Any]
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Any],
+    earlier: Mapping[Tensor, Any],
 ) -> None:
-    """Put the saved tensors back with the dtypes they had.
+    """Put the saved tensors back with the dtypes they had, where their parameters are now.
 
     torch casts what it loads to the parameter's dtype, which would round float32 moments of bfloat16 weights and turn
-    counts into floats.
+    counts into floats. Counts stay on the host, but for those of a fused or capturable optimizer.
 
     Args:
         saved: the state dict that was loaded.
-        params: the parameters in the order of the groups.
+        groups: the optimizer's parameter groups.
         state: what torch made of it.
-        earlier: the state before, for the devices.
+        earlier: the state before.
     """
     order = [index for group in saved["param_groups"] for index in group["params"]]
-    for index, parameter in zip(order, params, strict=True):
-        before = earlier.get(parameter, {})
+    options = [group for group in groups for _ in group["params"]]
+    for index, group, parameter in zip(order, options, group_parameters(groups), strict=True):
+        on_device = group.get("fused") or group.get("capturable")
         for key, value in saved["state"].get(index, {}).items():
-            if isinstance(value, Tensor):
-                like = before.get(key)
-                device = like.device if isinstance(like, Tensor) else parameter.device if value.ndim else value.device
-                state[parameter][key] = value.detach().to(device, copy=True)
+            if not isinstance(value, Tensor):
+                continue
+            like = earlier.get(parameter, {}).get(key)
+            if key != "next_refresh" and (value.ndim or (on_device and key.startswith(INNER))):
+                device = parameter.device
+            else:
+                device = like.device if isinstance(like, Tensor) else value.device
+            state[parameter][key] = value.detach().to(device, copy=True)
 
 
 def group_parameters(groups: Sequence[Mapping[str, Any]]) -> list[torch.nn.Parameter]:

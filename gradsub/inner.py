@@ -64,7 +64,9 @@ def decays_decoupled(base: Optimizer, group: Mapping[str, Any]) -> bool:
     for flag in ("decoupled_weight_decay", "weight_decouple"):
         if flag in group:
             return bool(group[flag])
-    return not (type(base).__module__.startswith("torch.optim") and type(base).__name__ in _COUPLED_DECAY)
+    return not any(
+        kind.__module__.startswith("torch.optim") and kind.__name__ in _COUPLED_DECAY for kind in type(base).__mro__
+    )
 
 
 def decoupled_shrinkage(base: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
@@ -116,6 +118,12 @@ class Inner:
         for proxy in proxies:
             self._shapes[proxy] = proxy.shape
             self._give_initial(proxy)
+        for parameter in set(proxies.values()) & self._initial.keys():
+            # One number of a constant accumulator will do from now on; the whole would cost as much as the weight.
+            self._initial[parameter] = {
+                key: value.flatten()[0].clone().expand(value.shape) if isinstance(value, Tensor) else value
+                for key, value in self._initial[parameter].items()
+            }
         new = [group for group in (self._plain[-1], self._proxied[-1]) if group["params"]]
         self.base.param_groups.extend(new)
         self._populate(new)
@@ -232,15 +240,17 @@ class Inner:
             if parameter.default is inspect.Parameter.empty
         ][1:]
         for group in groups:
-            held = [parameter.grad for parameter in group["params"]]
-            for parameter in group["params"]:
+            # A frozen parameter has no state, as everywhere in torch; it gets it when it first has a gradient.
+            training = [parameter for parameter in group["params"] if parameter.requires_grad]
+            held = [parameter.grad for parameter in training]
+            for parameter in training:
                 parameter.grad = parameter.detach().new_zeros(()).expand(parameter.shape)
-            init(group, *([] for _ in collectors))
+            init({**group, "params": training}, *([] for _ in collectors))
             if group.get("momentum") and group.get("dampening") == 0:
-                for parameter in group["params"]:
+                for parameter in training:
                     # SGD's buffer starts as the first gradient; without dampening, starting from zero is the same.
                     self.base.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
-            for parameter, gradient in zip(group["params"], held, strict=True):
+            for parameter, gradient in zip(training, held, strict=True):
                 parameter.grad = gradient
 
 

@@ -16,7 +16,7 @@ from gradsub import _settings as settings
 from gradsub._finite import NonFiniteError, find_nonfinite, largest_entry
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, PREVIOUS_STEP, measure, needs_alignment
-from gradsub._state import check_compatible, group_parameters, hand_down, mirror, restore
+from gradsub._state import check_compatible, hand_down, mirror, restore
 from gradsub.capture import (
     GenericCapture,
     LossWatcher,
@@ -24,7 +24,7 @@ from gradsub.capture import (
     ScaleWitness,
     clip_captured,
     gather,
-    looks_scaled,
+    loss_scale,
     mix,
     scale_captured,
 )
@@ -166,13 +166,13 @@ class GemsOptimizer(Optimizer):
         self._losses: dict[int, Tensor] = {}
         self._samples: dict[int, float] = {}
         self._task_open = False
-        self._scaled = False
+        self._scale: Tensor | None = None
         self._skipped = 0
         self._witness = ScaleWitness()
         self._measured: Measurements | None = None
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
-        self._capture = GenericCapture(self._bank, self._layout.name)
+        self._capture = GenericCapture(self._bank, self._layout.name, self._witness.joined)
         found = [self._lay_out(group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
         # Nothing can be refused any more: only now is the base optimizer taken over.
@@ -202,14 +202,16 @@ class GemsOptimizer(Optimizer):
             raise RuntimeError(
                 f"task({name!r}) inside another task: a backward pass belongs to one task, close it first"
             )
+        if self._witness.lost():
+            # The scaler skipped the step and only model.zero_grad() was called: what was captured is of that step.
+            self._witness.withdraw(None)
+            self._discard()
         self._task_open = True
         self._capture.open(index)
         try:
-            if loss is None:
-                with LossWatcher(partial(self._saw_loss, index)):
-                    yield
-            else:
+            if loss is not None:
                 self._saw_loss(index, loss)
+            with LossWatcher(partial(self._saw_loss, index) if loss is None else self._saw_scale):
                 yield
         finally:
             if self._capture.close():
@@ -250,13 +252,17 @@ class GemsOptimizer(Optimizer):
         return self.tasks.index(name)
 
     def _saw_loss(self, index: int, loss: Tensor) -> None:
-        self._scaled = self._scaled or looks_scaled(loss)
+        self._saw_scale(loss)
         loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).sum()
         self._losses[index] = self._losses[index] + loss if index in self._losses else loss
 
+    def _saw_scale(self, loss: Tensor) -> None:
+        if self._scale is None:
+            self._scale = loss_scale(loss)
+
     def _bear_witness(self, index: int) -> None:
         """Let a `GradScaler` know what was captured of the task, if its loss was scaled."""
-        if self._scaled:
+        if self._scale is not None:
             held = self._capture.gradients[index]
             with torch.no_grad():
                 largest = largest_entry([captured.tensors()[0] for captured in held.values()])
@@ -331,14 +337,14 @@ class GemsOptimizer(Optimizer):
 
     def _unscale(self) -> None:
         """Divide captured gradients by the loss scale, if a `GradScaler` was at work."""
-        factor = self._witness.withdraw()
+        factor = self._witness.withdraw(self._scale)
         if factor is not None:
             for held in self._capture.gradients.values():
                 scale_captured(held, factor)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``p.grad`` and whatever was captured and not stepped."""
-        self._witness.withdraw()
+        self._witness.withdraw(None)
         super().zero_grad(set_to_none)
         self._discard()
 
@@ -346,7 +352,7 @@ class GemsOptimizer(Optimizer):
         self._capture.clear()
         self._losses.clear()
         self._samples.clear()
-        self._scaled = False
+        self._scale = None
 
     def _sample_shares(self) -> dict[int, float]:
         """w_k: the tasks' shares of the samples."""
@@ -368,8 +374,8 @@ class GemsOptimizer(Optimizer):
             return True
         if self._nonfinite == "raise":
             raise NonFiniteError(
-                f"{found} is NaN or Inf; weights and state are unchanged: call zero_grad() and go on with the next "
-                "batch, or lower the learning rate"
+                f"{found} is NaN or Inf; weights and state are unchanged: call optimizer.zero_grad(), which clears "
+                "what was captured (model.zero_grad() does not), and go on with the next batch"
             )
         if not self._skipped:
             warnings.warn(f"{found} is NaN or Inf: the step is skipped, as later ones will be", stacklevel=2)
@@ -405,7 +411,7 @@ class GemsOptimizer(Optimizer):
 
     def _protect(self, layer: Layer, protected: Tensor | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
-        layer.protected = protected
+        layer.protected = None if protected is None else protected.to(layer.parameter.device)
         initialise_update(layer, self.state[layer.parameter], self._master_weights)
         self._bank.enforce(layer)
 
@@ -424,7 +430,8 @@ class GemsOptimizer(Optimizer):
         if self._surgery is None or self._measured is None or len(shares) < 2:
             return shares
         gramian = self._measured.gramian.sum(0)
-        share = torch.tensor([shares.get(k, 0.0) for k in range(len(self.tasks))]).to(gramian)
+        share = torch.tensor([shares.get(k, 0.0) for k in range(len(self.tasks))])
+        share = share.to(gramian, non_blocking=True)
         weights = self._surgery(share[:, None] * gramian * share)
         return {task: share[task] * weights[task] for task in shares}
 
@@ -569,11 +576,10 @@ class GemsOptimizer(Optimizer):
         """
         if self._capture.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
-        params = group_parameters(self.param_groups)
         check_compatible(state_dict, self.param_groups, self.state, self._layers)
         earlier = self.state
         super().load_state_dict(state_dict)
-        restore(state_dict, params, self.state, earlier)
+        restore(state_dict, self.param_groups, self.state, earlier)
         for parameter, proxies in self._proxies.items():
             hand_down(self.state.get(parameter, {}), self._inner, proxies)
         for layer in self._layers.values():
@@ -636,7 +642,7 @@ _OWN_ATTRIBUTES = frozenset(
         "_losses",
         "_samples",
         "_task_open",
-        "_scaled",
+        "_scale",
         "_skipped",
         "_witness",
         "_surgery",

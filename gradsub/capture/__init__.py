@@ -5,7 +5,7 @@ from gradsub.capture._clip import clip_captured, scale_captured
 from gradsub.capture._generic import GenericCapture
 from gradsub.capture._losses import LossWatcher
 from gradsub.capture._projected import Projected, gather, mix
-from gradsub.capture._scaled import ScaleWitness, looks_scaled
+from gradsub.capture._scaled import ScaleWitness, loss_scale
 
 __all__ = [
     "Captured",
@@ -15,7 +15,7 @@ __all__ = [
     "ScaleWitness",
     "clip_captured",
     "gather",
-    "looks_scaled",
+    "loss_scale",
     "mix",
     "scale_captured",
 ]

@@ -22,11 +22,13 @@ class GenericCapture:
     Args:
         bank: the bases.
         names: what errors call a parameter.
+        outside: told of every parameter that received a gradient of no task.
     """
 
-    def __init__(self, bank: SubspaceBank, names: Callable[[Tensor], str]) -> None:
+    def __init__(self, bank: SubspaceBank, names: Callable[[Tensor], str], outside: Callable[[Tensor], None]) -> None:
         self._bank = bank
         self._names = names
+        self._outside = outside
         self._layers: dict[Tensor, Layer] = {}
         self.watched: list[Tensor] = []
         self._unhooked: list[Tensor] = []
@@ -83,7 +85,10 @@ class GenericCapture:
 
     def take(self, parameter: Tensor) -> None:
         """The hook: ``p.grad`` of the open task is complete for this backward pass."""
-        if self._open is None or parameter.grad is None:
+        if self._open is None:
+            self._outside(parameter)
+            return
+        if parameter.grad is None:
             return
         gradient, parameter.grad = parameter.grad, None
         self.check_dense(parameter, gradient)

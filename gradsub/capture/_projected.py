@@ -76,7 +76,10 @@ def gather(
 
 def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:
     """The shared gradient: sum_k w_k G_k, and what came from no task."""
-    terms = [part * weights[task] for task, part in parts.items()]
+    terms = []
+    for task, part in parts.items():
+        weight = weights[task]
+        terms.append(part * (weight.to(part) if isinstance(weight, Tensor) else weight))
     if outside is not None:
         terms.append(outside)
     total = terms[0]
