@@ -1,13 +1,6 @@
 import pytest
 import torch
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
-
 
 @pytest.fixture(autouse=True)
 def _global_generator_stays_untouched():
