@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gradsub.capture import Captured
+from gradsub.capture import MIXED, Captured
 
 
 class NonFiniteError(FloatingPointError, ValueError):
@@ -29,8 +29,9 @@ def find_nonfinite(
 ) -> str | None:
     """What is NaN or Inf, by task, or None; waits for the device once."""
     flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]
+    whose = {task: f"task {name!r}" for task, name in enumerate(tasks)} | {MIXED: "a mixed batch"}
     flags += [
-        (f"the gradient of task {tasks[task]!r}", largest_entry([captured.tensors()[0] for captured in held.values()]))
+        (f"the gradient of {whose[task]}", largest_entry([captured.tensors()[0] for captured in held.values()]))
         for task, held in gradients.items()
     ]
     dense = [gradient for gradient in outside if gradient.layout is torch.strided]

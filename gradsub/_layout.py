@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,17 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsub.capture import can_fuse
 from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer
 
 
+# Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
+# and, since an exact decomposition is cheap as well, at a refresh.
+_NOT_WORTH_FUSING = 1 << 12
+_NOT_WORTH_SKETCHING = 1 << 16
+
+
 @dataclass(frozen=True)
 class _Target:
-    """A weight that the model names: by all its names, and how it is stored."""
+    """A weight that the model names: by all its names, in which modules, and how it is stored."""
 
     names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
     transposed: bool
+    tied: bool
 
 
 class Layout:
@@ -31,6 +41,8 @@ class Layout:
         model: names the layers; without it the parameters' own names serve, where the base optimizer has them.
         target_modules: which layers of ``model``.
         master_weights: whether float32 copies of lower-precision weights are kept.
+        capture: ``"auto"``, ``"fused"`` or ``"generic"``.
+        refresh: ``"auto"``, ``"sketch"`` or ``"svd"``.
     """
 
     def __init__(
@@ -41,6 +53,8 @@ class Layout:
         model: nn.Module | None,
         target_modules: str | Iterable[str],
         master_weights: bool = False,
+        capture: str = "auto",
+        refresh: str = "auto",
     ) -> None:
         if null_space is not None and null_space.side != side:
             raise ValueError(
@@ -48,6 +62,8 @@ class Layout:
             )
         self._side = side
         self._master_weights = master_weights
+        self._capture = capture
+        self._refresh = refresh
         self._tasks = tasks
         self._null_space = null_space
         self._targets: dict[Tensor, _Target] | None = None
@@ -111,6 +127,8 @@ class Layout:
             index=index,
             axis=axis,
             widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
+            sketched=self._refresh == "sketch"
+            or (self._refresh == "auto" and self.fused(parameter) is not None and parameter.numel() > _NOT_WORTH_SKETCHING),
         )
         if not protecting:
             return layer
@@ -122,6 +140,33 @@ class Layout:
         layer.protected = protected
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
+
+    def fused(self, parameter: Tensor) -> tuple[list[nn.Module], bool] | None:
+        """The modules whose forward pass captures the weight's gradient, and whether they store it transposed.
+
+        None where autograd's gradient is taken: without a model, of a small weight, or of one that something else uses
+        too.
+        """
+        target = (self._targets or {}).get(parameter)
+        if target is None or self._capture == "generic":
+            return None
+        if self._capture == "auto" and parameter.numel() <= _NOT_WORTH_FUSING:
+            return None
+        if target.tied:
+            self._warn(
+                "tied",
+                f"{target.names[0]} shares its weight with another module: its whole gradient is captured (generic "
+                "capture), because parts of it do not come from this layer",
+            )
+            return None
+        if not all(can_fuse(module) for module in target.modules):
+            self._warn(
+                "own forward",
+                f"{target.names[0]} ({type(target.modules[0]).__name__}) does not have a plain linear layer's forward "
+                "pass: its whole gradient is captured (generic capture)",
+            )
+            return None
+        return list(target.modules), target.transposed
 
     def renewed(self, layer: Layer, kept: Tensor | None) -> Tensor | None:
         """The directions to protect now; at least ``kept``, and ``kept`` itself where nothing was added.
@@ -221,12 +266,14 @@ class Layout:
 
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[Tensor, _Target]:
+    uses = Counter(parameter for _, parameter in unwrap(model).named_parameters(remove_duplicate=False))
     found: dict[Tensor, _Target] = {}
     for name, module in select_layers(model, target_modules).items():
         weight = module.weight
         assert isinstance(weight, Tensor)
         earlier = found.get(weight)
-        found[weight] = _Target((*(earlier.names if earlier else ()), name), is_transposed(module))
+        names, modules = (earlier.names, earlier.modules) if earlier else ((), ())
+        found[weight] = _Target((*names, name), (*modules, module), is_transposed(module), uses[weight] > 1)
     return found
 
 

@@ -1,23 +1,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from gradsub.capture import Projected
+from gradsub._blocks import Block
 from gradsub.gates import Gate, GateInputs
 from gradsub.report import Measurements
-from gradsub.subspace import Layer
+from gradsub.subspace import SHARED
 
 GATE_MEMORY: Final = "gate_memory"
-PREVIOUS_STEP: Final = "previous_step."
+
+
+def previous_step(subspace: int) -> str:
+    """The key of the state that holds the last step taken in a subspace, where somebody needs it."""
+    return f"previous_step.{'shared' if subspace == SHARED else subspace - 1}"
 
 
 def measure(
-    projected: Mapping[Layer, Projected],
+    blocks: Sequence[Block],
     losses: Mapping[int, Tensor],
     samples: Mapping[int, float],
     tasks: int,
@@ -26,10 +30,10 @@ def measure(
 ) -> Measurements | None:
     """The gates of this step, and what they and a report are computed from; None without a layer or a task.
 
-    Everything stays on the device of the first layer.
+    Rows are layers, in the order of the blocks. Everything stays on the device of the first layer.
 
     Args:
-        projected: the layers that had a gradient.
+        blocks: the layers that had a gradient.
         losses: by task, where a loss was seen.
         samples: by task.
         tasks: K.
@@ -39,40 +43,45 @@ def measure(
     Raises:
         ValueError: the gate returned something of another shape than (L, K).
     """
-    if not projected or not tasks:
+    if not blocks or not tasks:
         return None
-    first = next(iter(projected))
-    zero = torch.zeros((), device=first.parameter.device, dtype=first.dtype)
+    layers = [layer for block in blocks for layer in block.layers]
+    zero = torch.zeros((), device=layers[0].parameter.device, dtype=layers[0].dtype)
     unknown = zero + math.nan
 
-    def vector(values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
-        return torch.stack([values[k].to(missing) if k in values else missing for k in range(tasks)])
+    def by_task(block: Block, values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
+        empty = missing.expand(len(block.layers))
+        return torch.stack([values[k].to(missing) if k in values else empty for k in range(tasks)], dim=1)
 
-    norms = [{k: torch.linalg.vector_norm(R) for k, R in found.own.items()} for found in projected.values()]
+    norms = [{k: torch.linalg.vector_norm(R, dim=(1, 2)) for k, R in block.own.items()} for block in blocks]
     # Squares of large float32 entries overflow; tasks whose norms do count as equally large.
     largest = torch.finfo(zero.dtype).max / (tasks + 1)
-    own_norms = torch.stack([vector(values, zero) for values in norms]).clamp_max(largest)
-    present = torch.tensor([[k in values for k in range(tasks)] for values in norms]).to(zero.device, non_blocking=True)
-    memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in projected])
+    own_norms = torch.cat([by_task(block, found, zero) for block, found in zip(blocks, norms, strict=True)])
+    own_norms = own_norms.clamp_max(largest)
+    present = torch.tensor([[k in block.own for k in range(tasks)] for block in blocks for _ in block.layers])
+    present = present.to(zero.device, non_blocking=True)
+    memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in layers])
+    unseen = [losses[k].to(unknown) if k in losses else unknown for k in range(tasks)]
     inputs = GateInputs(
-        losses=vector(losses, unknown),
+        losses=torch.stack(unseen),
         gradient_norms=own_norms,
         samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)]).to(zero, non_blocking=True),
         present=present,
         memory=memory,
-        alignment=_alignment(projected, own_norms, state) if needs_alignment(gate) else None,
+        alignment=torch.cat([_alignment(block, tasks, state).to(zero) for block in blocks])
+        if needs_alignment(gate)
+        else None,
     )
     gates = gate(inputs)
     if gates.shape != own_norms.shape:
         raise ValueError(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
-    for layer, row in zip(projected, memory, strict=True):
-        state[layer.parameter][GATE_MEMORY].copy_(row)
+    torch._foreach_copy_([state[layer.parameter][GATE_MEMORY] for layer in layers], list(memory.unbind()))
     return Measurements(
-        layers=list(projected),
-        gramian=torch.stack([_gramian(found.parts, zero.new_zeros(tasks, tasks)) for found in projected.values()]),
-        squared_norms=torch.stack([vector(found.squared_norms, unknown) for found in projected.values()]),
+        layers=layers,
+        gramian=torch.cat([_gramian(block, tasks).to(zero) for block in blocks]),
+        squared_norms=torch.cat([by_task(block, block.squared_norms, unknown) for block in blocks]),
         own_norms=own_norms,
         gates=gates,
         present=present,
@@ -84,26 +93,28 @@ def needs_alignment(gate: Gate) -> bool:
     return bool(getattr(gate, "needs_alignment", False))
 
 
-def _alignment(projected: Mapping[Layer, Projected], own_norms: Tensor, state: Mapping[Tensor, Any]) -> Tensor:
+def _alignment(block: Block, tasks: int, state: Mapping[Tensor, Any]) -> Tensor:
     """Cosines (L, K) between R_k and the task's previous step; 0 without one."""
-    alignment = torch.zeros_like(own_norms)
-    for row, (layer, found) in enumerate(projected.items()):
-        for task, gradient in found.own.items():
-            previous = state[layer.parameter][f"{PREVIOUS_STEP}{task}"]
-            norms = torch.linalg.vector_norm(previous) * torch.linalg.vector_norm(gradient)
-            cosine = (gradient * previous).sum() / norms.where(norms > 0, 1.0)
-            alignment[row, task] = cosine.to(alignment)
+    first = block.layers[0]
+    alignment = torch.zeros(len(block.layers), tasks, dtype=first.dtype, device=first.parameter.device)
+    for task, gradient in block.own.items():
+        previous = torch.stack([state[layer.parameter][previous_step(task + 1)] for layer in block.layers])
+        norms = torch.linalg.vector_norm(previous, dim=(1, 2)) * torch.linalg.vector_norm(gradient, dim=(1, 2))
+        cosines = (gradient * previous).sum((1, 2)) / norms.where(norms > 0, 1.0)
+        alignment[:, task] = cosines.to(alignment)
     return alignment
 
 
-def _gramian(parts: Mapping[int, Tensor], gramian: Tensor) -> Tensor:
-    """Inner products (K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
-    if parts:
-        rows = torch.stack([part.flatten() for part in parts.values()])
-        products = (rows @ rows.mT).to(gramian)
-        if len(parts) == len(gramian):
-            return products
-        for i, a in enumerate(parts):
-            for j, b in enumerate(parts):
-                gramian[a, b] = products[i, j]
+def _gramian(block: Block, tasks: int) -> Tensor:
+    """Inner products (L x K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
+    if not block.parts:
+        return torch.zeros(len(block.layers), tasks, tasks)
+    rows = torch.stack([part.flatten(1) for part in block.parts.values()], dim=1)
+    products = rows @ rows.mT
+    if len(block.parts) == tasks:
+        return products
+    gramian = products.new_zeros(len(block.layers), tasks, tasks)
+    for i, a in enumerate(block.parts):
+        for j, b in enumerate(block.parts):
+            gramian[:, a, b] = products[:, i, j]
     return gramian

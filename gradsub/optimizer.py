@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,26 +15,27 @@ from torch.optim import Optimizer
 from gradsub import _settings as settings
 from gradsub._finite import NonFiniteError, find_nonfinite, largest_entry
 from gradsub._layout import Layout
-from gradsub._measure import GATE_MEMORY, PREVIOUS_STEP, measure, needs_alignment
 from gradsub._state import check_compatible, hand_down, mirror, restore
+from gradsub._step import Stepper
 from gradsub.capture import (
+    MIXED,
+    FusedCapture,
     GenericCapture,
     LossWatcher,
-    Projected,
+    MixedRows,
+    Part,
     ScaleWitness,
     clip_captured,
-    gather,
     loss_scale,
-    mix,
     scale_captured,
 )
 from gradsub.gates import Gate, resolve_gate
-from gradsub.inner import Inner, check_wrappable, decays_decoupled, decoupled_shrinkage
+from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
-from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
-from gradsub.update import PROTECTED, apply_update, hold_protected, initialise_update
+from gradsub.subspace import Layer, SubspaceBank
+from gradsub.update import PROTECTED
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
 
@@ -138,9 +139,11 @@ class GemsOptimizer(Optimizer):
         moments: str = "rotate",
         nonfinite: str = "raise",
         master_weights: bool = False,
+        capture: str = "auto",
+        refresh: str = "auto",
     ) -> None:
         check_wrappable(base)
-        settings.check_arguments(side, orthogonalize, moments, nonfinite)
+        settings.check_arguments(side, orthogonalize, moments, nonfinite, capture, refresh)
         self.tasks = settings.check_tasks(tasks)
         own = {
             "tasks": self.tasks,
@@ -155,14 +158,18 @@ class GemsOptimizer(Optimizer):
         clash = sorted(own.keys() & base.defaults.keys())
         if clash:
             raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
-        self._gate = resolve_gate(gate)
-        self._surgery = None if surgery == "sum" else _surgery(surgery)
-        self._moments = moments
         self._nonfinite = nonfinite
-        self._master_weights = master_weights
-        self._layout = Layout(side, len(self.tasks), null_space, model, target_modules, master_weights)
-        self._layers: dict[Tensor, Layer] = {}
-        self._proxies: dict[Tensor, dict[str, Tensor]] = {}
+        self._layout = Layout(
+            side, len(self.tasks), null_space, model, target_modules, master_weights, capture, refresh
+        )
+        self._stepper = Stepper(
+            self.tasks,
+            self._layout,
+            resolve_gate(gate),
+            None if surgery == "sum" else _surgery(surgery),
+            moments,
+            master_weights,
+        )
         self._losses: dict[int, Tensor] = {}
         self._samples: dict[int, float] = {}
         self._task_open = False
@@ -171,12 +178,15 @@ class GemsOptimizer(Optimizer):
         self._witness = ScaleWitness()
         self._measured: Measurements | None = None
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
-        self._bank = SubspaceBank(self.state, orthogonalize, seed)
+        self._bank = SubspaceBank(self.state, orthogonalize, seed, self._stepper.momentum)
         self._capture = GenericCapture(self._bank, self._layout.name, self._witness.joined)
+        self._fused = FusedCapture(self._bank, self._capture)
         found = [self._lay_out(group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
         # Nothing can be refused any more: only now is the base optimizer taken over.
         self._inner = Inner(base)
+        self._stepper.state = self.state
+        self._stepper.connect(self._bank, self._inner)
         for group, layers in zip(self.param_groups, found, strict=True):
             self._adopt(group, layers)
 
@@ -198,25 +208,69 @@ class GemsOptimizer(Optimizer):
         """
         index = self._task_index(name)
         samples = settings.check_samples(samples, name)
-        if self._task_open:
-            raise RuntimeError(
-                f"task({name!r}) inside another task: a backward pass belongs to one task, close it first"
+        with self._open([Part(index)], {index: samples}, f"task({name!r})"):
+            if loss is not None:
+                self._saw_loss(index, loss)
+            with LossWatcher(partial(self._saw_loss, index) if loss is None else self._saw_scale):
+                yield
+
+    @contextmanager
+    def mixed(
+        self, task_ids: Sequence[str | int] | Tensor, samples: Mapping[str, float] | None = None
+    ) -> Iterator[MixedRows]:
+        """One forward and one backward pass for a batch whose rows belong to several tasks.
+
+        Equal to a pass for each task within rounding: the layers of ``model`` tell the rows apart in their backward
+        pass. It needs the fused capture and batches whose first axis is that of the rows. Inside, either call
+        ``backward()`` on the mean over all rows, or on ``rows.loss(losses)`` of the losses of the rows, which also
+        tells the gate each task's loss. Parameters without subspaces take the gradient of that one loss, whatever
+        ``surgery`` says.
+
+        Args:
+            task_ids: (B,) the task of each row: names, indices, or a tensor of indices (on the CPU, where reading it
+                does not wait for the device).
+            samples: task -> what it counts in the shared gradient, if not its number of rows; the loss must weigh the
+                tasks likewise, as a mean over tokens does with numbers of tokens.
+
+        Yields:
+            the rows, with ``rows.loss``.
+
+        Raises:
+            ValueError: no layer is captured by its forward pass; ``task_ids`` or ``samples`` do not fit the tasks.
+            RuntimeError: another block is open; a layer's input has another number of rows, or a decomposed weight's
+                gradient comes from elsewhere.
+        """
+        if not self._fused:
+            raise ValueError(
+                'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
+                "the layers can tell the rows apart: pass them, or use task() for each task"
             )
+        rows = MixedRows(self.tasks, task_ids, samples, self._saw_loss)
+        counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
+        parts = rows.parts(self._fused.device)
+        with self._open(parts, counts, "mixed(...)"), LossWatcher(self._saw_scale):
+            yield rows
+
+    @contextmanager
+    def _open(self, parts: list[Part], samples: Mapping[int, float], what: str) -> Iterator[None]:
+        """Everything that is captured in here belongs to the parts' tasks."""
+        if self._task_open:
+            raise RuntimeError(f"{what} inside another task: a backward pass belongs to one, close it first")
         if self._witness.lost():
             # The scaler skipped the step and only model.zero_grad() was called: what was captured is of that step.
             self._witness.withdraw(None)
             self._discard()
         self._task_open = True
-        self._capture.open(index)
+        self._capture.open(MIXED if len(parts) > 1 else parts[0].task)
+        self._fused.open(parts)
         try:
-            if loss is not None:
-                self._saw_loss(index, loss)
-            with LossWatcher(partial(self._saw_loss, index) if loss is None else self._saw_scale):
-                yield
+            yield
         finally:
+            self._fused.close()
             if self._capture.close():
-                self._samples[index] = self._samples.get(index, 0.0) + samples
-                self._bear_witness(index)
+                for task, count in samples.items():
+                    self._samples[task] = self._samples.get(task, 0.0) + count
+                self._bear_witness()
             self._task_open = False
 
     def backward(
@@ -260,13 +314,12 @@ class GemsOptimizer(Optimizer):
         if self._scale is None:
             self._scale = loss_scale(loss)
 
-    def _bear_witness(self, index: int) -> None:
-        """Let a `GradScaler` know what was captured of the task, if its loss was scaled."""
+    def _bear_witness(self) -> None:
+        """Let a `GradScaler` know what was captured, if the loss was scaled."""
         if self._scale is not None:
-            held = self._capture.gradients[index]
+            held = [captured.tensors()[0] for found in self._capture.gradients.values() for captured in found.values()]
             with torch.no_grad():
-                largest = largest_entry([captured.tensors()[0] for captured in held.values()])
-                self._witness.place(self._capture.watched, largest)
+                self._witness.place(self._capture.watched, largest_entry(held))
 
     # --- the step ----------------------------------------------------------------------------------------------------
 
@@ -292,25 +345,13 @@ class GemsOptimizer(Optimizer):
         if not self._finite():
             return result
         try:
-            self._take_step()
+            self._measured = self._stepper.take(
+                self.param_groups, self._capture.gradients, self._samples, self._losses
+            )
+            self._show_inner_state()
         finally:
             self._discard()
         return result
-
-    def _take_step(self) -> None:
-        shares = self._sample_shares()
-        projected = self._project(shares)
-        self._measured = measure(projected, self._losses, self._samples, len(self.tasks), self._gate, self.state)
-        weights = self._operate(shares)
-        gradients = self._inner_gradients(projected, weights)
-        outside = self._mix_plain(weights)
-        try:
-            steps = self._inner.step(self.param_groups, gradients, self._starts(projected))
-        finally:
-            for parameter, gradient in outside.items():
-                parameter.grad = gradient
-        self._update(projected, steps)
-        self._show_inner_state()
 
     def clip_grad_norm_(self, max_norm: float) -> dict[str, Tensor]:
         """Scale each task's captured gradient, between backward and step, to a norm of at most ``max_norm``.
@@ -333,7 +374,8 @@ class GemsOptimizer(Optimizer):
             raise ValueError(f"max_norm={max_norm!r} must be positive")
         with torch.no_grad():
             self._unscale()
-            return {self.tasks[k]: clip_captured(held, max_norm) for k, held in self._capture.gradients.items()}
+            names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
+            return {names[k]: clip_captured(held, max_norm) for k, held in self._capture.gradients.items()}
 
     def _unscale(self) -> None:
         """Divide captured gradients by the loss scale, if a `GradScaler` was at work."""
@@ -350,17 +392,13 @@ class GemsOptimizer(Optimizer):
 
     def _discard(self) -> None:
         self._capture.clear()
+        self._bank.forget_directions()
         self._losses.clear()
         self._samples.clear()
         self._scale = None
 
-    def _sample_shares(self) -> dict[int, float]:
-        """w_k: the tasks' shares of the samples."""
-        total = sum(self._samples.values())
-        return {task: samples / total for task, samples in self._samples.items()}
-
     def _check_dense(self) -> None:
-        for parameter in self._layers:
+        for parameter in self._stepper.layers:
             if parameter.grad is not None:
                 self._capture.check_dense(parameter, parameter.grad)
 
@@ -382,138 +420,6 @@ class GemsOptimizer(Optimizer):
         self._skipped += 1
         self._discard()
         return False
-
-    def _project(self, weights: Mapping[int, float]) -> dict[Layer, Projected]:
-        """Refresh what is due and bring every layer's gradients into its subspaces."""
-        projected = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                layer = self._layers.get(parameter)
-                if layer is None:
-                    continue
-                captured = {
-                    task: held[parameter] for task, held in sorted(self._capture.gradients.items()) if parameter in held
-                }
-                if not captured and parameter.grad is None:
-                    continue
-                if self._bank.due(layer, SHARED) and self._layout.outdated(layer):
-                    self._protect(layer, self._layout.renewed(layer, layer.protected))
-                projected[layer] = gather(
-                    layer,
-                    self._bank,
-                    captured,
-                    parameter.grad,
-                    weights,
-                    group["update_proj_gap"],
-                    partial(self._carry, layer),
-                )
-        return projected
-
-    def _protect(self, layer: Layer, protected: Tensor | None) -> None:
-        """Take up protected directions; bases and what is kept of the weight follow."""
-        layer.protected = None if protected is None else protected.to(layer.parameter.device)
-        initialise_update(layer, self.state[layer.parameter], self._master_weights)
-        self._bank.enforce(layer)
-
-    def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
-        proxy = self._proxy(layer, subspace)
-        previous = self.state[layer.parameter].get(f"{PREVIOUS_STEP}{subspace - 1}")
-        if previous is not None:
-            carry_moments({"exp_avg": previous}, old, new, layer.axis)
-        if self._moments == "rotate":
-            carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
-        elif self._moments == "reset":
-            self._inner.reset(proxy)
-
-    def _operate(self, shares: dict[int, float]) -> Mapping[int, float | Tensor]:
-        """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""
-        if self._surgery is None or self._measured is None or len(shares) < 2:
-            return shares
-        gramian = self._measured.gramian.sum(0)
-        share = torch.tensor([shares.get(k, 0.0) for k in range(len(self.tasks))])
-        share = share.to(gramian, non_blocking=True)
-        weights = self._surgery(share[:, None] * gramian * share)
-        return {task: share[task] * weights[task] for task in shares}
-
-    def _inner_gradients(
-        self, projected: Mapping[Layer, Projected], weights: Mapping[int, float | Tensor]
-    ) -> dict[Tensor, Tensor]:
-        """Every proxy's gradient; coupled (L2) weight decay joins the shared one, where the weight itself is known."""
-        gradients: dict[Tensor, Tensor] = {}
-        for group in self.param_groups:
-            decay = group.get("weight_decay", 0.0)
-            coupled = decay and not decays_decoupled(self._inner.base, group)
-            for parameter in group["params"]:
-                layer = self._layers.get(parameter)
-                if layer is None or layer not in projected:
-                    continue
-                found = projected[layer]
-                shared = mix(found.parts, weights, found.outside)
-                if coupled:
-                    sign = -1.0 if group.get("maximize") else 1.0
-                    shared = shared + sign * decay * project(
-                        layer.matrix(parameter), self._bank.basis(layer, SHARED), layer.axis
-                    )
-                gradients[self._proxy(layer, SHARED)] = shared
-                gradients.update({self._proxy(layer, task + 1): R for task, R in found.own.items()})
-        return gradients
-
-    def _starts(self, projected: Mapping[Layer, Projected]) -> dict[Tensor, Tensor]:
-        """The weights' coordinates, for a base optimizer whose step is relative to them."""
-        if not self._inner.relative:
-            return {}
-        return {
-            self._proxy(layer, subspace): project(
-                layer.matrix(layer.parameter), self._bank.basis(layer, subspace), layer.axis
-            )
-            for layer in projected
-            for subspace in range(len(layer.widths))
-        }
-
-    def _mix_plain(self, weights: Mapping[int, float | Tensor]) -> dict[Tensor, Tensor | None]:
-        """Give plain parameters the shared gradient; what they, and decomposed ones, had in ``.grad``, to put back."""
-        outside = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter in self._layers:
-                    continue
-                outside[parameter] = parameter.grad
-                full = {
-                    task: gradient
-                    for task, held in sorted(self._capture.gradients.items())
-                    if parameter in held and (gradient := held[parameter].full) is not None
-                }
-                if full:
-                    parameter.grad = mix(full, weights, parameter.grad)
-        return outside
-
-    def _update(self, projected: Mapping[Layer, Projected], steps: Mapping[Tensor, Tensor]) -> None:
-        rows = {layer: row for row, layer in enumerate(projected)}
-        gates = torch.empty(len(rows), 0) if self._measured is None else self._measured.gates
-        for group in self.param_groups:
-            shrink = decoupled_shrinkage(self._inner.base, group)
-            for parameter in group["params"]:
-                layer = self._layers.get(parameter)
-                if layer is None or layer not in rows:
-                    continue
-                taken = {
-                    subspace: steps[proxy]
-                    for subspace, proxy in enumerate(self._proxies[parameter].values())
-                    if proxy in steps
-                }
-                state = self.state[parameter]
-                # At the first step as well: the model's weights may have been loaded after the optimizer was built.
-                if projected[layer].refreshed or state["step"] == 0:
-                    hold_protected(layer, state)
-                apply_update(layer, self._bank, state, taken, gates[rows[layer]], group["scale"], shrink)
-                self._bank.advance(layer)
-                if needs_alignment(self._gate):
-                    for subspace in taken.keys() - {SHARED}:
-                        self.state[parameter][f"{PREVIOUS_STEP}{subspace - 1}"].copy_(taken[subspace])
-
-    def _proxy(self, layer: Layer, subspace: int) -> Tensor:
-        name = "shared" if subspace == SHARED else self.tasks[subspace - 1]
-        return self._proxies[layer.parameter][f"{name}."]
 
     # --- groups and state --------------------------------------------------------------------------------------------
 
@@ -537,34 +443,22 @@ class GemsOptimizer(Optimizer):
     def _adopt(self, group: dict[str, Any], layers: list[Layer]) -> None:
         proxies: dict[Tensor, Tensor] = {}
         for layer in layers:
-            self._layers[layer.parameter] = layer
-            self._bank.initialise(layer)
-            self._initialise_gate(layer)
-            initialise_update(layer, self.state[layer.parameter], self._master_weights)
-            mine: dict[str, Tensor] = {
-                f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
-                for subspace, name in enumerate(("shared", *self.tasks))
-            }
-            self._proxies[layer.parameter] = mine
+            mine = self._stepper.adopt(layer)
             proxies.update(dict.fromkeys(mine.values(), layer.parameter))
-        plain = [parameter for parameter in group["params"] if parameter not in self._layers]
-        self._proxies.update({parameter: {"": parameter} for parameter in plain})
+        plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
+        self._stepper.proxies.update({parameter: {"": parameter} for parameter in plain})
         options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
         self._inner.add_group(options, plain, proxies)
         self._capture.watch(group["params"], layers)
+        for layer in layers:
+            self._stepper.keep_steps(layer)
+            fused = self._layout.fused(layer.parameter)
+            if fused is not None:
+                self._fused.adopt(layer, *fused)
         self._show_inner_state()
 
-    def _initialise_gate(self, layer: Layer) -> None:
-        weight = layer.parameter
-        self.state[weight][GATE_MEMORY] = torch.zeros(len(self.tasks), dtype=layer.dtype, device=weight.device)
-        if needs_alignment(self._gate):
-            for task in range(len(self.tasks)):
-                self.state[weight][f"{PREVIOUS_STEP}{task}"] = torch.zeros(
-                    layer.coordinates(task + 1), dtype=layer.dtype, device=weight.device
-                )
-
     def _show_inner_state(self) -> None:
-        for parameter, proxies in self._proxies.items():
+        for parameter, proxies in self._stepper.proxies.items():
             mirror(self.state, parameter, self._inner, proxies)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -576,14 +470,15 @@ class GemsOptimizer(Optimizer):
         """
         if self._capture.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
-        check_compatible(state_dict, self.param_groups, self.state, self._layers)
+        check_compatible(state_dict, self.param_groups, self.state, self._stepper.layers)
         earlier = self.state
         super().load_state_dict(state_dict)
+        self._attach()
         restore(state_dict, self.param_groups, self.state, earlier)
-        for parameter, proxies in self._proxies.items():
+        for parameter, proxies in self._stepper.proxies.items():
             hand_down(self.state.get(parameter, {}), self._inner, proxies)
-        for layer in self._layers.values():
-            self._protect(layer, self._layout.renewed(layer, self.state[layer.parameter].get(PROTECTED)))
+        for layer in self._stepper.layers.values():
+            self._stepper.protect(layer, self._layout.renewed(layer, self.state[layer.parameter].get(PROTECTED)))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.
@@ -605,9 +500,15 @@ class GemsOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_bank" in self.__dict__:
-            self._bank.attach(self.state)
+            self._attach()
         if "_capture" in state:
             self._capture.hook()
+            self._fused.reinstall()
+
+    def _attach(self) -> None:
+        """Everybody follows to the state that torch has put in the place of the old one."""
+        self._bank.attach(self.state)
+        self._stepper.state = self.state
 
     # --- diagnostics -------------------------------------------------------------------------------------------------
 
@@ -620,6 +521,7 @@ class GemsOptimizer(Optimizer):
 
     def close(self) -> None:
         """Give the parameters back: no hook of this optimizer stays on them."""
+        self._fused.remove()
         self._capture.remove()
 
 
@@ -632,23 +534,19 @@ def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Te
 _OWN_ATTRIBUTES = frozenset(
     {
         "tasks",
-        "_gate",
-        "_moments",
         "_nonfinite",
-        "_master_weights",
         "_layout",
-        "_layers",
-        "_proxies",
         "_losses",
         "_samples",
         "_task_open",
         "_scale",
         "_skipped",
         "_witness",
-        "_surgery",
         "_measured",
         "_bank",
         "_capture",
+        "_fused",
+        "_stepper",
         "_inner",
     }
 )

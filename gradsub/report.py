@@ -118,7 +118,8 @@ def make_report(bank: SubspaceBank, tasks: Sequence[str], steps: Sequence[int], 
         measured.present.tolist(),
         strict=True,
     )
-    return Report([_layer_report(bank, tasks, *column) for column in columns])
+    reports = {column[0].index: _layer_report(bank, tasks, *column) for column in columns}
+    return Report([reports[index] for index in sorted(reports)])
 
 
 def _layer_report(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from gradsub.subspace import SHARED, Layer, SubspaceBank, lift, project
+from gradsub.subspace import Layer, lift, project
 
-__all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_update", "hold_protected", "initialise_update"]
+__all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_updates", "hold_protected", "initialise_update"]
 
 ANCHOR: Final = "anchor"
 MASTER: Final = "master"
@@ -39,45 +39,63 @@ def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
 
-def apply_update(
-    layer: Layer,
-    bank: SubspaceBank,
-    state: State,
-    steps: Mapping[int, Tensor],
-    gates: Tensor,
-    scale: float,
+def apply_updates(
+    layers: Sequence[Layer],
+    states: Sequence[State],
+    steps: Tensor,
+    bases: Sequence[Tensor],
     shrink: float | Tensor,
 ) -> None:
-    r"""W <- W - shrink P W + scale (lift(d_sh) + sum_k g_k lift(d_k)).
+    r"""W <- W - shrink P W + lift(steps), for layers of one shape.
 
     The whole update is formed before it is added: each addition rounds W, and only rounding can move what is protected.
 
     Args:
-        layer: the layer; W is its parameter.
-        bank: its bases, which lie in the null space, so every lifted step does.
-        state: the layer's state.
-        steps: d by subspace, what the inner optimizer moved.
-        gates: g (K,), one a task.
-        scale: multiplies the lifted step.
+        layers: L of them; W is a layer's parameter.
+        states: of the layers.
+        steps: d, scaled and gated, side by side for all subspaces (L x m x r for axis 1, L x r x n for axis 0).
+        bases: of the same subspaces (d x r each); they lie in the null space, so every lifted step does.
         shrink: lr times weight decay, or 0. P = I - K K^T keeps the decay off the protected directions as well.
     """
+    first = layers[0]
+    weight = first.parameter
+    rests = not isinstance(shrink, Tensor) and shrink == 0.0
+    if rests and weight.device.type != "cpu" and weight.dtype == first.dtype:
+        _add_batched([layer.matrix(layer.parameter) for layer in layers], steps, bases, first.axis)
+        return
+    for layer, state, step, basis in zip(layers, states, steps, bases, strict=True):
+        _apply(layer, state, step, basis, shrink)
+
+
+def _add_batched(
+    weights: Sequence[Tensor], steps: Tensor, bases: Sequence[Tensor], axis: int, most: int = 1 << 25
+) -> None:
+    """W <- W + lift(steps) by one product for many layers, where starting an operation costs more than doing it.
+
+    Updates of at most ``most`` entries exist at a time (or that of one layer).
+    """
+    size = max(1, most // max(1, weights[0].numel()))
+    for start in range(0, len(weights), size):
+        some = slice(start, start + size)
+        updates = lift(steps[some], torch.stack(list(bases[some])), axis)
+        torch._foreach_add_(list(weights[some]), list(updates.unbind()))
+
+
+def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: float | Tensor) -> None:
     weight = _precise(layer, state)
-    blocks = [step * scale if k == SHARED else step * (gates[k - 1] * scale).to(step) for k, step in steps.items()]
-    bases = bank.joint_basis(layer, steps)
     shrinks = isinstance(shrink, Tensor) or shrink != 0.0
     if shrinks and layer.protected is not None:
         # P W = W - A K^T: the anchor spares a product with the whole weight.
-        blocks.append(state[ANCHOR] * shrink)
-        bases = torch.cat([bases, layer.protected], dim=1)
-    joint = torch.cat(blocks, dim=layer.axis)
+        step = torch.cat([step, state[ANCHOR] * shrink], dim=layer.axis)
+        basis = torch.cat([basis, layer.protected], dim=1)
+    left, right = (step, basis.mT) if layer.axis == 1 else (basis, step)
     if not shrinks:
-        update = lift(joint, bases, layer.axis)
+        weight = weight.addmm_(left, right)
     elif isinstance(shrink, Tensor):
-        update = lift(joint, bases, layer.axis) - weight * shrink
+        weight = weight.add_(lift(step, basis, layer.axis) - weight * shrink)
     else:
-        left, right = (joint, bases.mT) if layer.axis == 1 else (bases, joint)
-        update = torch.addmm(weight, left, right, beta=-shrink)
-    _write(layer, weight.add_(update))
+        weight = weight.add_(torch.addmm(weight, left, right, beta=-shrink))
+    _write(layer, weight)
 
 
 def hold_protected(layer: Layer, state: State) -> None:

@@ -2,17 +2,24 @@
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._clip import clip_captured, scale_captured
-from gradsub.capture._generic import GenericCapture
+from gradsub.capture._fused import FusedCapture, Part, can_fuse
+from gradsub.capture._generic import MIXED, GenericCapture
 from gradsub.capture._losses import LossWatcher
 from gradsub.capture._projected import Projected, gather, mix
+from gradsub.capture._rows import MixedRows
 from gradsub.capture._scaled import ScaleWitness, loss_scale
 
 __all__ = [
+    "MIXED",
     "Captured",
+    "FusedCapture",
     "GenericCapture",
     "LossWatcher",
+    "MixedRows",
+    "Part",
     "Projected",
     "ScaleWitness",
+    "can_fuse",
     "clip_captured",
     "gather",
     "loss_scale",

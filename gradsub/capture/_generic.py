@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture._captured import Captured
-from gradsub.subspace import SHARED, Layer, SubspaceBank, project
+from gradsub.subspace import SHARED, Layer, SubspaceBank, project, sketch
+
+# In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
+MIXED = -1
 
 
 class GenericCapture:
@@ -57,7 +60,7 @@ class GenericCapture:
         self._unhooked = waiting
 
     def open(self, task: int) -> None:
-        """From now on every gradient belongs to ``task``; what ``p.grad`` held before is set aside."""
+        """From now on every gradient belongs to ``task``, or `MIXED`; what ``p.grad`` held before is set aside."""
         self.hook()
         self._open, self._arrived = task, False
         for parameter in self.watched:
@@ -85,16 +88,24 @@ class GenericCapture:
 
     def take(self, parameter: Tensor) -> None:
         """The hook: ``p.grad`` of the open task is complete for this backward pass."""
+        if parameter.grad is None:
+            return  # the hook fires where no gradient arrived, too
         if self._open is None:
             self._outside(parameter)
             return
-        if parameter.grad is None:
-            return
         gradient, parameter.grad = parameter.grad, None
         self.check_dense(parameter, gradient)
+        if self._open == MIXED and parameter in self._layers:
+            raise RuntimeError(
+                f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does not "
+                "come from the fused capture of one linear layer: use optimizer.task() for each task, or leave the "
+                "weight out of target_modules"
+            )
+        self.deliver(parameter, self._open, self._captured(parameter, gradient, self._open))
+
+    def deliver(self, parameter: Tensor, task: int, captured: Captured) -> None:
+        """Add to what the task's backward passes have left so far."""
         self._arrived = True
-        task = self._open
-        captured = self._captured(parameter, gradient, task)
         held = self.gradients.setdefault(task, {})
         if parameter in held:
             held[parameter].add(captured)
@@ -117,13 +128,19 @@ class GenericCapture:
             squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
             gradient = layer.matrix(gradient)
             own = task + 1
-            if self._bank.due(layer, SHARED) or self._bank.due(layer, own):
+            due = self._bank.due(layer, SHARED) or self._bank.due(layer, own)
+            if due and not layer.sketched:
                 return Captured(full=gradient, squared_norm=squared_norm)
-            return Captured(
+            captured = Captured(
                 shared=project(gradient, self._bank.basis(layer, SHARED), layer.axis),
                 own=project(gradient, self._bank.basis(layer, own), layer.axis),
                 squared_norm=squared_norm,
             )
+            if due:
+                captured.shared_sketch, captured.own_sketch = (
+                    sketch(gradient, self._bank.directions(layer, [subspace]), layer.axis) for subspace in (SHARED, own)
+                )
+            return captured
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to these parameters, not to their copies: a copy hooks its own.

@@ -1,15 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from gradsub.capture._captured import Captured
-from gradsub.subspace import SHARED, Layer, SubspaceBank, project
-
-BasisChanged = Callable[[int, Tensor, Tensor], None]
+from gradsub.subspace import SHARED, BasisChanged, Layer, SubspaceBank, project, sketch
 
 
 @dataclass
@@ -22,6 +20,7 @@ class Projected:
         own: R_k in each present task's own subspace.
         squared_norms: each present task's squared norm of the whole gradient, where it is known.
         refreshed: whether a basis changed on the way.
+        sketches: by subspace, what its basis is to be renewed from after the step.
     """
 
     parts: dict[int, Tensor]
@@ -29,6 +28,7 @@ class Projected:
     own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
     refreshed: bool
+    sketches: dict[int, Tensor] = field(default_factory=dict)
 
 
 def gather(
@@ -52,10 +52,11 @@ def gather(
         changed: told about every basis that changed.
     """
     outside = None if outside is None else layer.matrix(outside).to(layer.dtype)
+    sketches = _sketches(layer, bank, captured, outside, weights)
     full = {task + 1: held.full.to(layer.dtype) for task, held in captured.items() if held.full is not None}
     if len(full) == len(captured) and bank.due(layer, SHARED):
         full[SHARED] = mix({task: full[task + 1] for task in captured}, weights, outside)
-    refreshed = bank.refresh(layer, full, update_proj_gap, changed)
+    refreshed = not layer.sketched and bank.refresh(layer, full, update_proj_gap, changed)
     parts, own, squared_norms = {}, {}, {}
     for task, held in captured.items():
         if held.full is not None:
@@ -68,10 +69,31 @@ def gather(
             assert held.shared is not None
             assert held.own is not None
             parts[task], own[task] = held.shared, held.own
+            held.shared = held.own = held.shared_sketch = held.own_sketch = None
         if held.squared_norm is not None:
             squared_norms[task] = held.squared_norm
     aside = None if outside is None else project(outside, bank.basis(layer, SHARED), layer.axis)
-    return Projected(parts, aside, own, squared_norms, refreshed)
+    return Projected(parts, aside, own, squared_norms, refreshed, sketches)
+
+
+def _sketches(
+    layer: Layer,
+    bank: SubspaceBank,
+    captured: Mapping[int, Captured],
+    outside: Tensor | None,
+    weights: Mapping[int, float | Tensor],
+) -> dict[int, Tensor]:
+    """The sketch of the shared gradient is that of its parts, mixed; only what is due is there."""
+    if not layer.sketched:
+        return {}
+    found = {task + 1: held.own_sketch for task, held in captured.items() if held.own_sketch is not None}
+    shared = {task: held.shared_sketch for task, held in captured.items() if held.shared_sketch is not None}
+    aside = None
+    if outside is not None and bank.due(layer, SHARED):
+        aside = sketch(outside, bank.directions(layer, [SHARED]), layer.axis)
+    if len(shared) == len(captured) and (shared or aside is not None):
+        found[SHARED] = mix(shared, weights, aside)
+    return found
 
 
 def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:

@@ -1,8 +1,20 @@
 """The low-rank subspaces of each weight: bases, projection, lift, and what follows a change of basis."""
 
-from gradsub.subspace._bank import SHARED, SubspaceBank
-from gradsub.subspace._basis import dominant_basis, lift, project
+from gradsub.subspace._bank import SHARED, BasisChanged, SubspaceBank
+from gradsub.subspace._basis import dominant_basis, lift, project, sketch
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._moments import MOMENT_RULES, carry_moments
+from gradsub.subspace._moments import FIRST_MOMENTS, MOMENT_RULES, carry_moments
 
-__all__ = ["MOMENT_RULES", "SHARED", "Layer", "SubspaceBank", "carry_moments", "dominant_basis", "lift", "project"]
+__all__ = [
+    "FIRST_MOMENTS",
+    "MOMENT_RULES",
+    "SHARED",
+    "BasisChanged",
+    "Layer",
+    "SubspaceBank",
+    "carry_moments",
+    "dominant_basis",
+    "lift",
+    "project",
+    "sketch",
+]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, MutableMapping
 from typing import Any
 
@@ -8,12 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsub.linalg._gaussian import gaussian
+from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.subspace._basis import dominant_basis
 from gradsub.subspace._layer import Layer
+from gradsub.subspace._schedule import FIRST_SKETCHES, next_multiple, next_sketch
 
 SHARED = 0
 
 State = MutableMapping[Tensor, Any]
+BasisChanged = Callable[[Layer, int, Tensor, Tensor], None]
+Momentum = Callable[[Layer, int], Tensor | None]
 
 
 class SubspaceBank:
@@ -23,28 +29,48 @@ class SubspaceBank:
     shared basis, then one a task) and ``"next_refresh"`` (the step at which each basis is due, int64, CPU). A basis
     that could not be refreshed when it was due, because its gradient was absent or zero, stays as it is and stays due.
 
+    There are two kinds of refresh. An exact one (`refresh`) decomposes the whole gradient before the step. A sketched
+    one (`renew`) takes the basis from Y = G^T Omega after the step, where Omega spans what the subspace's momentum
+    spans: one step of a power iteration, whose matrix is that of the next batch.
+
     Args:
         state: the optimizer's state.
         orthogonalize: ``"none"``, or ``"shared_first"``: task bases are orthogonal to the shared one.
         seed: with a layer's index, the subspace and the step it determines every random number.
+        momentum: a layer's and subspace's mean projected gradient, of the shape of one, if there is any.
     """
 
-    def __init__(self, state: State, orthogonalize: str, seed: int) -> None:
+    def __init__(self, state: State, orthogonalize: str, seed: int, momentum: Momentum) -> None:
         self._state = state
         self._orthogonalize = orthogonalize
         self._seed = seed
+        self._momentum = momentum
+        self._directions: dict[tuple[Layer, int], Tensor] = {}
 
     def attach(self, state: State) -> None:
         """Follow the optimizer to another state dictionary: torch replaces it when it loads."""
         self._state = state
 
     def initialise(self, layer: Layer) -> None:
-        """Zero bases, all of them due: a zero basis moves nothing until the first gradient arrives."""
+        """The first bases, all of them due.
+
+        Zero ones where the first gradient is decomposed before it is used: until then nothing moves. Random ones where
+        it is sketched, since the first step is taken before its sketch is there.
+        """
+        basis = torch.zeros(layer.dimension, sum(layer.widths), dtype=layer.dtype, device=layer.parameter.device)
         self._state[layer.parameter].update(
-            step=torch.tensor(0.0),
-            basis=torch.zeros(layer.dimension, sum(layer.widths), dtype=layer.dtype, device=layer.parameter.device),
-            next_refresh=torch.zeros(len(layer.widths), dtype=torch.int64),
+            step=torch.tensor(0.0), basis=basis, next_refresh=torch.zeros(len(layer.widths), dtype=torch.int64)
         )
+        if not layer.sketched:
+            return
+        for subspace, width in enumerate(layer.widths):
+            against, free = self._forbidden(layer, subspace)
+            kept = min(width, free)
+            if kept:
+                generator = self._generator(layer.parameter.device, layer.index, subspace, 0)
+                random = gaussian(layer.dimension, kept, like=basis, generator=generator)
+                orthonormal = _orthonormalize_unchecked(random, against=against, generator=generator)
+                self.basis(layer, subspace)[:, :kept] = orthonormal
 
     def basis(self, layer: Layer, subspace: int) -> Tensor:
         """The subspace's basis (d x r), a view."""
@@ -54,14 +80,44 @@ class SubspaceBank:
     def joint_basis(self, layer: Layer, subspaces: Collection[int]) -> Tensor:
         """The bases of several subspaces side by side, in this order (d x sum of r); all of them are there as such."""
         joint: Tensor = self._state[layer.parameter]["basis"]
-        if list(subspaces) == list(range(len(layer.widths))):
-            return joint
+        subspaces = list(subspaces)
+        if subspaces == list(range(len(subspaces))):
+            return joint[:, : sum(layer.widths[: len(subspaces)])]
         return torch.cat([self.basis(layer, subspace) for subspace in subspaces], dim=1)
 
     def due(self, layer: Layer, subspace: int) -> bool:
         """Whether this step should refresh the subspace."""
         state = self._state[layer.parameter]
         return bool(state["step"] >= state["next_refresh"][subspace])
+
+    def settled(self, layer: Layer, sketches: Collection[int]) -> bool:
+        """Whether these sketches renew the shared basis at its own place in the gap, after the first ones for all."""
+        return SHARED in sketches and bool(self._state[layer.parameter]["step"] >= FIRST_SKETCHES)
+
+    def directions(self, layer: Layer, subspaces: Collection[int]) -> Tensor:
+        """Omega (codimension x sum of r): through which directions a sketch looks at the gradient.
+
+        Orthonormal within each subspace, and the same for the whole step, so that sketches of several backward passes
+        add up.
+        """
+        for subspace in subspaces:
+            if (layer, subspace) not in self._directions:
+                self._directions[layer, subspace] = self._new_directions(layer, subspace)
+        return torch.cat([self._directions[layer, subspace] for subspace in subspaces], dim=1)
+
+    def _new_directions(self, layer: Layer, subspace: int) -> Tensor:
+        step = int(self._state[layer.parameter]["step"])
+        generator = self._generator(layer.parameter.device, layer.index, subspace, step)
+        momentum = self._momentum(layer, subspace)
+        if momentum is None:
+            momentum = layer.parameter.new_zeros(layer.coordinates(subspace), dtype=layer.dtype)
+        columns = momentum if layer.axis == 1 else momentum.mT
+        # Columns that are still zero, as all are at first, become random ones.
+        return _orthonormalize_unchecked(columns.to(layer.dtype), generator=generator)
+
+    def forget_directions(self) -> None:
+        """The step is over."""
+        self._directions.clear()
 
     def enforce(self, layer: Layer) -> None:
         """Keep bases that came from elsewhere out of the protected directions, and let them be refreshed soon.
@@ -81,11 +137,7 @@ class SubspaceBank:
         self._state[layer.parameter]["step"] += 1
 
     def refresh(
-        self,
-        layer: Layer,
-        gradients: Mapping[int, Tensor],
-        update_proj_gap: int,
-        changed: Callable[[int, Tensor, Tensor], None],
+        self, layer: Layer, gradients: Mapping[int, Tensor], update_proj_gap: int, changed: BasisChanged
     ) -> bool:
         """Recompute the bases that are due and whose gradient is there and not zero.
 
@@ -93,7 +145,7 @@ class SubspaceBank:
             layer: the layer.
             gradients: full gradients (m x n) by subspace.
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
-            changed: told the subspace, its old and its new basis.
+            changed: told the layer, the subspace, its old and its new basis.
 
         Returns:
             whether any basis changed.
@@ -114,16 +166,73 @@ class SubspaceBank:
                 layer.axis,
                 against,
                 free,
-                self._generator(layer, subspace, step),
+                self._generator(layer.parameter.device, layer.index, subspace, step),
             )
-            changed(subspace, old, new)
+            changed(layer, subspace, old, new)
             old.copy_(new)
-            state["next_refresh"][subspace] = (step // update_proj_gap + 1) * update_proj_gap
+            state["next_refresh"][subspace] = next_multiple(step, update_proj_gap)
             refreshed = True
             if subspace == SHARED and self._orthogonalize == "shared_first":
                 # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
                 state["next_refresh"][1:] = step
         return refreshed
+
+    def renew(
+        self, sketches: Mapping[Layer, Mapping[int, Tensor]], gaps: Mapping[Layer, int], changed: BasisChanged
+    ) -> None:
+        """Take the bases that are due from sketches of this step's gradients; equal shapes are done together.
+
+        Args:
+            sketches: of each layer and subspace, Y (d x c).
+            gaps: of each layer, the steps between refreshes.
+            changed: told the layer, the subspace, its old and its new basis.
+        """
+        due = {
+            layer: {subspace: Y for subspace, Y in found.items() if self.due(layer, subspace)}
+            for layer, found in sketches.items()
+        }
+        shared = {layer: found[SHARED] for layer, found in due.items() if SHARED in found}
+        self._renew_alike(SHARED, shared, changed)
+        for subspace in range(1, 1 + max((len(layer.widths) - 1 for layer in sketches), default=0)):
+            own = {layer: found[subspace] for layer, found in due.items() if subspace in found}
+            if self._orthogonalize == "shared_first":
+                # A task without a sketch keeps what the new shared basis leaves of its own.
+                own = {layer: self.basis(layer, subspace).clone() for layer in shared} | own
+            self._renew_alike(subspace, own, changed)
+        for layer, found in due.items():
+            state = self._state[layer.parameter]
+            for subspace in found:
+                state["next_refresh"][subspace] = next_sketch(int(state["step"]), gaps[layer], layer.index)
+
+    def _renew_alike(self, subspace: int, sketches: Mapping[Layer, Tensor], changed: BasisChanged) -> None:
+        """One QR for all layers of the same shape; nothing here waits for the device."""
+        alike: dict[Any, list[tuple[Layer, Tensor | None, int]]] = defaultdict(list)
+        for layer, Y in sketches.items():
+            against, free = self._forbidden(layer, subspace)
+            kept = min(Y.shape[1], free)
+            step = int(self._state[layer.parameter]["step"])
+            alike[Y.shape, kept, None if against is None else against.shape, Y.device, Y.dtype, step].append(
+                (layer, against, kept)
+            )
+        for (_, kept, _, device, _, step), members in alike.items():
+            if not kept:
+                continue
+            layers = [layer for layer, _, _ in members]
+            Y = torch.stack([sketches[layer] for layer in layers])
+            K = [against for _, against, _ in members if against is not None]
+            generator = self._generator(device, layers[0].index, subspace, step)
+            usable = (torch.isfinite(Y).all(-1).all(-1) & (Y != 0).any(-1).any(-1))[:, None, None]
+            fresh = _orthonormalize_unchecked(
+                torch.where(usable, Y, 0.0)[..., :kept],
+                against=torch.stack(K).to(Y.dtype) if K else None,
+                generator=generator,
+            )
+            for layer, found, use in zip(layers, fresh, usable, strict=True):
+                old = self.basis(layer, subspace)
+                new = old.clone()
+                new[:, :kept] = torch.where(use, found, old[:, :kept])
+                changed(layer, subspace, old, new)
+                old.copy_(new)
 
     def _forbidden(self, layer: Layer, subspace: int) -> tuple[Tensor | None, int]:
         protected, free = layer.protected, layer.free
@@ -133,8 +242,11 @@ class SubspaceBank:
         free = max(0, free - min(shared.shape[1], free))
         return shared if protected is None else torch.cat([protected, shared], dim=1), free
 
-    def _generator(self, layer: Layer, subspace: int, step: int) -> torch.Generator:
+    def _generator(self, device: torch.device, index: int, subspace: int, step: int) -> torch.Generator:
         """An own generator for every draw: reproducible after a resume, and the global one is left alone."""
-        entropy = np.random.SeedSequence([self._seed, layer.index, subspace, step])
-        generator = torch.Generator(device=layer.parameter.device)
+        entropy = np.random.SeedSequence([self._seed, index, subspace, step])
+        generator = torch.Generator(device=device)
         return generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_directions": {}}

@@ -18,6 +18,12 @@ def lift(coordinates: Tensor, basis: Tensor, axis: int) -> Tensor:
     return coordinates @ basis.mT if axis == 1 else basis @ coordinates
 
 
+def sketch(matrix: Tensor, directions: Tensor, axis: int) -> Tensor:
+    """Y = G^T Omega (n x c) for axis 1, Y = G Omega (m x c) for axis 0: the range of G, seen through c directions."""
+    matrix = matrix.to(directions.dtype)
+    return matrix.mT @ directions if axis == 1 else matrix @ directions
+
+
 def dominant_basis(
     gradient: Tensor, width: int, axis: int, against: Tensor | None, free: int, generator: torch.Generator
 ) -> Tensor:

@@ -19,6 +19,7 @@ class Layer:
             ``out_features x in_features`` weight, 0 for ``side="output"``.
         widths: columns of each subspace's basis: the shared one first, then one a task.
         protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow.
+        sketched: whether bases are refreshed from sketches of the gradient, without the whole of it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Layer:
     axis: int
     widths: tuple[int, ...]
     protected: Tensor | None = None
+    sketched: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -42,6 +44,11 @@ class Layer:
     def dimension(self) -> int:
         """d, the length of the axis that the bases span."""
         return self.shape[self.axis]
+
+    @property
+    def codimension(self) -> int:
+        """The length of the weight's other axis."""
+        return self.shape[1 - self.axis]
 
     @property
     def free(self) -> int:

@@ -1,0 +1,81 @@
+"""Layers of the same shape, side by side: what a step does to one of them it does to all in one operation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsub.capture import Projected, mix
+from gradsub.subspace import Layer
+
+
+@dataclass
+class Block:
+    """Layers that share their shape, their axis, their options and the tasks that reached them; L of them.
+
+    Attributes:
+        group: the index of their parameter group.
+        layers: in the order of the rows below.
+        parts: each present task's gradients in the shared subspaces (L x m x r).
+        outside: what came from no task, likewise, or None.
+        own: each present task's gradients in its own subspaces.
+        squared_norms: each present task's squared norms of the whole gradients (L,), where they are known.
+    """
+
+    group: int
+    layers: list[Layer]
+    parts: dict[int, Tensor]
+    outside: Tensor | None
+    own: dict[int, Tensor]
+    squared_norms: dict[int, Tensor]
+
+    def shared(self, weights: Mapping[int, float | Tensor]) -> Tensor:
+        """The gradients in the shared subspaces (L x m x r)."""
+        return mix(self.parts, weights, self.outside)
+
+
+def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int]) -> list[Block]:
+    """Group alike layers; their gradients move into the blocks, so that they exist once.
+
+    Args:
+        projected: by layer.
+        groups: the index of each layer's parameter group.
+    """
+    alike: dict[Any, list[Layer]] = defaultdict(list)
+    for layer, found in projected.items():
+        weight = layer.parameter
+        alike[
+            groups[layer],
+            layer.shape,
+            layer.axis,
+            layer.widths,
+            weight.dtype,
+            weight.device,
+            tuple(found.parts),
+            tuple(found.squared_norms),
+            found.outside is None,
+        ].append(layer)
+    return [_block(key[0], layers, [projected[layer] for layer in layers]) for key, layers in alike.items()]
+
+
+def _block(group: int, layers: list[Layer], found: Sequence[Projected]) -> Block:
+    first = found[0]
+    return Block(
+        group=group,
+        layers=layers,
+        parts={task: _stack([each.parts.pop(task) for each in found]) for task in list(first.parts)},
+        outside=None if first.outside is None else _stack([each.outside for each in found]),
+        own={task: _stack([each.own.pop(task) for each in found]) for task in list(first.own)},
+        squared_norms={
+            task: torch.stack([each.squared_norms[task] for each in found]) for task in list(first.squared_norms)
+        },
+    )
+
+
+def _stack(tensors: list[Any]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)

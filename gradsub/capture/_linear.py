@@ -1,0 +1,268 @@
+"""A linear layer whose backward pass computes projected weight gradients instead of the weight's gradient."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Orientation(NamedTuple):
+    """How a layer's weight is stored and which of its axes the bases span.
+
+    Attributes:
+        transposed: the weight is ``in_features x out_features``.
+        axis: of the weight, that the bases span.
+    """
+
+    transposed: bool
+    axis: int
+
+    @property
+    def input_side(self) -> bool:
+        """Whether the bases span input directions."""
+        return (self.axis == 1) != self.transposed
+
+
+class Segment(NamedTuple):
+    """One task's part of a batch, and what its gradient is projected on.
+
+    Attributes:
+        basis: the shared and the task's own basis side by side (d x r), or None for the whole gradient.
+        directions: Omega (codimension x c) if a sketch is due, else None.
+        probe: a leaf of the projected gradient's shape, whose gradient the projected gradient is.
+        sketch_probe: the same for the sketch (d x c); None without one.
+        rows: which rows of the batch, along its first axis; None for all.
+    """
+
+    basis: Tensor | None
+    directions: Tensor | None
+    probe: Tensor
+    sketch_probe: Tensor | None
+    rows: Tensor | None = None
+
+
+def projecting_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, orientation: Orientation, segments: tuple[Segment, ...]
+) -> Tensor:
+    """y = x W^T + b. In the backward pass the probes receive the gradients; the weight receives none.
+
+    With bases of inputs, x V (N x r) is kept for the backward pass in place of x (N x n), unless a sketch is due.
+
+    Args:
+        x: (..., in_features).
+        weight: W, stored as ``orientation`` says.
+        bias: (out_features,) or None.
+        orientation: of the weight and the bases.
+        segments: by task; together they cover every row once.
+    """
+    layout = tuple(
+        (segment.basis is not None, segment.directions is not None, segment.rows is not None) for segment in segments
+    )
+    tensors = [tensor for segment in segments for tensor in segment if tensor is not None]
+    return _Projecting.apply(*_cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return]
+
+
+def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What autocast would make of them: inside a custom function nobody else does."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        return x.to(dtype), None if bias is None else bias.to(dtype)
+    return x, bias
+
+
+def _unpack(layout: tuple[tuple[bool, bool, bool], ...], tensors: tuple[Tensor, ...]) -> list[Segment]:
+    """The inverse of what `projecting_linear` does to its segments."""
+    left = iter(tensors)
+    segments = []
+    for has_basis, has_directions, has_rows in layout:
+        basis = next(left) if has_basis else None
+        directions = next(left) if has_directions else None
+        probe = next(left)
+        sketch_probe = next(left) if has_directions else None
+        segments.append(Segment(basis, directions, probe, sketch_probe, next(left) if has_rows else None))
+    return segments
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """X W^T + b, or x W + b for a transposed weight."""
+    return F.linear(x, weight.mT if transposed else weight, bias)
+
+
+def rows_of(matrix: Tensor, rows: Tensor | None) -> Tensor:
+    """The given rows of the first axis, then as a matrix (N x features)."""
+    if rows is not None:
+        matrix = matrix.index_select(0, rows)
+    return matrix.reshape(-1, matrix.shape[-1])
+
+
+def coordinates(thin: Tensor, wide: Tensor, axis: int) -> Tensor:
+    """The projected gradient, as the weight's axes lie: thin^T wide (r x n) for axis 0, wide^T thin (m x r) for 1."""
+    return thin.mT @ wide if axis == 0 else wide.mT @ thin
+
+
+def whole(x: Tensor, g: Tensor, transposed: bool) -> Tensor:
+    """The weight's gradient, as it is stored, from rows of inputs and of output gradients."""
+    return x.mT @ g if transposed else g.mT @ x
+
+
+def project_rows(
+    orientation: Orientation,
+    x: Tensor | None,
+    g: Tensor,
+    basis: Tensor | None,
+    directions: Tensor | None,
+    thin: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of these rows in coordinates of the basis, or the whole of it without one; and its sketch.
+
+    Args:
+        orientation: of the weight and the basis.
+        x: inputs (N x in_features); None where ``thin`` suffices.
+        g: gradients of the outputs (N x out_features).
+        basis: (d x r), or None.
+        directions: Omega (codimension x c), if a sketch is due.
+        thin: x V (N x r) for a basis of inputs, if it is there already: then it stands for the basis.
+    """
+    if basis is None and thin is None:
+        assert x is not None
+        return whole(x, g, orientation.transposed), None
+    if orientation.input_side:
+        if thin is None:
+            assert x is not None
+            assert basis is not None
+            thin = x @ basis.to(g.dtype)
+        near, far, projected = g, x, coordinates(thin, g, orientation.axis)
+    else:
+        assert x is not None
+        assert basis is not None
+        near, far, projected = x, g, coordinates(g @ basis.to(g.dtype), x, orientation.axis)
+    if directions is None:
+        return projected, None
+    assert far is not None
+    return projected, far.mT @ (near @ directions.to(g.dtype))
+
+
+class _Projecting(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        orientation: Orientation,
+        layout: tuple[tuple[bool, bool, bool], ...],
+        *tensors: Tensor,
+    ) -> Tensor:
+        segments = _unpack(layout, tensors)
+        # Detached: autocast would otherwise keep this cast, made without a graph, for later uses of the weight.
+        output = affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
+        thin: list[Tensor] = []
+        needed: list[Tensor] = []
+        keep_x = False
+        for segment in segments:
+            if orientation.input_side and segment.basis is not None:
+                thin.append(rows_of(x, segment.rows) @ segment.basis.to(x.dtype))
+                keep_x = keep_x or segment.directions is not None
+            else:
+                keep_x = True
+                needed += [] if segment.basis is None else [segment.basis]
+            needed += [tensor for tensor in (segment.directions, segment.rows) if tensor is not None]
+        ctx.orientation, ctx.layout = orientation, layout
+        ctx.thin, ctx.keeps_x = len(thin), keep_x
+        ctx.dtypes = tuple(segment.probe.dtype for segment in segments)
+        ctx.save_for_backward(weight, *([x] if keep_x else []), *thin, *needed)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        orientation: Orientation = ctx.orientation
+        weight, *saved = ctx.saved_tensors
+        x = saved.pop(0) if ctx.keeps_x else None
+        thin, needed = iter(saved[: ctx.thin]), iter(saved[ctx.thin :])
+        for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
+        for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        found: list[Tensor | None] = []
+        with torch.no_grad():
+            for (has_basis, has_directions, has_rows), dtype in zip(ctx.layout, ctx.dtypes, strict=True):
+                basis = next(needed) if has_basis and not orientation.input_side else None
+                directions = next(needed) if has_directions else None
+                rows = next(needed) if has_rows else None
+                projected, sketched = project_rows(
+                    orientation,
+                    None if x is None else rows_of(x, rows),
+                    rows_of(g, rows),
+                    basis,
+                    directions,
+                    next(thin) if has_basis and orientation.input_side else None,
+                )
+                found += [None] * (has_basis + has_directions)
+                found.append(projected.to(dtype))
+                found += [] if sketched is None else [sketched.to(dtype)]
+                found += [None] * has_rows
+        return for_x, for_bias, None, None, None, *found
+
+
+class _Deferring(torch.autograd.Function):
+    """The same when the task is not known before the backward pass: x is kept, and the open task decides."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        weight: Tensor,
+        orientation: Orientation,
+        opened: Any,
+        *probes: Tensor,
+    ) -> Tensor:
+        ctx.orientation, ctx.opened, ctx.probes = orientation, opened, len(probes)
+        ctx.save_for_backward(x, weight)
+        return affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        orientation: Orientation = ctx.orientation
+        x, weight = ctx.saved_tensors
+        for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
+        for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        found: list[Tensor | None] = [None] * ctx.probes
+        placed = ctx.opened(x)
+        if placed is None:
+            for_weight = whole(rows_of(x, None), rows_of(g, None), orientation.transposed).to(weight.dtype)
+            return for_x, for_bias, for_weight, None, None, *found
+        with torch.no_grad():
+            for segment, place, sketch_place in placed:
+                rows = segment.rows
+                projected, sketched = project_rows(
+                    orientation, rows_of(x, rows), rows_of(g, rows), segment.basis, segment.directions
+                )
+                found[place] = projected.to(segment.probe.dtype)
+                if sketched is not None:
+                    found[sketch_place] = sketched.to(segment.probe.dtype)
+        return for_x, for_bias, None, None, None, *found
+
+
+def deferring_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    orientation: Orientation,
+    opened: Any,
+    probes: tuple[Tensor, ...],
+) -> Tensor:
+    """`projecting_linear` for a forward pass outside any task: which gradient is wanted shows in the backward pass.
+
+    Args:
+        x: (..., in_features).
+        weight: W, stored as ``orientation`` says.
+        bias: (out_features,) or None.
+        orientation: of the weight and the bases.
+        opened: called in the backward pass with x; returns the open task's segments, each with the places of its probe and
+            its sketch probe among ``probes``, or None: then the weight receives its ordinary gradient.
+        probes: all that may receive a gradient.
+    """
+    return _Deferring.apply(*_cast(x, bias), weight, orientation, opened, *probes)  # type: ignore[no-any-return]
