@@ -14,7 +14,6 @@ from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer
 
-
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
 _NOT_WORTH_FUSING = 1 << 12
@@ -127,8 +126,7 @@ class Layout:
             index=index,
             axis=axis,
             widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
-            sketched=self._refresh == "sketch"
-            or (self._refresh == "auto" and self.fused(parameter) is not None and parameter.numel() > _NOT_WORTH_SKETCHING),
+            sketched=self._sketched(parameter),
         )
         if not protecting:
             return layer
@@ -140,6 +138,12 @@ class Layout:
         layer.protected = protected
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
+
+    def _sketched(self, parameter: Tensor) -> bool:
+        """Whether bases come from sketches: by default where the whole gradient is not there, and not cheap either."""
+        if self._refresh != "auto":
+            return self._refresh == "sketch"
+        return parameter.numel() > _NOT_WORTH_SKETCHING and self.fused(parameter) is not None
 
     def fused(self, parameter: Tensor) -> tuple[list[nn.Module], bool] | None:
         """The modules whose forward pass captures the weight's gradient, and whether they store it transposed.
@@ -266,7 +270,9 @@ class Layout:
 
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[Tensor, _Target]:
-    uses = Counter(parameter for _, parameter in unwrap(model).named_parameters(remove_duplicate=False))
+    uses: Counter[Tensor] = Counter(
+        parameter for _, parameter in unwrap(model).named_parameters(remove_duplicate=False)
+    )
     found: dict[Tensor, _Target] = {}
     for name, module in select_layers(model, target_modules).items():
         weight = module.weight

@@ -10,14 +10,13 @@ from torch import Tensor
 from gradsub._blocks import Block
 from gradsub.gates import Gate, GateInputs
 from gradsub.report import Measurements
-from gradsub.subspace import SHARED
 
 GATE_MEMORY: Final = "gate_memory"
 
 
-def previous_step(subspace: int) -> str:
-    """The key of the state that holds the last step taken in a subspace, where somebody needs it."""
-    return f"previous_step.{'shared' if subspace == SHARED else subspace - 1}"
+def previous_step(task: int) -> str:
+    """The key of the state that holds the last step taken in a task's own subspace, where the gate needs it."""
+    return f"previous_step.{task}"
 
 
 def measure(
@@ -98,7 +97,7 @@ def _alignment(block: Block, tasks: int, state: Mapping[Tensor, Any]) -> Tensor:
     first = block.layers[0]
     alignment = torch.zeros(len(block.layers), tasks, dtype=first.dtype, device=first.parameter.device)
     for task, gradient in block.own.items():
-        previous = torch.stack([state[layer.parameter][previous_step(task + 1)] for layer in block.layers])
+        previous = torch.stack([state[layer.parameter][previous_step(task)] for layer in block.layers])
         norms = torch.linalg.vector_norm(previous, dim=(1, 2)) * torch.linalg.vector_norm(gradient, dim=(1, 2))
         cosines = (gradient * previous).sum((1, 2)) / norms.where(norms > 0, 1.0)
         alignment[:, task] = cosines.to(alignment)

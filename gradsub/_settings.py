@@ -64,9 +64,7 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"scale={scale!r} must be a positive number: it multiplies the lifted update")
 
 
-def check_arguments(
-    side: str, orthogonalize: str, moments: str, nonfinite: str, capture: str, refresh: str
-) -> None:
+def check_arguments(side: str, orthogonalize: str, moments: str, nonfinite: str, capture: str, refresh: str) -> None:
     """Raise a ValueError if one of the optimizer's choices does not exist."""
     check_side(side)
     check_choice("orthogonalize", orthogonalize, ORTHOGONALIZATIONS)

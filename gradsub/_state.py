@@ -118,7 +118,7 @@ def restore(
             if not isinstance(value, Tensor):
                 continue
             like = earlier.get(parameter, {}).get(key)
-            if key != "next_refresh" and (value.ndim or (on_device and key.startswith(INNER))):
+            if key not in ("next_refresh", "sketches") and (value.ndim or (on_device and key.startswith(INNER))):
                 device = parameter.device
             else:
                 device = like.device if isinstance(like, Tensor) else value.device

@@ -15,7 +15,7 @@ from gradsub.capture import MIXED, Captured, Projected, gather, mix
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decays_decoupled, decoupled_shrinkage
 from gradsub.report import Measurements
-from gradsub.subspace import FIRST_MOMENTS, SHARED, Layer, SubspaceBank, carry_moments, project
+from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
 from gradsub.update import apply_updates, hold_protected, initialise_update
 
 State = MutableMapping[Tensor, Any]
@@ -63,31 +63,17 @@ class Stepper:
         state = self.state[layer.parameter]
         self._bank.initialise(layer)
         state[GATE_MEMORY] = torch.zeros(len(self._tasks), dtype=layer.dtype, device=layer.parameter.device)
+        if needs_alignment(self._gate):
+            for task in range(len(self._tasks)):
+                state[previous_step(task)] = torch.zeros(
+                    layer.coordinates(task + 1), dtype=layer.dtype, device=layer.parameter.device
+                )
         initialise_update(layer, state, self._master_weights)
         self.proxies[layer.parameter] = {
             f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
             for subspace, name in enumerate(("shared", *self._tasks))
         }
         return self.proxies[layer.parameter]
-
-    def keep_steps(self, layer: Layer) -> None:
-        """Keep the steps taken in subspaces, where the gate or, for want of a first moment, a sketch needs them."""
-        state = self.state[layer.parameter]
-        for subspace in range(len(layer.widths)):
-            for_gate = subspace != SHARED and needs_alignment(self._gate)
-            if for_gate or (layer.sketched and self.momentum(layer, subspace) is None):
-                state[previous_step(subspace)] = torch.zeros(
-                    layer.coordinates(subspace), dtype=layer.dtype, device=layer.parameter.device
-                )
-
-    def momentum(self, layer: Layer, subspace: int) -> Tensor | None:
-        """The base optimizer's first moment of a subspace; where it has none, the last step taken there."""
-        shape = layer.coordinates(subspace)
-        for key, value in self._inner.state_of(self._proxy(layer, subspace)).items():
-            if key in FIRST_MOMENTS and isinstance(value, Tensor) and value.shape == shape:
-                return value
-        found: Tensor | None = self.state[layer.parameter].get(previous_step(subspace))
-        return found
 
     def take(
         self,
@@ -165,7 +151,7 @@ class Stepper:
 
     def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
         proxy = self._proxy(layer, subspace)
-        previous = self.state[layer.parameter].get(previous_step(subspace))
+        previous = self.state[layer.parameter].get(previous_step(subspace - 1))
         if previous is not None:
             carry_moments({"exp_avg": previous}, old, new, layer.axis)
         if self._moments == "rotate":
@@ -173,9 +159,7 @@ class Stepper:
         elif self._moments == "reset":
             self._inner.reset(proxy)
 
-    def _operate(
-        self, shares: Mapping[int, float], measured: Measurements | None
-    ) -> Mapping[int, float | Tensor]:
+    def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:
         """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""
         if self._surgery is None or measured is None or len(shares) < 2:
             return shares
@@ -196,9 +180,9 @@ class Stepper:
         proxied: dict[Tensor, Tensor] = {}
         for block in blocks:
             shared = self._with_coupled_decay(block, groups[block.group], block.shared(weights))
-            for subspace, stacked in ((SHARED, shared), *((task + 1, R) for task, R in block.own.items())):
-                for layer, gradient in zip(block.layers, stacked.unbind(), strict=True):
-                    proxied[self._proxy(layer, subspace)] = gradient
+            for subspace, stacked in {SHARED: shared, **{task + 1: R for task, R in block.own.items()}}.items():
+                proxies = [self._proxy(layer, subspace) for layer in block.layers]
+                proxied.update(zip(proxies, stacked.unbind(), strict=True))
         starts = self._starts(blocks) if self._inner.relative else {}
         outside = self._mix_plain(groups, gradients, weights)
         try:
@@ -213,7 +197,8 @@ class Stepper:
         if not decay or decays_decoupled(self._inner.base, group):
             return shared
         sign = -1.0 if group.get("maximize") else 1.0
-        return shared + sign * decay * torch.stack([self._coordinates(layer, SHARED) for layer in block.layers])
+        coordinates = torch.stack([self._coordinates(layer, SHARED) for layer in block.layers])
+        return torch.add(shared, coordinates, alpha=sign * decay)
 
     def _coordinates(self, layer: Layer, subspace: int) -> Tensor:
         """The weight's own coordinates in a subspace."""
@@ -280,10 +265,9 @@ class Stepper:
                 [self._bank.joint_basis(layer, taken) for layer in block.layers],
                 decoupled_shrinkage(self._inner.base, group),
             )
-            for subspace, d in taken.items():
-                kept = [state[previous_step(subspace)] for state in states if previous_step(subspace) in state]
-                if kept:
-                    torch._foreach_copy_(kept, d)
+            if needs_alignment(self._gate):
+                for task in block.own:
+                    torch._foreach_copy_([state[previous_step(task)] for state in states], taken[task + 1])
 
     def _scaled(self, subspace: int, d: Tensor, gates: Tensor | None, scale: float) -> Tensor:
         """The steps (L x m x r) as they enter the update: times the scale, and the gate of a task's own subspace."""

@@ -178,7 +178,7 @@ class GemsOptimizer(Optimizer):
         self._witness = ScaleWitness()
         self._measured: Measurements | None = None
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
-        self._bank = SubspaceBank(self.state, orthogonalize, seed, self._stepper.momentum)
+        self._bank = SubspaceBank(self.state, orthogonalize, seed)
         self._capture = GenericCapture(self._bank, self._layout.name, self._witness.joined)
         self._fused = FusedCapture(self._bank, self._capture)
         found = [self._lay_out(group, position) for position, group in enumerate(self.param_groups)]
@@ -345,9 +345,7 @@ class GemsOptimizer(Optimizer):
         if not self._finite():
             return result
         try:
-            self._measured = self._stepper.take(
-                self.param_groups, self._capture.gradients, self._samples, self._losses
-            )
+            self._measured = self._stepper.take(self.param_groups, self._capture.gradients, self._samples, self._losses)
             self._show_inner_state()
         finally:
             self._discard()
@@ -451,7 +449,6 @@ class GemsOptimizer(Optimizer):
         self._inner.add_group(options, plain, proxies)
         self._capture.watch(group["params"], layers)
         for layer in layers:
-            self._stepper.keep_steps(layer)
             fused = self._layout.fused(layer.parameter)
             if fused is not None:
                 self._fused.adopt(layer, *fused)

@@ -13,8 +13,7 @@ class Captured:
         full: G_k (m x n), kept only where a basis is about to be refreshed, and for parameters without subspaces.
         shared: G_k projected on the shared subspace.
         own: G_k projected on the task's own subspace.
-        shared_sketch: Y of G_k for the shared subspace, in steps that renew it.
-        own_sketch: Y of G_k for the task's own subspace, likewise.
+        sketch: Y of G_k (d x c), in steps that renew a basis.
         squared_norm: the squared Frobenius norm of G_k (0-dim); None where G_k never existed as a whole, and once a
             second backward pass was added, because norms of parts do not add up to the norm of the sum.
     """
@@ -22,14 +21,12 @@ class Captured:
     full: Tensor | None = None
     shared: Tensor | None = None
     own: Tensor | None = None
-    shared_sketch: Tensor | None = None
-    own_sketch: Tensor | None = None
+    sketch: Tensor | None = None
     squared_norm: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Every gradient held."""
-        held = (self.full, self.shared, self.own, self.shared_sketch, self.own_sketch)
-        return [tensor for tensor in held if tensor is not None]
+        return [tensor for tensor in (self.full, self.shared, self.own, self.sketch) if tensor is not None]
 
     def norm_known(self) -> Tensor:
         """The squared norm of what is known of the gradient (0-dim): all of it, or its part in the shared subspace."""
@@ -42,8 +39,7 @@ class Captured:
         self.full = _sum(self.full, other.full)
         self.shared = _sum(self.shared, other.shared)
         self.own = _sum(self.own, other.own)
-        self.shared_sketch = _sum(self.shared_sketch, other.shared_sketch)
-        self.own_sketch = _sum(self.own_sketch, other.own_sketch)
+        self.sketch = _sum(self.sketch, other.sketch)
         self.squared_norm = None
 
 

@@ -86,7 +86,7 @@ class FusedForward:
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The layer's output."""
         (x,) = args or kwargs.values()
-        weight, bias = self.module.weight, self.module.bias
+        weight, bias = self.module.weight, getattr(self.module, "bias", None)
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
         slots = [slot for slot in self.slots if slot.parameter is weight]
@@ -100,9 +100,10 @@ class FusedForward:
         mode = self._mode(slots, opened)
         if not torch.is_grad_enabled():
             return affine(x, weight, bias, self.transposed)
-        if mode == _PROJECTING and len(opened) == 1 and opened[0].segments is not None:
+        if mode == _PROJECTING and opened and opened[0].segments is not None and not weight._backward_hooks:
             return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
-        if mode == _PLAIN:
+        if mode == _PLAIN or weight._backward_hooks:
+            # Somebody wants to see, or change, the weight's gradient.
             return affine(x, weight, bias, self.transposed)
         probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
         return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
@@ -205,7 +206,7 @@ class FusedCapture:
         width = layer.widths[SHARED] + layer.widths[task + 1]
         rows, columns = layer.shape
         first = (rows, width) if layer.axis == 1 else (width, columns)
-        second = (layer.dimension, width) if layer.sketched else layer.shape
+        second = (layer.dimension, self._bank.sketch_size(layer)) if layer.sketched else layer.shape
         pair = (_leaf(first, layer), _leaf(second, layer))
         for probe, kind in zip(pair, ("projected", "sketch" if layer.sketched else "full"), strict=True):
             probe.register_post_accumulate_grad_hook(_Hook(self, layer, task, kind))  # type: ignore[no-untyped-call]
@@ -245,7 +246,7 @@ class FusedCapture:
         basis = self._bank.joint_basis(layer, subspaces)
         if not due:
             return Segment(basis, None, probe, None, part.rows)
-        return Segment(basis, self._bank.directions(layer, subspaces), probe, second, part.rows)
+        return Segment(basis, self._bank.directions(layer), probe, second, part.rows)
 
     def close(self) -> None:
         """Forward and backward passes belong to no task any more."""
@@ -269,14 +270,11 @@ class FusedCapture:
             gradient = gradient / share
         if kind == "full":
             captured = Captured(full=gradient)
+        elif kind == "sketch":
+            captured = Captured(sketch=gradient)
         else:
-            axis = 1 if kind == "sketch" else layer.axis
-            shared, own = gradient.split([layer.widths[SHARED], layer.widths[task + 1]], dim=axis)
-            captured = (
-                Captured(shared=shared, own=own)
-                if kind == "projected"
-                else Captured(shared_sketch=shared, own_sketch=own)
-            )
+            shared, own = torch.split(gradient, [layer.widths[SHARED], layer.widths[task + 1]], dim=layer.axis)
+            captured = Captured(shared=shared, own=own)
         self._generic.deliver(layer.parameter, task, captured)
 
     def remove(self) -> None:
@@ -313,9 +311,11 @@ def can_fuse(module: nn.Module) -> bool:
     if "weight" not in module._parameters:
         return False  # parametrized: what the forward pass uses is computed from the parameter
     own = module.__dict__.get("forward")
-    if own is not None and not isinstance(own, FusedForward) and getattr(own, "__func__", None) is not type(
-        module
-    ).forward:
+    if (
+        own is not None
+        and not isinstance(own, FusedForward)
+        and getattr(own, "__func__", None) is not type(module).forward
+    ):
         return False  # another library's
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
 

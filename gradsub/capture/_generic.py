@@ -137,9 +137,7 @@ class GenericCapture:
                 squared_norm=squared_norm,
             )
             if due:
-                captured.shared_sketch, captured.own_sketch = (
-                    sketch(gradient, self._bank.directions(layer, [subspace]), layer.axis) for subspace in (SHARED, own)
-                )
+                captured.sketch = sketch(gradient, self._bank.directions(layer), layer.axis)
             return captured
 
     def __getstate__(self) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def projecting_linear(
         (segment.basis is not None, segment.directions is not None, segment.rows is not None) for segment in segments
     )
     tensors = [tensor for segment in segments for tensor in segment if tensor is not None]
-    return _Projecting.apply(*_cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return]
+    return _Projecting.apply(*_cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +178,7 @@ class _Projecting(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         orientation: Orientation = ctx.orientation
         weight, *saved = ctx.saved_tensors
         x = saved.pop(0) if ctx.keeps_x else None
@@ -224,7 +224,7 @@ class _Deferring(torch.autograd.Function):
         return affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         orientation: Orientation = ctx.orientation
         x, weight = ctx.saved_tensors
         for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
@@ -261,8 +261,8 @@ def deferring_linear(
         weight: W, stored as ``orientation`` says.
         bias: (out_features,) or None.
         orientation: of the weight and the bases.
-        opened: called in the backward pass with x; returns the open task's segments, each with the places of its probe and
-            its sketch probe among ``probes``, or None: then the weight receives its ordinary gradient.
+        opened: called in the backward pass with x; returns the open task's segments, each with the places of its probe
+            and its sketch probe among ``probes``, or None: then the weight receives its ordinary gradient.
         probes: all that may receive a gradient.
     """
-    return _Deferring.apply(*_cast(x, bias), weight, orientation, opened, *probes)  # type: ignore[no-any-return]
+    return _Deferring.apply(*_cast(x, bias), weight, orientation, opened, *probes)  # type: ignore[no-any-return, no-untyped-call]

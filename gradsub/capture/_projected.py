@@ -69,7 +69,7 @@ def gather(
             assert held.shared is not None
             assert held.own is not None
             parts[task], own[task] = held.shared, held.own
-            held.shared = held.own = held.shared_sketch = held.own_sketch = None
+            held.shared = held.own = held.sketch = None
         if held.squared_norm is not None:
             squared_norms[task] = held.squared_norm
     aside = None if outside is None else project(outside, bank.basis(layer, SHARED), layer.axis)
@@ -86,13 +86,11 @@ def _sketches(
     """The sketch of the shared gradient is that of its parts, mixed; only what is due is there."""
     if not layer.sketched:
         return {}
-    found = {task + 1: held.own_sketch for task, held in captured.items() if held.own_sketch is not None}
-    shared = {task: held.shared_sketch for task, held in captured.items() if held.shared_sketch is not None}
-    aside = None
-    if outside is not None and bank.due(layer, SHARED):
-        aside = sketch(outside, bank.directions(layer, [SHARED]), layer.axis)
-    if len(shared) == len(captured) and (shared or aside is not None):
-        found[SHARED] = mix(shared, weights, aside)
+    found = {task + 1: held.sketch for task, held in captured.items() if held.sketch is not None}
+    if not bank.due(layer, SHARED) or len(found) < len(captured):
+        return found
+    aside = None if outside is None else sketch(outside, bank.directions(layer), layer.axis)
+    found[SHARED] = mix({task: found[task + 1] for task in captured}, weights, aside)
     return found
 
 

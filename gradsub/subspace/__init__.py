@@ -3,10 +3,9 @@
 from gradsub.subspace._bank import SHARED, BasisChanged, SubspaceBank
 from gradsub.subspace._basis import dominant_basis, lift, project, sketch
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._moments import FIRST_MOMENTS, MOMENT_RULES, carry_moments
+from gradsub.subspace._moments import MOMENT_RULES, carry_moments
 
 __all__ = [
-    "FIRST_MOMENTS",
     "MOMENT_RULES",
     "SHARED",
     "BasisChanged",

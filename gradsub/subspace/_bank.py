@@ -11,15 +11,17 @@ from torch import Tensor
 
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
-from gradsub.subspace._basis import dominant_basis
+from gradsub.subspace._basis import dominant_basis, sketched_basis
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._schedule import FIRST_SKETCHES, next_multiple, next_sketch
+from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, next_multiple, next_place, sketch_size
 
 SHARED = 0
 
+# In the place of a subspace, for random numbers that belong to none.
+_DIRECTIONS = 1 << 16
+
 State = MutableMapping[Tensor, Any]
 BasisChanged = Callable[[Layer, int, Tensor, Tensor], None]
-Momentum = Callable[[Layer, int], Tensor | None]
 
 
 class SubspaceBank:
@@ -30,22 +32,21 @@ class SubspaceBank:
     that could not be refreshed when it was due, because its gradient was absent or zero, stays as it is and stays due.
 
     There are two kinds of refresh. An exact one (`refresh`) decomposes the whole gradient before the step. A sketched
-    one (`renew`) takes the basis from Y = G^T Omega after the step, where Omega spans what the subspace's momentum
-    spans: one step of a power iteration, whose matrix is that of the next batch.
+    one (`renew`) takes the basis after the step from Y = G^T Omega with a Gaussian Omega, and improves it with a second
+    sketch one step later. A sketched layer's state also holds ``"singular_values"`` (of the first sketch, one a column)
+    and ``"sketches"`` (how many of a refresh's sketches were taken, int64, CPU).
 
     Args:
         state: the optimizer's state.
         orthogonalize: ``"none"``, or ``"shared_first"``: task bases are orthogonal to the shared one.
         seed: with a layer's index, the subspace and the step it determines every random number.
-        momentum: a layer's and subspace's mean projected gradient, of the shape of one, if there is any.
     """
 
-    def __init__(self, state: State, orthogonalize: str, seed: int, momentum: Momentum) -> None:
+    def __init__(self, state: State, orthogonalize: str, seed: int) -> None:
         self._state = state
         self._orthogonalize = orthogonalize
         self._seed = seed
-        self._momentum = momentum
-        self._directions: dict[tuple[Layer, int], Tensor] = {}
+        self._directions: dict[Layer, Tensor] = {}
 
     def attach(self, state: State) -> None:
         """Follow the optimizer to another state dictionary: torch replaces it when it loads."""
@@ -63,6 +64,10 @@ class SubspaceBank:
         )
         if not layer.sketched:
             return
+        self._state[layer.parameter].update(
+            singular_values=basis.new_zeros(sum(layer.widths)),
+            sketches=torch.zeros(len(layer.widths), dtype=torch.int64),
+        )
         for subspace, width in enumerate(layer.widths):
             against, free = self._forbidden(layer, subspace)
             kept = min(width, free)
@@ -91,29 +96,31 @@ class SubspaceBank:
         return bool(state["step"] >= state["next_refresh"][subspace])
 
     def settled(self, layer: Layer, sketches: Collection[int]) -> bool:
-        """Whether these sketches renew the shared basis at its own place in the gap, after the first ones for all."""
-        return SHARED in sketches and bool(self._state[layer.parameter]["step"] >= FIRST_SKETCHES)
+        """Whether these sketches complete a refresh of the shared basis."""
+        if SHARED not in sketches:
+            return False
+        return bool(self._state[layer.parameter]["sketches"][SHARED] == SKETCHES_PER_REFRESH - 1)
 
-    def directions(self, layer: Layer, subspaces: Collection[int]) -> Tensor:
-        """Omega (codimension x sum of r): through which directions a sketch looks at the gradient.
+    @staticmethod
+    def sketch_size(layer: Layer) -> int:
+        """c, the columns of a layer's sketches."""
+        return sketch_size(layer.widths[SHARED], layer.codimension)
 
-        Orthonormal within each subspace, and the same for the whole step, so that sketches of several backward passes
-        add up.
+    def directions(self, layer: Layer) -> Tensor:
+        """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
+
+        It is the same for all tasks and the whole step, so that sketches of several backward passes add up.
         """
-        for subspace in subspaces:
-            if (layer, subspace) not in self._directions:
-                self._directions[layer, subspace] = self._new_directions(layer, subspace)
-        return torch.cat([self._directions[layer, subspace] for subspace in subspaces], dim=1)
-
-    def _new_directions(self, layer: Layer, subspace: int) -> Tensor:
-        step = int(self._state[layer.parameter]["step"])
-        generator = self._generator(layer.parameter.device, layer.index, subspace, step)
-        momentum = self._momentum(layer, subspace)
-        if momentum is None:
-            momentum = layer.parameter.new_zeros(layer.coordinates(subspace), dtype=layer.dtype)
-        columns = momentum if layer.axis == 1 else momentum.mT
-        # Columns that are still zero, as all are at first, become random ones.
-        return _orthonormalize_unchecked(columns.to(layer.dtype), generator=generator)
+        if layer not in self._directions:
+            state = self._state[layer.parameter]
+            size = self.sketch_size(layer)
+            if size == layer.codimension:
+                found = torch.eye(size, dtype=layer.dtype, device=layer.parameter.device)
+            else:
+                generator = self._generator(layer.parameter.device, layer.index, _DIRECTIONS, int(state["step"]))
+                found = gaussian(layer.codimension, size, like=state["basis"], generator=generator) / size**0.5
+            self._directions[layer] = found
+        return self._directions[layer]
 
     def forget_directions(self) -> None:
         """The step is over."""
@@ -183,7 +190,7 @@ class SubspaceBank:
         """Take the bases that are due from sketches of this step's gradients; equal shapes are done together.
 
         Args:
-            sketches: of each layer and subspace, Y (d x c).
+            sketches: of each layer and subspace, Y (d x c), in equal numbers of columns for one layer.
             gaps: of each layer, the steps between refreshes.
             changed: told the layer, the subspace, its old and its new basis.
         """
@@ -201,38 +208,47 @@ class SubspaceBank:
             self._renew_alike(subspace, own, changed)
         for layer, found in due.items():
             state = self._state[layer.parameter]
+            step = int(state["step"])
             for subspace in found:
-                state["next_refresh"][subspace] = next_sketch(int(state["step"]), gaps[layer], layer.index)
+                taken = int(state["sketches"][subspace]) + 1
+                complete = taken == SKETCHES_PER_REFRESH
+                state["sketches"][subspace] = 0 if complete else taken
+                state["next_refresh"][subspace] = next_place(step, gaps[layer], layer.index) if complete else step + 1
 
     def _renew_alike(self, subspace: int, sketches: Mapping[Layer, Tensor], changed: BasisChanged) -> None:
-        """One QR for all layers of the same shape; nothing here waits for the device."""
-        alike: dict[Any, list[tuple[Layer, Tensor | None, int]]] = defaultdict(list)
+        """One decomposition for all layers of the same shape; nothing here waits for the device."""
+        alike: dict[Any, list[tuple[Layer, Tensor | None]]] = defaultdict(list)
         for layer, Y in sketches.items():
             against, free = self._forbidden(layer, subspace)
-            kept = min(Y.shape[1], free)
-            step = int(self._state[layer.parameter]["step"])
-            alike[Y.shape, kept, None if against is None else against.shape, Y.device, Y.dtype, step].append(
-                (layer, against, kept)
+            width = min(layer.widths[subspace], free)
+            state = self._state[layer.parameter]
+            constraint = None if against is None else against.shape
+            count = int(state["sketches"][subspace])
+            if width:
+                alike[width, count, int(state["step"]), Y.shape, constraint, Y.device, Y.dtype].append((layer, against))
+        for (width, count, step, *_), members in alike.items():
+            layers = [layer for layer, _ in members]
+            bases, values = zip(*(self._kept(layer, subspace, width) for layer in layers), strict=True)
+            constraints = [against for _, against in members if against is not None]
+            fresh, strengths, usable = sketched_basis(
+                torch.stack([sketches[layer] for layer in layers]),
+                torch.stack([basis * value for basis, value in zip(bases, values, strict=True)]) if count else None,
+                width,
+                torch.stack(constraints) if constraints else None,
+                self._generator(layers[0].parameter.device, layers[0].index, subspace, step),
             )
-        for (_, kept, _, device, _, step), members in alike.items():
-            if not kept:
-                continue
-            layers = [layer for layer, _, _ in members]
-            Y = torch.stack([sketches[layer] for layer in layers])
-            K = [against for _, against, _ in members if against is not None]
-            generator = self._generator(device, layers[0].index, subspace, step)
-            usable = (torch.isfinite(Y).all(-1).all(-1) & (Y != 0).any(-1).any(-1))[:, None, None]
-            fresh = _orthonormalize_unchecked(
-                torch.where(usable, Y, 0.0)[..., :kept],
-                against=torch.stack(K).to(Y.dtype) if K else None,
-                generator=generator,
-            )
-            for layer, found, use in zip(layers, fresh, usable, strict=True):
+            for i, layer in enumerate(layers):
                 old = self.basis(layer, subspace)
-                new = old.clone()
-                new[:, :kept] = torch.where(use, found, old[:, :kept])
+                new = torch.zeros_like(old)
+                new[:, :width] = torch.where(usable[i], fresh[i], bases[i])
                 changed(layer, subspace, old, new)
                 old.copy_(new)
+                values[i].copy_(torch.where(usable[i, 0], strengths[i], values[i]))
+
+    def _kept(self, layer: Layer, subspace: int, width: int) -> tuple[Tensor, Tensor]:
+        """The basis and the singular values, views of as many columns as there is room for."""
+        columns = layer.columns(subspace)
+        return self.basis(layer, subspace)[:, :width], self._state[layer.parameter]["singular_values"][columns][:width]
 
     def _forbidden(self, layer: Layer, subspace: int) -> tuple[Tensor | None, int]:
         protected, free = layer.protected, layer.free

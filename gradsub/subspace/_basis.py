@@ -3,8 +3,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradsub.linalg._arithmetic import full_precision
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
+
+_ITERATIONS = 4
 
 
 def project(matrix: Tensor, basis: Tensor, axis: int) -> Tensor:
@@ -52,3 +55,49 @@ def dominant_basis(
         leading = _randomized_svd_unchecked(matrix, kept, generator=generator).U
         basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     return basis
+
+
+def sketched_basis(
+    Y: Tensor, earlier: Tensor | None, width: int, against: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""The leading left singular vectors of (I - K K^T) [B diag(s), Y / ||Y||], without waiting for the device.
+
+    Y is the sketch of this step's gradient; B diag(s) is what the sketch of the step before has left of that step's.
+    Merging the two as Frequent Directions does gives both batches the same say. The singular subspace of the thin
+    matrix comes from an orthogonal iteration on its Gramian, since a decomposition of that would wait.
+
+    Args:
+        Y: sketches of L layers (L x d x c).
+        earlier: B diag(s) (L x d x width), or None.
+        width: columns of the result, at most the dimension of K's complement.
+        against: K (L x d x k), or None.
+        generator: replaces columns that vanish.
+
+    Returns:
+        the bases (L x d x width), their singular values s (L x width), and whether Y was usable: finite and not zero
+        (L x 1 x 1); where it was not, ignore the others.
+    """
+    with full_precision(Y.device):
+        if against is not None:
+            Y = Y - against @ (against.mT @ Y)
+        # The largest entry first: the square of a norm need not be representable.
+        largest = Y.abs().amax((-2, -1), keepdim=True)
+        usable = torch.isfinite(largest) & (largest > 0)
+        Y = torch.where(usable, Y / largest, 0.0)
+        Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
+        if earlier is not None:
+            if against is not None:
+                earlier = earlier - against @ (against.mT @ earlier)
+            Y = torch.cat([earlier, Y], dim=-1)
+        gramian = Y.mT @ Y
+        columns = min(width, Y.shape[-1])
+        Z = torch.linalg.qr(gramian[..., :columns]).Q
+        for _ in range(_ITERATIONS):
+            Z = torch.linalg.qr(gramian @ Z).Q
+        leading = Y @ Z
+        values = torch.linalg.vector_norm(leading, dim=-2)
+    basis = Y.new_zeros(*Y.shape[:-1], width)
+    basis[..., :columns] = _orthonormalize_unchecked(leading, against=against, generator=generator)
+    strength = values.new_zeros(*values.shape[:-1], width)
+    strength[..., :columns] = values
+    return basis, strength, usable

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-# Each sketch is one step of a power iteration that starts from a random basis. What these numbers were measured on
-# stands in benchmarks/refresh/README.md.
-FIRST_SKETCHES = 4
-SKETCHES_PER_REFRESH = 1
+# One sketch only comes close to the exact decomposition of its batch; what a second batch adds makes the basis better
+# for the batches that follow. Further ones cost more than they bring (benchmarks/refresh has the measurements).
+SKETCHES_PER_REFRESH = 2
 
 _GOLDEN = 0.6180339887498949
 
@@ -15,19 +14,20 @@ def next_multiple(step: int, gap: int) -> int:
     return (step // gap + 1) * gap
 
 
-def next_sketch(step: int, gap: int, index: int) -> int:
-    """The step of a layer's next sketch after ``step``.
+def next_place(step: int, gap: int, index: int) -> int:
+    """The first step after ``step`` that is a layer's own place within ``gap`` steps.
 
-    The first steps sketch every layer. After that every layer has its own place within ``gap`` steps: multiples of
-    the golden ratio spread any number of layers evenly, also those that are added later.
+    Multiples of the golden ratio spread any number of layers evenly, also those that are added later.
 
     Args:
         step: the layer's count of steps.
         gap: steps between two refreshes.
         index: of the layer.
     """
-    following = step + 1
-    if following < FIRST_SKETCHES:
-        return following
-    phase = (following - int(index * _GOLDEN % 1 * gap)) % gap
-    return following if phase < SKETCHES_PER_REFRESH else following + gap - phase
+    place = int(index * _GOLDEN % 1 * gap)
+    return step + 1 + (place - step - 1) % gap
+
+
+def sketch_size(rank: int, codimension: int) -> int:
+    """How many directions a sketch looks through; all of them where that is no more."""
+    return min(codimension, max(2 * rank, rank + 64))
