@@ -12,19 +12,32 @@ from typing import Any
 OURS = "gradsub"
 
 
-def alternate(
-    contenders: dict[str, Callable[[], object]], rounds: int, setup: dict[str, Callable[[], object]] | None = None
-) -> dict[str, Any]:
-    """Median seconds of each contender, and for each peer the median and quartiles of peer / ours over the rounds."""
+def take_turns(
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warm_up: int = 1,
+    setup: dict[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round, in the order of the rounds; ``warm_up`` more come first, uncounted."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for index in range(rounds + 1):
+    for index in range(warm_up + rounds):
         for name, run in contenders.items():
             if setup is not None:
                 setup[name]()
             start = time.perf_counter()
             run()
-            if index > 0:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
+            if index >= warm_up:
+                times[name].append(seconds)
+    return times
+
+
+def alternate(
+    contenders: dict[str, Callable[[], object]], rounds: int, setup: dict[str, Callable[[], object]] | None = None
+) -> dict[str, Any]:
+    """Median seconds of each contender, and for each peer the median and quartiles of peer / ours over the rounds."""
+    times = take_turns(contenders, rounds, setup=setup)
     ratios = {
         name: [peer / own for peer, own in zip(times[name], times[OURS], strict=True)]
         for name in contenders

@@ -1,0 +1,84 @@
+"""gradsub's `GemsOptimizer` around AdamW."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from torch import nn
+
+from gradsub import GemsOptimizer
+
+from ..data import Batch, join
+from ..models import mean_loss, trained_weights
+from ..problem import Problem
+from ._training import Method, Training, adamw
+
+GENERIC = "generic"
+
+
+class TaskByTask(Training):
+    """A forward and a backward pass a task, inside ``optimizer.task``."""
+
+    optimizer: GemsOptimizer
+
+    def step(self, batches: Sequence[Batch]) -> float:
+        total = 0.0
+        for name, batch in zip(self.optimizer.tasks, batches, strict=True):
+            with self.optimizer.task(name, samples=batch.rows):
+                loss = mean_loss(self.model, batch)
+                loss.backward()
+            total += loss.item()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total / len(batches)
+
+
+class Mixed(Training):
+    """One forward and one backward pass of all tasks' rows, inside ``optimizer.mixed``."""
+
+    def step(self, batches: Sequence[Batch]) -> float:
+        task_ids = [index for index, batch in enumerate(batches) for _ in range(batch.rows)]
+        with self.optimizer.mixed(task_ids):
+            loss = mean_loss(self.model, join(batches))
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()
+
+
+class Gems(Method):
+    """Args: how gradients are captured; the side of the bases; whether one pass serves all tasks."""
+
+    warm_up_steps = 6
+    refreshes = "cycle"
+
+    def __init__(self, capture: str, side: str = "input", mixed: bool = False) -> None:
+        self._capture = capture
+        self._side = side
+        self._mixed = mixed
+        passes = "one pass for all tasks" if mixed else "a pass a task"
+        self.summary = f"GemsOptimizer(AdamW), capture {capture}, side {side}, {passes}"
+
+    def unavailable(self) -> str | None:
+        if self._capture != GENERIC and not _has_capture():
+            return f"this version of GemsOptimizer has no argument capture, and so no capture={self._capture!r}"
+        if self._mixed and not hasattr(GemsOptimizer, "mixed"):
+            return "this version of GemsOptimizer has no mixed()"
+        return None
+
+    def build(self, model: nn.Module, problem: Problem) -> Training:
+        optimizer = GemsOptimizer(
+            adamw(trained_weights(model), problem),
+            tasks=problem.task_names,
+            rank=problem.rank,
+            update_proj_gap=problem.update_proj_gap,
+            side=self._side,
+            model=model,
+            **({"capture": self._capture} if _has_capture() else {}),
+        )
+        return (Mixed if self._mixed else TaskByTask)(model, optimizer)
+
+
+def _has_capture() -> bool:
+    return "capture" in inspect.signature(GemsOptimizer).parameters
