@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._generic import GenericCapture
-from gradsub.capture._linear import Orientation, Segment, affine, deferring_linear, projecting_linear
+from gradsub.capture._linear import Orientation, Rows, Segment, affine, deferring_linear, projecting_linear
 from gradsub.subspace import SHARED, Layer, SubspaceBank
 
 _PLAIN: Final = "plain"
@@ -63,8 +63,8 @@ class Slot:
                 "its first axis must be that of the rows; use optimizer.task for each task, or leave the layer out of "
                 "target_modules"
             )
-        tokens = torch.arange(x.shape[0], device=x.device).view(self.batch, -1)
-        return tuple(segment._replace(rows=tokens[segment.rows].flatten()) for segment in self.segments)
+        length = x.shape[0] // self.batch
+        return tuple(segment._replace(rows=_spread(segment.rows, length)) for segment in self.segments)
 
 
 class FusedForward:
@@ -148,12 +148,12 @@ class Part:
 
     Attributes:
         task: its index.
-        rows: its rows, along a batch's first axis; None for all.
+        rows: its rows.
         share: what its mean loss is multiplied by in the loss of the block; what is captured is divided by it.
     """
 
     task: int
-    rows: Tensor | None = None
+    rows: Rows = None
     share: float = 1.0
 
 
@@ -226,7 +226,7 @@ class FusedCapture:
     def open(self, parts: Iterable[Part]) -> None:
         """From now on forward and backward passes belong to these tasks."""
         parts = list(parts)
-        batch = sum(len(part.rows) for part in parts if part.rows is not None)
+        batch = sum(_count(part.rows) for part in parts)
         self._shares = {part.task: part.share for part in parts}
         for member in self._members:
             slot = member.slot
@@ -304,6 +304,19 @@ class FusedCapture:
         """In a copy, once it is complete: take over the copied modules."""
         for layer, modules, transposed in self.__dict__.pop("_waiting", []):
             self.adopt(layer, modules, transposed)
+
+
+def _count(rows: Rows) -> int:
+    if isinstance(rows, tuple):
+        return rows[1] - rows[0]
+    return 0 if rows is None else len(rows)
+
+
+def _spread(rows: Rows, length: int) -> Rows:
+    """The same rows where each has become ``length`` rows."""
+    if isinstance(rows, Tensor):
+        return (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
+    return None if rows is None else (rows[0] * length, rows[1] * length)
 
 
 def can_fuse(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ class Orientation(NamedTuple):
         return (self.axis == 1) != self.transposed
 
 
+# Which rows of a batch, along its first axis: from where to where, or which; None for all.
+Rows: TypeAlias = "tuple[int, int] | Tensor | None"
+
+
 class Segment(NamedTuple):
     """One task's part of a batch, and what its gradient is projected on.
 
@@ -34,14 +39,14 @@ class Segment(NamedTuple):
         directions: Omega (codimension x c) if a sketch is due, else None.
         probe: a leaf of the projected gradient's shape, whose gradient the projected gradient is.
         sketch_probe: the same for the sketch (d x c); None without one.
-        rows: which rows of the batch, along its first axis; None for all.
+        rows: of the batch.
     """
 
     basis: Tensor | None
     directions: Tensor | None
     probe: Tensor
     sketch_probe: Tensor | None
-    rows: Tensor | None = None
+    rows: Rows = None
 
 
 def projecting_linear(
@@ -59,10 +64,19 @@ def projecting_linear(
         segments: by task; together they cover every row once.
     """
     layout = tuple(
-        (segment.basis is not None, segment.directions is not None, segment.rows is not None) for segment in segments
+        (
+            segment.basis is not None,
+            segment.directions is not None,
+            True if isinstance(segment.rows, Tensor) else segment.rows,
+        )
+        for segment in segments
     )
-    tensors = [tensor for segment in segments for tensor in segment if tensor is not None]
+    tensors = [tensor for segment in segments for tensor in segment if isinstance(tensor, Tensor)]
     return _Projecting.apply(*_cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# By segment: whether there is a basis, whether there are directions, and the rows, or that a tensor of them follows.
+Layout: TypeAlias = "tuple[tuple[bool, bool, bool | tuple[int, int] | None], ...]"
 
 
 def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -74,17 +88,23 @@ def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, bias
 
 
-def _unpack(layout: tuple[tuple[bool, bool, bool], ...], tensors: tuple[Tensor, ...]) -> list[Segment]:
+def _unpack(layout: Layout, tensors: tuple[Tensor, ...]) -> list[Segment]:
     """The inverse of what `projecting_linear` does to its segments."""
     left = iter(tensors)
     segments = []
-    for has_basis, has_directions, has_rows in layout:
+    for has_basis, has_directions, rows in layout:
         basis = next(left) if has_basis else None
         directions = next(left) if has_directions else None
         probe = next(left)
         sketch_probe = next(left) if has_directions else None
-        segments.append(Segment(basis, directions, probe, sketch_probe, next(left) if has_rows else None))
+        segments.append(Segment(basis, directions, probe, sketch_probe, _rows(rows, left)))
     return segments
+
+
+def _rows(described: bool | tuple[int, int] | None, tensors: Iterator[Tensor]) -> Rows:
+    if isinstance(described, bool):
+        return next(tensors)
+    return described
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -92,9 +112,11 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     return F.linear(x, weight.mT if transposed else weight, bias)
 
 
-def rows_of(matrix: Tensor, rows: Tensor | None) -> Tensor:
+def rows_of(matrix: Tensor, rows: Rows) -> Tensor:
     """The given rows of the first axis, then as a matrix (N x features)."""
-    if rows is not None:
+    if isinstance(rows, tuple):
+        matrix = matrix[rows[0] : rows[1]]
+    elif rows is not None:
         matrix = matrix.index_select(0, rows)
     return matrix.reshape(-1, matrix.shape[-1])
 
@@ -154,7 +176,7 @@ class _Projecting(torch.autograd.Function):
         bias: Tensor | None,
         weight: Tensor,
         orientation: Orientation,
-        layout: tuple[tuple[bool, bool, bool], ...],
+        layout: Layout,
         *tensors: Tensor,
     ) -> Tensor:
         segments = _unpack(layout, tensors)
@@ -170,7 +192,7 @@ class _Projecting(torch.autograd.Function):
             else:
                 keep_x = True
                 needed += [] if segment.basis is None else [segment.basis]
-            needed += [tensor for tensor in (segment.directions, segment.rows) if tensor is not None]
+            needed += [tensor for tensor in (segment.directions, segment.rows) if isinstance(tensor, Tensor)]
         ctx.orientation, ctx.layout = orientation, layout
         ctx.thin, ctx.keeps_x = len(thin), keep_x
         ctx.dtypes = tuple(segment.probe.dtype for segment in segments)
@@ -187,10 +209,10 @@ class _Projecting(torch.autograd.Function):
         for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         found: list[Tensor | None] = []
         with torch.no_grad():
-            for (has_basis, has_directions, has_rows), dtype in zip(ctx.layout, ctx.dtypes, strict=True):
+            for (has_basis, has_directions, described), dtype in zip(ctx.layout, ctx.dtypes, strict=True):
                 basis = next(needed) if has_basis and not orientation.input_side else None
                 directions = next(needed) if has_directions else None
-                rows = next(needed) if has_rows else None
+                rows = _rows(described, needed)
                 projected, sketched = project_rows(
                     orientation,
                     None if x is None else rows_of(x, rows),
@@ -202,7 +224,7 @@ class _Projecting(torch.autograd.Function):
                 found += [None] * (has_basis + has_directions)
                 found.append(projected.to(dtype))
                 found += [] if sketched is None else [sketched.to(dtype)]
-                found += [None] * has_rows
+                found += [None] * isinstance(described, bool)
         return for_x, for_bias, None, None, None, *found
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsub.capture._fused import Part
+from gradsub.capture._linear import Rows
 
 
 class MixedRows:
@@ -47,12 +48,15 @@ class MixedRows:
     def parts(self, device: torch.device) -> list[Part]:
         """The parts of the batch for the capture: rows, and the task's share of the samples."""
         total = sum(self.samples.values())
-        # One task alone has all the rows, and needs no index.
-        alone = len(self.rows) == 1
-        return [
-            Part(task, None if alone else torch.tensor(rows, device=device), self.samples[task] / total)
-            for task, rows in self.rows.items()
-        ]
+        return [Part(task, self._located(rows, device), self.samples[task] / total) for task, rows in self.rows.items()]
+
+    def _located(self, rows: list[int], device: torch.device) -> Rows:
+        """Neighbouring rows are cut out of the batch, others are copied; one task alone has all."""
+        if len(rows) == self.size:
+            return None
+        if rows[-1] - rows[0] + 1 == len(rows):
+            return rows[0], rows[-1] + 1
+        return torch.tensor(rows, device=device)
 
     def loss(self, losses: Tensor) -> Tensor:
         """The loss to call ``backward()`` on: sum_k w_k L_k, with L_k the mean over the task's rows.
