@@ -112,8 +112,7 @@ class Stepper:
         self._update(groups, blocks, steps, held, measured)
         self._renew(sketches, {layer: groups[positions[layer]]["update_proj_gap"] for layer in sketches})
         for block in blocks:
-            for layer in block.layers:
-                self._bank.advance(layer)
+            self._bank.advance(block.layers)
         return measured
 
     def _project(

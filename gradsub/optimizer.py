@@ -58,6 +58,10 @@ class GemsOptimizer(Optimizer):
     Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
     there, are free for clipping and belong to the shared subspace alone. `step` consumes what was captured.
 
+    With ``model``, linear layers compute the projected gradients themselves and the weight's gradient never exists.
+    Run the forward pass inside `task` as well: then only x B (N x r) is kept of a layer's input x (N x n), for
+    ``side="input"``. Of a forward pass outside, x is kept, as always.
+
     Args:
         base: any ``torch.optim.Optimizer`` that has not stepped; all its hyper-parameters, per group, stay in force.
             ``weight_decay`` is applied to the weight by this class: decoupled where the base class decouples it,
@@ -87,6 +91,14 @@ class GemsOptimizer(Optimizer):
             device a step; ``"skip"`` checks likewise, drops the whole step and warns once; ``"ignore"`` does not look.
         master_weights: keep a float32 copy of weights below float32 (4 bytes a weight) and round the copy into them
             after each step. Without it rounding undoes the protection, which is said once.
+        capture: ``"auto"``: layers of ``model`` with more than 4,096 entries compute projected gradients in their own
+            backward pass; ``"fused"``: smaller ones too; ``"generic"``: autograd's gradient of every weight is taken
+            and projected. Without ``model`` all is generic. A weight that several modules share, or whose module has
+            another forward pass than a linear layer's, is captured generically, which is said once.
+        refresh: where bases come from. ``"svd"``: the whole gradient, decomposed before the step, all layers in the
+            same step. ``"sketch"``: products G^T Omega with max(2 r, r + 64) random directions in two consecutive
+            steps, after which the basis changes; layers take turns. ``"auto"``: sketches for layers with more than
+            65,536 entries that are captured by their own backward pass, else decompositions.
 
     A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
     to keep its matrices whole.
@@ -354,8 +366,8 @@ class GemsOptimizer(Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> dict[str, Tensor]:
         """Scale each task's captured gradient, between backward and step, to a norm of at most ``max_norm``.
 
-        The norm is that of G_k over all parameters; of layers whose task accumulated several backward passes, of the
-        part in the shared subspace. Since the shares w_k sum to 1, the shared gradient's norm is bounded as well.
+        The norm is that of G_k over all parameters; of layers whose task accumulated several backward passes, and of
+        those whose whole gradient never existed (fused capture), of the part in the shared subspace. Since the shares w_k sum to 1, the shared gradient's norm is bounded as well.
         Gradients outside any task are in ``p.grad``, for ``torch.nn.utils.clip_grad_norm_``; that function does not
         see captured ones. With a `GradScaler`, call ``scaler.unscale_(optimizer)`` first, as always.
 
@@ -517,7 +529,7 @@ class GemsOptimizer(Optimizer):
         return make_report(self._bank, self.tasks, steps, self._measured)
 
     def close(self) -> None:
-        """Give the parameters back: no hook of this optimizer stays on them."""
+        """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
         self._fused.remove()
         self._capture.remove()
 

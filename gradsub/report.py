@@ -25,11 +25,11 @@ class LayerReport:
         name: the layer.
         shape: (m, n) of its weight.
         step: how many steps the layer has taken.
-        gradient_norms: task -> ||G_k||, the Frobenius norm of its whole gradient; NaN where a task accumulated several
-            backward passes, whose norms do not add up.
+        gradient_norms: task -> ||G_k||, the Frobenius norm of its whole gradient; NaN where that never existed (fused
+            capture) and where a task accumulated several backward passes, whose norms do not add up.
         cosines: (task, task) -> cosine of their gradients inside the shared subspace.
         energy: ``"shared"`` and task -> the share in [0, 1] of the gradients' squared norm that the subspace keeps;
-            for the shared one over all tasks together.
+            for the shared one over all tasks together; NaN where the norm is.
         angles: (subspace, subspace) -> principal angles in radians, largest first.
         gates: task -> g_k.
         protected_fraction: k / d, the share of directions that no update may use.

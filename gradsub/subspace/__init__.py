@@ -4,6 +4,7 @@ from gradsub.subspace._bank import SHARED, BasisChanged, SubspaceBank
 from gradsub.subspace._basis import dominant_basis, lift, project, sketch
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._moments import MOMENT_RULES, carry_moments
+from gradsub.subspace._schedule import sketch_size
 
 __all__ = [
     "MOMENT_RULES",
@@ -16,4 +17,5 @@ __all__ = [
     "lift",
     "project",
     "sketch",
+    "sketch_size",
 ]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -139,9 +139,9 @@ class SubspaceBank:
             state["basis"] -= layer.protected @ inside
             state["next_refresh"].fill_(int(state["step"]))
 
-    def advance(self, layer: Layer) -> None:
+    def advance(self, layers: Iterable[Layer]) -> None:
         """Count a step."""
-        self._state[layer.parameter]["step"] += 1
+        torch._foreach_add_([self._state[layer.parameter]["step"] for layer in layers], 1)
 
     def refresh(
         self, layer: Layer, gradients: Mapping[int, Tensor], update_proj_gap: int, changed: BasisChanged
