@@ -15,11 +15,11 @@ EXAMPLES := $(VENV)/.installed-examples
 DEMO_SETUP := $(if $(wildcard $(DEV)),$(DEV),$(EXAMPLES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docs pytest bench clean
+.PHONY: help setup demo test lint types docs pytest bench bench-training clean
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /\1|/' \
-	    | while IFS='|' read -r target text; do printf '  make %-8s %s\n' "$$target" "$$text"; done
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' \
+	    | while IFS='|' read -r target text; do printf '  make %-14s %s\n' "$$target" "$$text"; done
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=..." if sys.version_info < (3, 11) else 0)'
@@ -61,6 +61,9 @@ pytest: $(DEV)  ## only the tests; ARGS='-k name' selects
 
 bench: $(DEV)  ## micro-benchmarks, printed as ratios
 	$(BIN)/python -m benchmarks.run
+
+bench-training: $(DEV)  ## step time and memory of whole training steps (hours; finished cases are kept)
+	$(BIN)/python -m benchmarks.training run $(ARGS)
 
 clean:  ## remove what was built; keeps .venv and runs
 	rm -rf build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info

@@ -57,11 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     out = options.out or RESULTS / options.config.stem
     failed = run(options.config, out, options.rounds, options.only)
+    if any(out.glob("*.json")):
+        print(f"\n{write_report(out)}")
     if failed:
         print(f"error: {failed} failed; the same command measures them again", file=sys.stderr)
-        return 1
-    print(f"\n{write_report(out)}")
-    return 0
+    return 1 if failed else 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -134,7 +134,7 @@ def load(path: Path, rounds: int | None = None) -> Config:
         Config,
         {
             **raw,
-            "cases": tuple(_case(entry, sets) for entry in raw.get("cases") or ()),
+            "cases": tuple(case for entry in raw.get("cases") or () for case in _cases(entry, sets)),
             "targets": tuple(_make(Target, entry, "targets") for entry in raw.get("targets") or ()),
             "centre": _make(Centre, raw.get("centre") or {}, "centre"),
             "refresh": _make(Refresh, raw.get("refresh") or {}, "refresh"),
@@ -146,16 +146,21 @@ def load(path: Path, rounds: int | None = None) -> Config:
     return config
 
 
-def _case(entry: Mapping[str, Any], sets: Mapping[str, list[str]]) -> Case:
+def _cases(entry: Mapping[str, Any], sets: Mapping[str, list[str]]) -> Iterator[Case]:
+    """One case a rank: several ranks in an entry are several cases, several numbers of tasks are one."""
     named = {key: _methods(entry[key], sets) for key in ("methods", "refresh", "memory") if key in entry}
-    tasks = entry.get("tasks")
-    return _make(Case, {**entry, **named, "tasks": tuple(tasks) if isinstance(tasks, list) else (tasks,)}, "cases")
+    for rank in _listed(entry.get("rank")):
+        tasks = tuple(_listed(entry.get("tasks")))
+        yield _make(Case, {**entry, **named, "rank": rank, "tasks": tasks}, "cases")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _methods(value: str | list[str], sets: Mapping[str, list[str]]) -> tuple[str, ...]:
     """Names of methods and of sets of methods, as names of methods in the order of the registry."""
-    names = [value] if isinstance(value, str) else value
-    found = {name for entry in names for name in sets.get(entry, [entry])}
+    found = {name for entry in _listed(value) for name in sets.get(entry, [entry])}
     unknown = sorted(found - METHODS.keys())
     if unknown:
         raise ValueError(f"methods {unknown} are not known; there are {list(METHODS)} and the sets {list(sets)}")
@@ -190,6 +195,10 @@ def _check(config: Config) -> None:
     if twice:
         raise ValueError(f"cases: {twice} appear twice, but a result file belongs to one case: join their methods")
     for case in config.cases:
+        for name in ("tokens", "rank"):
+            _check_positive(f"case {case.name}: {name}", getattr(case, name))
+        for tasks in case.tasks:
+            _check_positive(f"case {case.name}: tasks", tasks)
         extra = sorted({*case.refresh, *case.memory} - {*case.methods})
         if extra:
             raise ValueError(f"case {case.name}: refresh and memory name {extra}, which methods lacks: add them there")

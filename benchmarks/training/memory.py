@@ -8,6 +8,7 @@ themselves, such as packed matrices, nor for python).
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -20,6 +21,9 @@ from .contenders import Key
 from .data import make_batches
 from .methods import METHODS
 from .models import build_model, model_bytes
+
+# The profiler would announce every start and stop on stderr. It reads this when it first starts.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _STEP: Final = "gradsub.benchmark.measured_step"
 

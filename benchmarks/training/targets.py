@@ -12,13 +12,13 @@ from .derived import Result
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target, for one model: the ratio measured, or why there is none."""
+    """A target, for one model: the ratio measured with a reservation if there is one, or why there is none."""
 
     model: str
     target: Target
     tasks: int
     measured: float | None
-    reason: str = ""
+    note: str = ""
 
     @property
     def wording(self) -> str:
@@ -37,9 +37,10 @@ class Outcome:
     def verdict(self) -> str:
         """Hit or missed, and the distance in percent of the target."""
         if self.measured is None:
-            return f"not measured: {self.reason}"
+            return f"not measured: {self.note}"
         distance = 100 * (self.measured / self.target.at_most - 1)
-        return f"hit, {-distance:.0f} % below" if distance <= 0 else f"missed by {distance:.0f} %"
+        verdict = f"hit, {-distance:.0f} % below" if distance <= 0 else f"missed by {distance:.0f} %"
+        return f"{verdict} ({self.note})" if self.note else verdict
 
 
 def check_targets(config: Config, results: Mapping[str, Result]) -> Iterator[Outcome]:
@@ -47,43 +48,50 @@ def check_targets(config: Config, results: Mapping[str, Result]) -> Iterator[Out
     for model in config.models:
         cases = [case for case in config.cases if _is_central(case, model, config)]
         for target in config.targets if cases else ():
-            tasks = target.tasks or config.centre.tasks
-            found = [
-                (results[case.name], case) for case in cases if case.name in results and _covers(case, target, tasks)
-            ]
-            if not found:
-                yield Outcome(model, target, tasks, None, "no finished case covers it")
-                continue
-            result = found[0][0]
-            measured = _measure(target, result, Key(target.method, tasks))
-            yield Outcome(model, target, tasks, measured, "" if measured is not None else _why(result, target))
+            yield _check(config, target, model, {case: results[case.name] for case in cases if case.name in results})
+
+
+def _check(config: Config, target: Target, model: str, finished: Mapping[Case, Result]) -> Outcome:
+    own = Key(target.method, target.tasks or config.centre.tasks)
+    other = Key(target.against or own.method, target.against_tasks or own.tasks)
+    together = [result for case, result in finished.items() if _covers(case, target.measure, own, other)]
+    if together:
+        measured = _measure(target, together[0], own, other)
+        return Outcome(model, target, own.tasks, measured, _why(together[0], target) if measured is None else "")
+    apart = _steps_apart(target, finished, own, other)
+    note = "no finished case covers it" if apart is None else "medians of two processes"
+    return Outcome(model, target, own.tasks, apart, note)
 
 
 def _is_central(case: Case, model: str, config: Config) -> bool:
     return (case.model, case.tokens, case.rank) == (model, config.centre.tokens, config.centre.rank)
 
 
-def _covers(case: Case, target: Target, tasks: int) -> bool:
-    methods = {
-        "step": case.methods,
-        "peak": case.memory,
-        "refresh": case.refresh,
-    }[target.measure]
-    wanted_methods = {target.method, *([target.against] if target.against else [])}
-    wanted_tasks = {tasks, *([target.against_tasks] if target.against_tasks else [])}
-    return wanted_methods <= {*methods} and wanted_tasks <= {*case.tasks}
+def _covers(case: Case, measure: str, *keys: Key) -> bool:
+    methods = {"step": case.methods, "peak": case.memory, "refresh": case.refresh}[measure]
+    return all(key.method in methods and key.tasks in case.tasks for key in keys)
 
 
-def _measure(target: Target, result: Result, key: Key) -> float | None:
+def _measure(target: Target, result: Result, own: Key, other: Key) -> float | None:
     if target.measure == "refresh":
-        refresh = result.refresh_ratio(key)
+        refresh = result.refresh_ratio(own)
         return None if refresh is None else refresh.worst
-    other = Key(target.against or key.method, target.against_tasks or key.tasks)
     if target.measure == "step":
-        ratio = result.step_ratio(key, other)
+        ratio = result.step_ratio(own, other)
         return None if ratio is None else ratio.median
-    own, its = result.peak_above_parameters(key), result.peak_above_parameters(other)
-    return None if own is None or its is None else own / its
+    mine, its = result.peak_above_parameters(own), result.peak_above_parameters(other)
+    return None if mine is None or its is None else mine / its
+
+
+def _steps_apart(target: Target, finished: Mapping[Case, Result], own: Key, other: Key) -> float | None:
+    """The ratio of two medians that were not timed in turns: worth less, but more than nothing."""
+    if target.measure != "step":
+        return None
+    medians = [
+        next((result.step_seconds(key) for result in finished.values() if result.entry("steps", key)), None)
+        for key in (own, other)
+    ]
+    return None if None in medians else medians[0] / medians[1]  # type: ignore[operator]
 
 
 def _why(result: Result, target: Target) -> str:
