@@ -159,8 +159,8 @@ class Inner:
         """
         groups = list(groups)
         self._read_options(groups)
-        for proxy, gradient in gradients.items():
-            proxy.data = starts[proxy].clone() if proxy in starts else torch.zeros_like(gradient)
+        for (proxy, gradient), zero in zip(gradients.items(), _zeros_like(list(gradients.values())), strict=True):
+            proxy.data = starts[proxy].clone() if proxy in starts else zero
             proxy.grad = gradient
         self._base_step()
         self._write_options(groups)
@@ -221,9 +221,13 @@ class Inner:
                 outer[key] = plain[key] = proxied[key] = used[key]
 
     def _release(self, proxies: Iterable[Tensor]) -> None:
+        empty: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         for proxy in proxies:
             proxy.grad = None
-            proxy.data = proxy.data.new_empty(0)
+            kind = (proxy.dtype, proxy.device)
+            if kind not in empty:
+                empty[kind] = proxy.data.new_empty(0)
+            proxy.data = empty[kind]
 
     def _populate(self, groups: list[dict[str, Any]]) -> None:
         """Create the base optimizer's state now, where torch lets us, so that its shapes never depend on data.
@@ -252,6 +256,20 @@ class Inner:
                     self.base.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
             for parameter, gradient in zip(training, held, strict=True):
                 parameter.grad = gradient
+
+
+def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
+    """Zeros of the tensors' shapes, cut out of one allocation for each dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(position)
+    zeros = list(tensors)
+    for positions in kinds.values():
+        sizes = [tensors[position].numel() for position in positions]
+        cut = torch.split(tensors[positions[0]].new_zeros(sum(sizes)), sizes)
+        for position, zero in zip(positions, cut, strict=True):
+            zeros[position] = zero.view(tensors[position].shape)
+    return zeros
 
 
 def _like(value: Any, parameter: Tensor, proxy: Tensor) -> Any:

@@ -112,11 +112,7 @@ def table(rows: list[Row], rank: int, gap: int) -> str:
     for side in SIDES:
         for protects in (False, True):
             for subspace in SUBSPACES:
-                chosen = [
-                    r
-                    for r in rows
-                    if (r["side"], r["null_space"], r["subspace"]) == (side, protects, subspace)
-                ]
+                chosen = [r for r in rows if (r["side"], r["null_space"], r["subspace"]) == (side, protects, subspace)]
                 if chosen:
                     lines.append(_line(chosen, [side, "yes" if protects else "no", subspace]))
     return "\n".join(lines) + "\n"

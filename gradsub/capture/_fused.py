@@ -243,7 +243,8 @@ class FusedCapture:
         due = any(self._bank.due(layer, subspace) for subspace in subspaces)
         if due and not layer.sketched:
             return Segment(None, None, second, None, part.rows)
-        basis = self._bank.joint_basis(layer, subspaces)
+        # Of equal strides for all tasks: torch.compile then needs one graph for all.
+        basis = self._bank.joint_basis(layer, subspaces).contiguous()
         if not due:
             return Segment(basis, None, probe, None, part.rows)
         return Segment(basis, self._bank.directions(layer), probe, second, part.rows)

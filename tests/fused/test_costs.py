@@ -55,7 +55,10 @@ def test_state_and_captured_gradients_are_what_the_formula_says(capture, side, r
                 held = [optimizer._capture.gradients[task][layer.weight] for task in range(3)]
                 assert bytes_of(t for each in held for t in (each.shared, each.own)) == expected.captured
                 sketches = [each.sketch for each in held if each.sketch is not None]
-                assert bytes_of(sketches) == (expected.sketches if step < 2 and refresh == "sketch" else 0)
+                state = optimizer.state[layer.weight]
+                due = refresh == "sketch" and state["next_refresh"][0] <= state["step"]
+                assert bytes_of(sketches) == (expected.sketches if due else 0)
+                assert due or step > 1 or refresh == "svd"
         optimizer.step()
         optimizer.zero_grad()
 
@@ -190,5 +193,5 @@ def test_nothing_grows_with_the_number_of_steps():
     for step in range(12):
         train(model, optimizer, 1, start=step)
         gc.collect()
-        sizes.append(sum(isinstance(each, torch.Tensor) for each in gc.get_objects()))
+        sizes.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
     assert sizes[5] == sizes[8] == sizes[11]

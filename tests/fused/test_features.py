@@ -306,5 +306,6 @@ def test_of_two_optimizers_only_the_open_one_sees():
 def test_small_layers_are_captured_generically_by_default():
     """Up to 64 x 64 the whole gradient is cheaper than the bookkeeping."""
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 65))
-    gems(model, capture="auto")
+    optimizer = gems(model, capture="auto")
+    assert optimizer.report().layers == []
     assert [isinstance(layer.__dict__.get("forward"), FusedForward) for layer in model] == [False, True]
