@@ -367,9 +367,10 @@ class GemsOptimizer(Optimizer):
         """Scale each task's captured gradient, between backward and step, to a norm of at most ``max_norm``.
 
         The norm is that of G_k over all parameters; of layers whose task accumulated several backward passes, and of
-        those whose whole gradient never existed (fused capture), of the part in the shared subspace. Since the shares w_k sum to 1, the shared gradient's norm is bounded as well.
-        Gradients outside any task are in ``p.grad``, for ``torch.nn.utils.clip_grad_norm_``; that function does not
-        see captured ones. With a `GradScaler`, call ``scaler.unscale_(optimizer)`` first, as always.
+        those whose whole gradient never existed (fused capture), of the part in the shared subspace.
+        Since the shares w_k sum to 1, the shared gradient's norm is bounded as well. Gradients outside any task are in
+        ``p.grad``, for ``torch.nn.utils.clip_grad_norm_``; that function does not see captured ones. With a
+        `GradScaler`, call ``scaler.unscale_(optimizer)`` first, as always.
 
         Args:
             max_norm: the bound, in the gradient's units, positive.

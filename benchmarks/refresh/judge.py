@@ -102,11 +102,11 @@ def _kept(gradient: Tensor, basis: Tensor, side: str, K: Tensor | None) -> float
 def table(rows: list[Row], rank: int, gap: int) -> str:
     """Means over layers and refreshes, and the worst layer, of the sketched basis relative to the exact one."""
     lines = [
-        f"rank {rank}, task_rank {rank // 2}, gap {gap}; energies are shares of the (free) gradient's squared norm, ratios",
-        "are sketch / exact. A layer's ratio is that of its means over the refreshes.",
+        f"rank {rank}, task_rank {rank // 2}, gap {gap}; energies are shares of the (free) gradient's squared norm,",
+        "ratios are sketch / exact. A layer's ratio is that of its means over the refreshes.",
         "",
-        "| side | null space | subspace | layers | exact, following | sketch, following | ratio, following: mean | worst "
-        "layer | layers below 1 | ratio, refresh batch: mean | worst single |",
+        "| side | null space | subspace | layers | exact, following | sketch, following | ratio, following: mean "
+        "| worst layer | layers below 1 | ratio, refresh batch: mean | worst single |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for side in SIDES:

@@ -27,6 +27,8 @@ class GemsSettings(Settings):
     side: Literal["input", "output"] = setting("input", "side of the weights that subspaces and protection live on")
     orthogonalize: Literal["none", "shared_first"] = setting("none", "whether task subspaces avoid the shared one")
     gate: Literal["uniform", "heuristic"] = setting("heuristic", "how the task subspaces are weighted")
+    capture: Literal["auto", "fused", "generic"] = setting("auto", "how the layers' gradients are captured")
+    refresh: Literal["auto", "sketch", "svd"] = setting("auto", "what the bases are refreshed from")
     protect: bool = setting(True, "whether to keep the updates inside the null space of general text")
     energy: float | None = setting(0.95, "share of the general features' energy protected", above=0, maximum=1)
     threshold: float | None = setting(None, "protect directions above this eigenvalue instead", minimum=0)
@@ -107,6 +109,8 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         model=ranker.backbone,
         target_modules="all-linear",
         seed=settings.seed,
+        capture=settings.capture,
+        refresh=settings.refresh,
     )
     notes = ["Linear layers are trained inside the subspaces, the items' rows by plain AdamW."]
     if not settings.train_others:
