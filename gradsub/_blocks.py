@@ -78,4 +78,5 @@ def _block(group: int, layers: list[Layer], found: Sequence[Projected]) -> Block
 
 
 def _stack(tensors: list[Any]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+    # Contiguous in any case: torch's fused optimizers read a gradient's memory as if it were, and say nothing.
+    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(tensors)

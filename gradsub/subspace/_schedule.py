@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # One sketch only comes close to the exact decomposition of its batch; what a second batch adds makes the basis better
-# for the batches that follow. Further ones cost more than they bring (benchmarks/refresh has the measurements).
+# for the batches that follow than that decomposition (measured in benchmarks/refresh).
 SKETCHES_PER_REFRESH = 2
 
 _GOLDEN = 0.6180339887498949

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from gradsub import GemsOptimizer, NullSpace
 
 TASKS = ("search", "rec")
+# Small layers are captured generically by default; tests/fused runs tests of this folder with the other one.
+CAPTURE = "auto"
 SAMPLES = {"search": 24.0, "rec": 8.0}
 
 
@@ -60,7 +62,7 @@ def train(model: nn.Module, optimizer: GemsOptimizer, steps: int, start: int = 0
 def gems(model: nn.Module, **options: Any) -> GemsOptimizer:
     """GemsOptimizer around AdamW unless ``base`` says otherwise, on the model's named layers."""
     base = options.pop("base", None) or torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    options = {"tasks": TASKS, "rank": 4, "update_proj_gap": 3, "model": model, **options}
+    options = {"tasks": TASKS, "rank": 4, "update_proj_gap": 3, "model": model, "capture": CAPTURE, **options}
     return GemsOptimizer(base, **options)
 
 
