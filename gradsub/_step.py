@@ -105,7 +105,6 @@ class Stepper:
             if p in self.layers
         }
         blocks = make_blocks(projected, positions)
-        del projected
         measured = measure(blocks, losses, samples, len(self._tasks), self._gate, self.state)
         weights = self._operate(shares, measured)
         steps = self._inner_step(groups, gradients, blocks, weights)
