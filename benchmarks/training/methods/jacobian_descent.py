@@ -61,7 +61,7 @@ class TorchJD(Method):
         self.summary = f"torchjd's {aggregator} under AdamW, {options}"
         self.packages = {"torchjd": "gradsub[benchmarks]"}
         if aggregator == "UPGrad":
-            needed = "torchjd[quadprog_projector]"
+            needed = "torchjd[quadprog-projector]"
             self.packages |= {"qpsolvers": needed, "quadprog": needed}
 
     def build(self, model: nn.Module, problem: Problem) -> Training:
