@@ -29,7 +29,7 @@ def find_nonfinite(
 ) -> str | None:
     """What is NaN or Inf, by task, or None; waits for the device once."""
     flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]
-    whose = {task: f"task {name!r}" for task, name in enumerate(tasks)} | {MIXED: "a mixed batch"}
+    whose = {task: f"task {name!r}" for task, name in enumerate(tasks)} | {MIXED: "parameters without subspaces"}
     flags += [
         (f"the gradient of {whose[task]}", largest_entry([captured.tensors()[0] for captured in held.values()]))
         for task, held in gradients.items()

@@ -53,6 +53,11 @@ class Stepper:
         self.proxies: dict[Tensor, dict[str, Tensor]] = {}
         self.state: State = {}
 
+    @property
+    def sums(self) -> bool:
+        """Whether parameters without subspaces need only the weighted sum of the tasks' gradients."""
+        return self._surgery is None
+
     def connect(self, bank: SubspaceBank, inner: Inner) -> None:
         """Tell where the bases and the base optimizer are."""
         self._bank, self._inner = bank, inner
@@ -80,6 +85,7 @@ class Stepper:
         groups: Groups,
         gradients: Mapping[int, Mapping[Tensor, Captured]],
         samples: Mapping[int, float],
+        mixed: float,
         losses: Mapping[int, Tensor],
     ) -> Measurements | None:
         """Take a step.
@@ -88,6 +94,7 @@ class Stepper:
             groups: the optimizer's parameter groups.
             gradients: by task, what was captured; it is used up.
             samples: by task.
+            mixed: how many of all samples were rows of mixed batches.
             losses: by task, where a loss was seen.
 
         Returns:
@@ -107,7 +114,7 @@ class Stepper:
         blocks = make_blocks(projected, positions)
         measured = measure(blocks, losses, samples, len(self._tasks), self._gate, self.state)
         weights = self._operate(shares, measured)
-        steps = self._inner_step(groups, gradients, blocks, weights)
+        steps = self._inner_step(groups, gradients, blocks, {**weights, MIXED: mixed / total if total else 0.0})
         self._update(groups, blocks, steps, held, measured)
         self._renew(sketches, {layer: groups[positions[layer]]["update_proj_gap"] for layer in sketches})
         for block in blocks:
@@ -218,7 +225,6 @@ class Stepper:
         weights: Mapping[int, float | Tensor],
     ) -> dict[Tensor, Tensor | None]:
         """Give plain parameters the shared gradient; what they had in ``.grad``, to put back."""
-        weights = {**weights, MIXED: 1.0}
         outside = {}
         for group in groups:
             for parameter in group["params"]:

@@ -29,6 +29,7 @@ from gradsub.capture import (
     loss_scale,
     scale_captured,
 )
+from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
@@ -99,6 +100,11 @@ class GemsOptimizer(Optimizer):
             same step. ``"sketch"``: products G^T Omega with max(2 r, r + 64) random directions in two consecutive
             steps, after which the basis changes; layers take turns. ``"auto"``: sketches for layers with more than
             65,536 entries that are captured by their own backward pass, else decompositions.
+        process_group: the ranks that train this model on different data: a process group, a one-dimensional
+            ``DeviceMesh``, or None: the default group once torch.distributed is initialised (a group of one rank turns
+            communication off). Every rank has to step; what was captured is then summed in one flat bucket, and a
+            task's gradient is that of all ranks' samples: G_k = sum_r (n_k^r / N_k) G_k^r for ``samples=n_k^r``. Give
+            ``model`` with its ``DistributedDataParallel`` around it, and that sends no gradients inside of `task`.
 
     A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
     to keep its matrices whole.
@@ -153,6 +159,7 @@ class GemsOptimizer(Optimizer):
         master_weights: bool = False,
         capture: str = "auto",
         refresh: str = "auto",
+        process_group: Any = None,
     ) -> None:
         check_wrappable(base)
         settings.check_arguments(side, orthogonalize, moments, nonfinite, capture, refresh)
@@ -184,11 +191,13 @@ class GemsOptimizer(Optimizer):
         )
         self._losses: dict[int, Tensor] = {}
         self._samples: dict[int, float] = {}
+        self._mixed_samples = 0.0
         self._task_open = False
         self._scale: Tensor | None = None
         self._skipped = 0
         self._witness = ScaleWitness()
         self._measured: Measurements | None = None
+        self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
         self._capture = GenericCapture(self._bank, self._layout.name, self._witness.joined)
@@ -199,6 +208,7 @@ class GemsOptimizer(Optimizer):
         self._inner = Inner(base)
         self._stepper.state = self.state
         self._stepper.connect(self._bank, self._inner)
+        self._exchange.connect(self._bank, self._stepper.layers, self._capture.watched)
         for group, layers in zip(self.param_groups, found, strict=True):
             self._adopt(group, layers)
 
@@ -276,12 +286,14 @@ class GemsOptimizer(Optimizer):
         self._capture.open(MIXED if len(parts) > 1 else parts[0].task)
         self._fused.open(parts)
         try:
-            yield
+            with self._exchange.quiet():
+                yield
         finally:
             self._fused.close()
             if self._capture.close():
                 for task, count in samples.items():
                     self._samples[task] = self._samples.get(task, 0.0) + count
+                self._mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
                 self._bear_witness()
             self._task_open = False
 
@@ -354,10 +366,13 @@ class GemsOptimizer(Optimizer):
                 result = closure()
         self._check_dense()
         self._unscale()
+        self._reduce(merge=self._stepper.sums)
         if not self._finite():
             return result
         try:
-            self._measured = self._stepper.take(self.param_groups, self._capture.gradients, self._samples, self._losses)
+            self._measured = self._stepper.take(
+                self.param_groups, self._capture.gradients, self._samples, self._mixed_samples, self._losses
+            )
             self._show_inner_state()
         finally:
             self._discard()
@@ -385,13 +400,44 @@ class GemsOptimizer(Optimizer):
             raise ValueError(f"max_norm={max_norm!r} must be positive")
         with torch.no_grad():
             self._unscale()
+            self._reduce(merge=False)
             names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
             return {names[k]: clip_captured(held, max_norm) for k, held in self._capture.gradients.items()}
+
+    def reduce(self) -> None:
+        """Sum what was captured over the ranks now, rather than in `step`; a collective call, once a step.
+
+        `step` and `clip_grad_norm_` do it themselves. With a `GradScaler` call it after the last backward pass and
+        before ``scaler.unscale_`` or ``scaler.step``, so that the scaler finds the same Inf on every rank.
+
+        Raises:
+            RuntimeError: the ranks start from different weights.
+        """
+        with torch.no_grad():
+            self._reduce(merge=self._stepper.sums)
+        self._witness.refresh()
+        self._bear_witness()
+
+    def _reduce(self, merge: bool) -> None:
+        """Make of this rank's gradients, samples and losses those of all ranks."""
+        agreed = self._exchange.reduce(
+            self._capture.gradients,
+            self._samples,
+            self._mixed_samples,
+            self._losses,
+            self._scale,
+            self._witness.carrier,
+            merge,
+        )
+        if agreed is not None:
+            self._samples, self._mixed_samples = agreed.samples, agreed.mixed
+            self._losses, self._scale = agreed.losses, agreed.scale
 
     def _unscale(self) -> None:
         """Divide captured gradients by the loss scale, if a `GradScaler` was at work."""
         factor = self._witness.withdraw(self._scale)
         if factor is not None:
+            self._exchange.check_unscaled(factor)
             for held in self._capture.gradients.values():
                 scale_captured(held, factor)
 
@@ -406,7 +452,9 @@ class GemsOptimizer(Optimizer):
         self._bank.forget_directions()
         self._losses.clear()
         self._samples.clear()
+        self._mixed_samples = 0.0
         self._scale = None
+        self._exchange.reset()
 
     def _check_dense(self) -> None:
         for parameter in self._stepper.layers:
@@ -548,6 +596,8 @@ _OWN_ATTRIBUTES = frozenset(
         "_layout",
         "_losses",
         "_samples",
+        "_mixed_samples",
+        "_exchange",
         "_task_open",
         "_scale",
         "_skipped",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,6 +40,7 @@ class GenericCapture:
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._open: int | None = None
         self._arrived = False
+        self._warned = False
         self.gradients: dict[int, dict[Tensor, Captured]] = {}
 
     def watch(self, parameters: Iterable[Tensor], layers: Iterable[Layer]) -> None:
@@ -71,10 +73,26 @@ class GenericCapture:
     def close(self) -> bool:
         """Back to gradients of no task; whether any gradient arrived since `open`."""
         self._open = None
+        self._drop_foreign()
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient
         self._set_aside.clear()
         return self._arrived
+
+    def _drop_foreign(self) -> None:
+        """Clear what lies in ``p.grad`` although all that autograd brought was taken: a data-parallel reducer's zeros."""
+        waiting = {id(parameter) for parameter in self._unhooked}
+        foreign = [p for p in self.watched if p.grad is not None and id(p) not in waiting]
+        for parameter in foreign:
+            parameter.grad = None
+        if foreign and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "something other than autograd wrote p.grad during a task, as DistributedDataParallel's reducer does: "
+                "what was captured is right, but gradients of the weights' size travel for nothing; pass the wrapped "
+                "model as model= and run the forward pass inside of optimizer.task, or both under its no_sync()",
+                stacklevel=5,
+            )
 
     def clear(self) -> None:
         """Forget what was captured."""

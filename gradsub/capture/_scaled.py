@@ -73,6 +73,16 @@ class ScaleWitness:
             self._own = False
             self._remember()
 
+    @property
+    def carrier(self) -> Tensor | None:
+        """The parameter whose ``p.grad`` is nothing but the witness, if there is one."""
+        return self._parameter if self._own else None
+
+    def refresh(self) -> None:
+        """What it stands on was averaged over the ranks: remember the new value."""
+        if self._parameter is not None and not self._own:
+            self._remember()
+
     def lost(self) -> bool:
         """Whether somebody cleared ``p.grad`` without telling the optimizer."""
         return self._parameter is not None and self._parameter.grad is not self._gradient

@@ -1,0 +1,5 @@
+"""What the ranks of a distributed run tell each other: the projected gradients of all, summed before the step."""
+
+from gradsub.distributed._exchange import Exchange
+
+__all__ = ["Exchange"]

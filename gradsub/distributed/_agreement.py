@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from gradsub.capture import MIXED, Captured
+from gradsub.distributed._ranks import Ranks
+
+# In the place of a task: gradients of backward passes outside any task, which lie in ``p.grad``.
+OUTSIDE: Final = -2
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks have together, the same on each.
+
+    Attributes:
+        samples: by task, N_k = sum_r n_k^r over the ranks r.
+        mixed: the same for rows of mixed batches; all samples once the tasks' gradients are merged.
+        weights: by task and for `MIXED`, this rank's n_k^r / N_k: what its mean gradient counts in that of all.
+        losses: by task, sum_r n_k^r L_k^r / N_k over the ranks that saw a loss.
+        present: by task, `MIXED` and `OUTSIDE`: the positions of the parameters that have such a gradient on any rank.
+        scale: the loss scale (0-dim), or None if no rank saw one.
+    """
+
+    samples: dict[int, float]
+    mixed: float
+    weights: dict[int, float]
+    losses: dict[int, Tensor]
+    present: dict[int, list[int]]
+    scale: Tensor | None
+
+
+def agree(
+    ranks: Ranks,
+    device: torch.device,
+    parameters: Sequence[Tensor],
+    gradients: Mapping[int, Mapping[Tensor, Captured]],
+    samples: Mapping[int, float],
+    losses: Mapping[int, Tensor],
+    outside: Sequence[Tensor],
+    scale: Tensor | None,
+    tasks: int,
+) -> Agreement:
+    """One sum over the ranks of all that is no gradient; waits for the device once.
+
+    A rank whose batch lacks a task, or whose forward pass did not reach a parameter, learns here that others have it.
+
+    Args:
+        ranks: the ranks.
+        device: where they sum.
+        parameters: those whose gradients are to be summed, in the same order on every rank.
+        gradients: by task, what this rank has captured.
+        samples: by task, and for `MIXED` the rows of all mixed batches.
+        losses: by task, where a loss was seen.
+        outside: the parameters whose ``p.grad`` is to be averaged.
+        scale: the loss scale, if this rank saw one.
+        tasks: K.
+    """
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    keys = [*range(tasks), MIXED]
+    counts = [samples.get(key, 0.0) for key in keys]
+    seen = [counts[task] if task in losses else 0.0 for task in range(tasks)]
+    arrived = [gradients.get(key, {}).keys() for key in keys]
+    arrived.append(dict.fromkeys(outside).keys())
+    flags = [float(parameter in found) for found in arrived for parameter in parameters]
+    numbers = torch.tensor([*counts, *seen, float(scale is not None), *flags], dtype=dtype).to(
+        device, non_blocking=True
+    )
+    weighted = torch.stack(
+        [
+            losses[task].to(device, dtype).reshape(()) * seen[task] if seen[task] else numbers.new_zeros(())
+            for task in range(tasks)
+        ]
+        + [numbers.new_zeros(()) if scale is None else scale.to(device, dtype).reshape(())]
+    )
+    summed = torch.cat([numbers, weighted])
+    ranks.sum_([summed])
+    host = summed[: numbers.numel()].tolist()
+    totals, seen_by_all, scales = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1], host[2 * tasks + 1]
+    held = host[2 * tasks + 2 :]
+    sums = summed[numbers.numel() :]
+    width = len(parameters)
+    return Agreement(
+        samples={task: totals[task] for task in range(tasks) if totals[task]},
+        mixed=totals[tasks],
+        weights={key: counts[i] / totals[i] for i, key in enumerate(keys) if totals[i]},
+        losses={task: sums[task] / seen_by_all[task] for task in range(tasks) if seen_by_all[task]},
+        present={
+            key: [place for place in range(width) if held[row * width + place]]
+            for row, key in enumerate([*keys, OUTSIDE])
+        },
+        scale=(sums[tasks] / scales).to(torch.float32) if scales else None,
+    )

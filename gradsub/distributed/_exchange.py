@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradsub.capture import MIXED
+from gradsub.distributed._agreement import Agreement, agree
+from gradsub.distributed._ranks import Ranks
+from gradsub.distributed._reduction import Gradients, merge_plain, reduce_captured, reduce_outside
+from gradsub.distributed._replicas import check_replicas
+from gradsub.distributed._wrapped import data_parallel, without_sync
+from gradsub.subspace import Layer, SubspaceBank
+
+
+class Exchange:
+    """Between capture and step: makes of every rank's gradients those of all; nothing while there is one rank.
+
+    Args:
+        process_group: see `Ranks`.
+        model: if it is a ``DistributedDataParallel``, it averages gradients from outside tasks itself.
+        tasks: K.
+        names: what errors call a parameter.
+    """
+
+    def __init__(self, process_group: Any, model: nn.Module | None, tasks: int, names: Callable[[Tensor], str]) -> None:
+        self._ranks = Ranks(process_group)
+        self._tasks = tasks
+        self._model = model if data_parallel(model) is not None else None
+        self._names = names
+        self._checked = False
+        self._done = False
+
+    def connect(self, bank: SubspaceBank, layers: Mapping[Tensor, Layer], parameters: Iterable[Tensor]) -> None:
+        """Tell where the bases and the parameters are."""
+        self._bank, self._layers, self._parameters = bank, layers, parameters
+
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._ranks.size
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """What is captured in here is summed by `reduce` and by nobody else.
+
+        Raises:
+            RuntimeError: the gradients of this step were summed already.
+        """
+        if self._done:
+            raise RuntimeError(
+                "a task after the ranks have summed this step's gradients (by reduce() or clip_grad_norm_()): call "
+                "step() or zero_grad() first"
+            )
+        with without_sync(self._model):
+            yield
+
+    def check_unscaled(self, factor: Tensor) -> None:
+        """Raise if a `GradScaler` divided before the ranks had summed: each would have looked for Inf on its own.
+
+        Args:
+            factor: 1 unless it divided.
+        """
+        if self._ranks.size > 1 and not self._done and bool(factor != 1):
+            raise RuntimeError(
+                "a GradScaler unscaled gradients that the ranks had not summed yet, so they may disagree about Inf: "
+                "call optimizer.reduce() after the last backward pass, before scaler.unscale_() and scaler.step()"
+            )
+
+    def reset(self) -> None:
+        """The step is over."""
+        self._done = False
+
+    def reduce(
+        self,
+        gradients: Gradients,
+        samples: Mapping[int, float],
+        mixed: float,
+        losses: Mapping[int, Tensor],
+        scale: Tensor | None,
+        aside: Tensor | None,
+        merge: bool,
+    ) -> Agreement | None:
+        """Sum over the ranks, once a step; every rank has to come here.
+
+        Args:
+            gradients: by task, what was captured; replaced by that of all ranks.
+            samples: by task.
+            mixed: rows of mixed batches.
+            losses: by task.
+            scale: the loss scale, if one was seen.
+            aside: a parameter whose ``p.grad`` is no gradient.
+            merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
+
+        Returns:
+            what all ranks have; None if this rank is alone, or if it is done already.
+        """
+        if self._done or self._ranks.size == 1:
+            return None
+        parameters = list(self._parameters)
+        if not self._checked:
+            check_replicas(self._ranks, parameters, self._names)
+            self._checked = True
+        averaged = self._model is None
+        outside = [p for p in parameters if p.grad is not None and p is not aside] if averaged else []
+        agreement = agree(
+            self._ranks,
+            parameters[0].device,
+            parameters,
+            gradients,
+            {**samples, MIXED: mixed},
+            losses,
+            outside,
+            scale,
+            self._tasks,
+        )
+        if merge:
+            agreement = merge_plain(gradients, parameters, self._layers, agreement)
+        reduce_captured(self._ranks, self._bank, parameters, self._layers, gradients, agreement)
+        reduce_outside(self._ranks, parameters, agreement)
+        self._done = True
+        return agreement

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradsub.capture import MIXED, Captured, mix
+from gradsub.distributed._agreement import OUTSIDE, Agreement
+from gradsub.distributed._ranks import Ranks
+from gradsub.subspace import SHARED, Layer, SubspaceBank
+
+Gradients = MutableMapping[int, dict[Tensor, Captured]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One tensor of one captured gradient: its place is the same in every rank's bucket."""
+
+    task: int
+    parameter: Tensor
+    field: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        size = 1
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def reduce_captured(
+    ranks: Ranks,
+    bank: SubspaceBank,
+    parameters: Sequence[Tensor],
+    layers: Mapping[Tensor, Layer],
+    gradients: Gradients,
+    agreement: Agreement,
+) -> None:
+    """Replace what this rank has captured by the gradient of all ranks' samples: G_k = sum_r (n_k^r / N_k) G_k^r.
+
+    Projections and sketches are linear in the gradient, and all ranks have the same bases and the same Omega: so their
+    sums are those of the gradient of the whole batch, r x n numbers a layer instead of m x n. All of them go in one
+    flat bucket for each dtype and device.
+
+    Args:
+        ranks: the ranks.
+        bank: tells what is due, and so what the others have captured.
+        parameters: those whose gradients are to be summed.
+        layers: those of them that are decomposed.
+        gradients: by task; replaced.
+        agreement: who has what.
+    """
+    kinds: dict[tuple[torch.dtype, torch.device], list[_Piece]] = {}
+    for task, places in agreement.present.items():
+        if task == OUTSIDE:
+            continue
+        for place in places:
+            for piece in _pieces(bank, parameters[place], layers.get(parameters[place]), task):
+                kinds.setdefault((piece.dtype, piece.parameter.device), []).append(piece)
+    buckets = []
+    for (dtype, device), pieces in kinds.items():
+        flat = torch.zeros(sum(piece.numel for piece in pieces), dtype=dtype, device=device)
+        views = torch.split(flat, [piece.numel for piece in pieces])
+        for piece, view in zip(pieces, views, strict=True):
+            held = gradients.get(piece.task, {}).get(piece.parameter)
+            if held is not None:
+                found = getattr(held, piece.field)
+                torch.mul(found.reshape(-1), agreement.weights.get(piece.task, 0.0), out=view)
+                setattr(held, piece.field, None)
+        buckets.append((flat, pieces, views))
+    ranks.sum_(flat for flat, _, _ in buckets)
+    for held_by_task in gradients.values():
+        for parameter in parameters:
+            held_by_task.pop(parameter, None)
+    for _, pieces, views in buckets:
+        for piece, view in zip(pieces, views, strict=True):
+            held = gradients.setdefault(piece.task, {}).setdefault(piece.parameter, Captured())
+            setattr(held, piece.field, view.view(piece.shape))
+
+
+def _pieces(bank: SubspaceBank, parameter: Tensor, layer: Layer | None, task: int) -> list[_Piece]:
+    """What a capture holds of a parameter in this step; the other ranks know it without being told."""
+    if layer is None:
+        return [_Piece(task, parameter, "full", tuple(parameter.shape), parameter.dtype)]
+    own = task + 1
+    due = bank.due(layer, SHARED) or bank.due(layer, own)
+    if due and not layer.sketched:
+        return [_Piece(task, parameter, "full", layer.shape, layer.dtype)]
+    pieces = [
+        _Piece(task, parameter, "shared", layer.coordinates(SHARED), layer.dtype),
+        _Piece(task, parameter, "own", layer.coordinates(own), layer.dtype),
+    ]
+    if due:
+        pieces.append(_Piece(task, parameter, "sketch", (layer.dimension, bank.sketch_size(layer)), layer.dtype))
+    return pieces
+
+
+def merge_plain(
+    gradients: Gradients, parameters: Sequence[Tensor], layers: Mapping[Tensor, Layer], agreement: Agreement
+) -> Agreement:
+    """Bring the tasks' gradients of parameters without subspaces together before they travel: one instead of K.
+
+    Without a surgery only sum_k w_k G_k of them is used, and what the tasks weigh among all ranks is known by now.
+
+    Returns:
+        the agreement on what is left.
+    """
+    total = sum(agreement.samples.values())
+    shares: dict[int, float | Tensor] = {
+        task: agreement.weights[task] * count / total for task, count in agreement.samples.items()
+    }
+    shares[MIXED] = agreement.weights.get(MIXED, 0.0) * agreement.mixed / total if total else 0.0
+    plain = {place for place, parameter in enumerate(parameters) if parameter not in layers}
+    for place in sorted(plain):
+        parameter = parameters[place]
+        found = {
+            task: full
+            for task in shares
+            if (held := gradients.get(task, {}).pop(parameter, None)) is not None and (full := held.full) is not None
+        }
+        if found:
+            gradients.setdefault(MIXED, {})[parameter] = Captured(full=mix(found, shares, None))
+    tasks = {task: places for task, places in agreement.present.items() if task != OUTSIDE}
+    merged = sorted(plain & set().union(*tasks.values()))
+    present = {task: [place for place in places if place not in plain] for task, places in tasks.items()}
+    return replace(
+        agreement,
+        mixed=total,
+        weights={**agreement.weights, MIXED: 1.0},
+        present={**present, MIXED: merged, OUTSIDE: agreement.present[OUTSIDE]},
+    )
+
+
+def reduce_outside(ranks: Ranks, parameters: Sequence[Tensor], agreement: Agreement) -> None:
+    """Average ``p.grad`` over the ranks, in place, as data parallelism does; a rank without one counts as zero."""
+    places = agreement.present[OUTSIDE]
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for place in places:
+        parameter = parameters[place]
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter.grad)
+    flats = [torch.cat([gradient.reshape(-1) for gradient in found]) for found in kinds.values()]
+    ranks.sum_(flats)
+    for flat, found in zip(flats, kinds.values(), strict=True):
+        flat /= ranks.size
+        for gradient, view in zip(found, torch.split(flat, [each.numel() for each in found]), strict=True):
+            gradient.copy_(view.view(gradient.shape))
