@@ -80,7 +80,7 @@ class GenericCapture:
         return self._arrived
 
     def _drop_foreign(self) -> None:
-        """Clear what lies in ``p.grad`` although all that autograd brought was taken: a data-parallel reducer's zeros."""
+        """Clear what is in ``p.grad`` though all that autograd brought was taken: a data-parallel reducer's zeros."""
         waiting = {id(parameter) for parameter in self._unhooked}
         foreign = [p for p in self.watched if p.grad is not None and id(p) not in waiting]
         for parameter in foreign:

@@ -36,6 +36,12 @@ class Ranks:
         group = self.group
         return 1 if group is None else dist.get_world_size(group)
 
+    @property
+    def index(self) -> int:
+        """Which of them this process is."""
+        group = self.group
+        return 0 if group is None else dist.get_rank(group)
+
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, the same bits on all of them."""
         group = self.group
@@ -48,6 +54,17 @@ class Ranks:
         both = torch.stack([-values, values])
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         return -both[0], both[1]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks; anything that can be pickled."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Overwrite the tensor by that of one rank."""
+        group = self.group
+        dist.broadcast(tensor, src=dist.get_global_rank(group, source), group=group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return self

@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsub.distributed import Ranks
 from gradsub.layers import ALL_LINEAR, select_layers
 from gradsub.null_space._collect import observe_features
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import read, write
 from gradsub.null_space._protection import Protection, extend, protect
+from gradsub.null_space._ranks import deal_out, gather
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics, accumulation_dtype
 from gradsub.null_space._table import Row, render
 
 SIDES = ("input", "output")
+_NO_BATCH = "batches is empty: collect needs at least one batch of general-domain data"
 
 
 def check_side(side: str) -> str:
@@ -105,36 +108,73 @@ class NullSpace:
         self._warned: set[str] = set()
 
     def collect(
-        self, model: nn.Module, batches: Iterable[Any], target_modules: str | Iterable[str] = ALL_LINEAR
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        target_modules: str | Iterable[str] = ALL_LINEAR,
+        *,
+        shard: bool = True,
+        process_group: Any = None,
     ) -> NullSpace:
         """Add what ``batches`` show of every targeted layer, in one pass for all layers; call again to add more.
 
-        The model runs in evaluation mode without gradients, and every module's mode is restored.
+        The model runs in evaluation mode without gradients, and every module's mode is restored. On several ranks each
+        runs its part of the batches, and every rank ends with the statistics of all, the same bits everywhere:
+        covariances add exactly, sketches merge within their bound.
 
         Args:
             model: the model whose layers are protected; layers are named as in ``model.named_modules()``.
             batches: each is a tensor (``model(batch)``), a tuple (``model(*batch)``) or a mapping (``model(**batch)``).
                 A mapping's ``attention_mask`` (batch x tokens) keeps padding out of the statistics.
             target_modules: ``"all-linear"``, a regular expression, or names; see `gradsub.layers.select_layers`.
+            shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
+                position is r modulo their number; False: every rank has batches of its own and runs all of them.
+            process_group: the ranks; None: the default group, once torch.distributed is initialised.
 
         Returns:
             itself, so that ``NullSpace().collect(model, batches)`` reads as one expression.
 
         Raises:
-            ValueError: no layer matches, there is no batch, or a feature is NaN or Inf (the layer is named).
+            ValueError: no layer matches, there is no batch, or a feature is NaN or Inf (the layer is named); or
+                ``shard`` is true and the ranks have different batches.
         """
+        ranks = Ranks(process_group)
+        if ranks.size == 1:
+            if not self._collect(model, ((batch, True) for batch in batches), target_modules):
+                raise ValueError(_NO_BATCH)
+            return self
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        mine = deal_out(ranks, batches, device) if shard else ((batch, True) for batch in batches)
+        increment = NullSpace(**self._settings())
+        increment._collect(model, mine, target_modules)
+        increment._shared = gather(ranks, increment._shared, device)
+        if not len(increment):
+            raise ValueError(_NO_BATCH)
+        return self.merge(increment)
+
+    def _collect(
+        self, model: nn.Module, batches: Iterable[tuple[Any, bool]], target_modules: str | Iterable[str]
+    ) -> int:
+        """Run the batches and take in those that count; how many ran."""
         layers = select_layers(model, target_modules)
         latest: tuple[Tensor, Steps] | None = None
+        counts = True
+
+        def run() -> Iterator[Any]:
+            nonlocal counts
+            for batch, counted in batches:
+                counts = counted
+                yield batch
 
         def observe(name: str, features: Tensor) -> None:
             nonlocal latest
+            if not counts:
+                return
             if latest is None or latest[0] is not features:
                 latest = features, []
             self._add(name, features, latest[1])
 
-        if observe_features(model, layers, batches, self.side, observe) == 0:
-            raise ValueError("batches is empty: collect needs at least one batch of general-domain data")
-        return self
+        return observe_features(model, layers, run(), self.side, observe)
 
     def update(self, name: str, features: Tensor) -> None:
         """Add features (N x d) of the layer ``name``; leading dimensions are flattened.

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsub.distributed import Ranks
+from gradsub.null_space._covariance import Covariance
+from gradsub.null_space._shared import SharedStatistics
+from gradsub.null_space._sketch import Sketch
+from gradsub.null_space._statistics import Statistics
+
+
+def deal_out(ranks: Ranks, batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """This rank's batches, every ``ranks.size``-th of all, and whether each counts.
+
+    Where the last round has too few for all, the other ranks run a batch that does not count: the forward pass of a
+    sharded model needs every rank.
+
+    Raises:
+        ValueError: the ranks were given different batches.
+    """
+    batches = iter(batches)
+    first = True
+    while held := list(itertools.islice(batches, ranks.size)):
+        if first:
+            least, greatest = ranks.extremes(torch.tensor(_fingerprint(held), dtype=torch.float32, device=device))
+            if not torch.equal(least, greatest):
+                raise ValueError(
+                    "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, "
+                    "or shard=False if every rank has batches of its own"
+                )
+            first = False
+        mine = ranks.index < len(held)
+        yield held[ranks.index if mine else 0], mine
+
+
+def _fingerprint(value: Any) -> list[float]:
+    """The number of tensors, and the sum over their entries."""
+    tensors = list(_tensors(value))
+    return [float(len(tensors)), sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors)]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for each in value.values():
+            yield from _tensors(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def gather(ranks: Ranks, mine: SharedStatistics, device: torch.device) -> SharedStatistics:
+    """The statistics of all ranks' features, the same bits on every rank.
+
+    Covariances are summed; sketches are merged in the order of the ranks. A rank that has seen nothing takes part.
+
+    Raises:
+        RuntimeError: the ranks have seen features of different layers, or of different widths.
+    """
+    distinct = mine.distinct()
+    firsts = {id(statistics): name for name, statistics in distinct.items()}
+    described = ranks.gather(
+        {
+            "layers": {name: firsts[id(statistics)] for name, statistics in mine.by_name.items()},
+            "states": {
+                name: {**each.state(), "shape": tuple(each.tensor.shape), "dtype": each.tensor.dtype}
+                for name, each in distinct.items()
+            },
+        }
+    )
+    present = [rank for rank, each in enumerate(described) if each["layers"]]
+    layers = described[present[0]]["layers"] if present else {}
+    for rank in present:
+        if described[rank]["layers"] != layers:
+            different = sorted(set(described[rank]["layers"].items()) ^ set(layers.items()))
+            raise RuntimeError(f"ranks {present[0]} and {rank} have seen different layers ({different[:3]} ...)")
+    merged: dict[str, Statistics] = {}
+    for name in dict.fromkeys(layers.values()):
+        states = {rank: described[rank]["states"][name] for rank in present}
+        merged[name] = _merged(ranks, name, distinct.get(name), states, device)
+    found = SharedStatistics()
+    found.by_name = {name: merged[first] for name, first in layers.items()}
+    found.versions = dict.fromkeys(layers, 1)
+    return found
+
+
+def _merged(
+    ranks: Ranks, name: str, mine: Statistics | None, states: Mapping[int, dict[str, Any]], device: torch.device
+) -> Statistics:
+    kinds = {(state["kind"], state["shape"][-1]) for state in states.values()}
+    if len(kinds) > 1:
+        raise RuntimeError(f"the ranks have different statistics of {name!r}: {sorted(kinds)}")
+    first = next(iter(states.values()))
+    if first["kind"] == Covariance.kind:
+        total = (
+            torch.zeros(first["shape"], dtype=first["dtype"], device=device) if mine is None else mine.tensor.clone()
+        )
+        ranks.sum_([total])
+        return Covariance(total, sum(state["count"] for state in states.values()))
+    sketch: Statistics | None = None
+    for rank, state in states.items():
+        own = mine is not None and rank == ranks.index
+        rows = mine.tensor if own else torch.empty(state["shape"], dtype=state["dtype"], device=device)  # type: ignore[union-attr]
+        ranks.send(rows, rank)
+        one = Sketch.restore(rows, state)
+        if sketch is None:
+            sketch = one
+        else:
+            sketch.merge(one)
+    assert sketch is not None
+    return sketch

@@ -1,0 +1,73 @@
+"""A null space that several ranks collect together is the one that a single process collects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gradsub import NullSpace
+from tests.distributed.launch import launch
+
+BUDGET = 6 * 40 * 8  # bytes for which the wide layer is sketched and the narrow one is not
+
+
+def _model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(40, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def _batches(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 40, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def _content(null_space: NullSpace) -> dict[str, Tensor]:
+    return {name: null_space.basis(name, torch.float64) for name in null_space} | {
+        f"{name}.bound": torch.tensor(null_space.error_bound(name)) for name in null_space
+    }
+
+
+def _collect(rank: int, budget: int | None, counts: list[int], shard: bool) -> dict[str, Tensor]:
+    null_space = NullSpace(energy=0.9, layer_memory_budget=budget)
+    for count in counts:
+        batches = _batches(count)
+        null_space.collect(_model(), batches if shard else batches[rank::3], shard=shard)
+    return _content(null_space)
+
+
+@pytest.mark.parametrize("shard", [True, False])
+@pytest.mark.parametrize("counts", [[7], [1], [2, 6]])
+def test_exact_statistics_are_those_of_one_process(counts: list[int], shard: bool, tmp_path: Path) -> None:
+    found = launch(_collect, 3, tmp_path, None, counts, shard)
+    alone = NullSpace(energy=0.9)
+    for count in counts:
+        alone.collect(_model(), _batches(count))
+    for name, value in _content(alone).items():
+        assert all(torch.equal(each[name], found[0][name]) for each in found)
+        if value.ndim == 2:
+            assert torch.allclose(found[0][name] @ found[0][name].mT, value @ value.mT, atol=1e-9)
+
+
+def test_sketches_are_the_same_on_every_rank_and_within_their_bound(tmp_path: Path) -> None:
+    found = launch(_collect, 3, tmp_path, BUDGET, [9], True)
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in each)
+    rows = torch.cat(_batches(9))
+    exact = rows.mT @ rows / len(rows)
+    K = found[0]["0"]
+    assert 0 < K.shape[1] <= 6
+    top = torch.linalg.eigvalsh(exact).flip(0)[: K.shape[1]]
+    held = torch.linalg.eigvalsh(K.mT @ exact @ K).flip(0)
+    assert bool((top - held <= 2 * found[0]["0.bound"] + 1e-9).all())
+
+
+def _different(rank: int) -> str:
+    with pytest.raises(ValueError, match="shard=False"):
+        NullSpace().collect(_model(), [batch + rank for batch in _batches(2)])
+    return "refused"
+
+
+def test_different_batches_are_refused(tmp_path: Path) -> None:
+    assert launch(_different, 2, tmp_path) == ["refused", "refused"]
