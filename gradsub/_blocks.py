@@ -54,6 +54,7 @@ def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int
             layer.shape,
             layer.axis,
             layer.widths,
+            layer.shards is None,
             weight.dtype,
             weight.device,
             tuple(found.parts),

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from gradsub.capture import MIXED, Captured
+from gradsub.subspace import local
 
 
 class NonFiniteError(FloatingPointError, ValueError):
@@ -15,7 +16,8 @@ class NonFiniteError(FloatingPointError, ValueError):
 
 def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of the tensors' largest absolute entries (0-dim): NaN or Inf if any entry of any of them is."""
-    norms = torch._foreach_norm([tensor for tensor in tensors if tensor.numel()] or [torch.zeros(1)], math.inf)
+    here = [local(tensor) for tensor in tensors]
+    norms = torch._foreach_norm([tensor for tensor in here if tensor.numel()] or [torch.zeros(1)], math.inf)
     return torch.stack(
         [norm.to(norms[0].device, torch.float64 if norm.is_cpu else torch.float32) for norm in norms]
     ).sum()
@@ -26,8 +28,17 @@ def find_nonfinite(
     gradients: Mapping[int, Mapping[Tensor, Captured]],
     tasks: Sequence[str],
     outside: Sequence[Tensor],
+    in_common: Callable[[Tensor], Tensor],
 ) -> str | None:
-    """What is NaN or Inf, by task, or None; waits for the device once."""
+    """What is NaN or Inf, by task, or None; waits for the device once.
+
+    Args:
+        losses: by task.
+        gradients: by task.
+        tasks: their names.
+        outside: further gradients.
+        in_common: sums over the ranks that hold different parts of the gradients.
+    """
     flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]
     whose = {task: f"task {name!r}" for task, name in enumerate(tasks)} | {MIXED: "parameters without subspaces"}
     flags += [
@@ -40,5 +51,5 @@ def find_nonfinite(
     if not flags:
         return None
     like = flags[0][1]
-    finite = torch.stack([torch.isfinite(value).to(like.device) for _, value in flags]).tolist()
-    return next((what for (what, _), fine in zip(flags, finite, strict=True) if not fine), None)
+    bad = in_common(torch.stack([(~torch.isfinite(value)).to(like.device, torch.float32) for _, value in flags]))
+    return next((what for (what, _), wrong in zip(flags, bad.tolist(), strict=True) if wrong), None)

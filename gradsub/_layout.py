@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsub.capture import can_fuse
 from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer
+from gradsub.subspace import Layer, is_distributed, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -127,6 +127,7 @@ class Layout:
             axis=axis,
             widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
             sketched=self._sketched(parameter),
+            shards=shards_of(parameter, self.name(parameter)),
         )
         if not protecting:
             return layer
@@ -141,6 +142,13 @@ class Layout:
 
     def _sketched(self, parameter: Tensor) -> bool:
         """Whether bases come from sketches: by default where the whole gradient is not there, and not cheap either."""
+        if is_distributed(parameter):
+            if self._refresh == "svd":
+                raise ValueError(
+                    f"refresh='svd' decomposes whole gradients, but {self.name(parameter)} is sharded and no rank has "
+                    'one: pass "auto" or "sketch"'
+                )
+            return True
         if self._refresh != "auto":
             return self._refresh == "sketch"
         return parameter.numel() > _NOT_WORTH_SKETCHING and self.fused(parameter) is not None
@@ -148,11 +156,11 @@ class Layout:
     def fused(self, parameter: Tensor) -> tuple[list[nn.Module], bool] | None:
         """The modules whose forward pass captures the weight's gradient, and whether they store it transposed.
 
-        None where autograd's gradient is taken: without a model, of a small weight, or of one that something else uses
-        too.
+        None where autograd's gradient is taken: without a model, of a small weight, of a sharded one (which the module
+        does not have during its forward pass), or of one that something else uses too.
         """
         target = (self._targets or {}).get(parameter)
-        if target is None or self._capture == "generic":
+        if target is None or self._capture == "generic" or is_distributed(parameter):
             return None
         if self._capture == "auto" and parameter.numel() <= _NOT_WORTH_FUSING:
             return None

@@ -56,6 +56,7 @@ def measure(
     # Squares of large float32 entries overflow; tasks whose norms do count as equally large.
     largest = torch.finfo(zero.dtype).max / (tasks + 1)
     own_norms = torch.cat([by_task(block, found, zero) for block, found in zip(blocks, norms, strict=True)])
+    own_norms = _over_shards(blocks, own_norms.square()).sqrt() if _split(blocks) else own_norms
     own_norms = own_norms.clamp_max(largest)
     present = torch.tensor([[k in block.own for k in range(tasks)] for block in blocks for _ in block.layers])
     present = present.to(zero.device, non_blocking=True)
@@ -67,9 +68,7 @@ def measure(
         samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)]).to(zero, non_blocking=True),
         present=present,
         memory=memory,
-        alignment=torch.cat([_alignment(block, tasks, state).to(zero) for block in blocks])
-        if needs_alignment(gate)
-        else None,
+        alignment=_alignments(blocks, tasks, state).to(zero) if needs_alignment(gate) else None,
     )
     gates = gate(inputs)
     if gates.shape != own_norms.shape:
@@ -79,7 +78,7 @@ def measure(
     torch._foreach_copy_([state[layer.parameter][GATE_MEMORY] for layer in layers], list(memory.unbind()))
     return Measurements(
         layers=layers,
-        gramian=torch.cat([_gramian(block, tasks).to(zero) for block in blocks]),
+        gramian=_over_shards(blocks, torch.cat([_gramian(block, tasks).to(zero) for block in blocks])),
         squared_norms=torch.cat([by_task(block, block.squared_norms, unknown) for block in blocks]),
         own_norms=own_norms,
         gates=gates,
@@ -92,16 +91,40 @@ def needs_alignment(gate: Gate) -> bool:
     return bool(getattr(gate, "needs_alignment", False))
 
 
-def _alignment(block: Block, tasks: int, state: Mapping[Tensor, Any]) -> Tensor:
+def _split(blocks: Sequence[Block]) -> bool:
+    """Whether each rank has only some rows of some layers' coordinates."""
+    return any(block.layers[0].splits_coordinates for block in blocks)
+
+
+def _over_shards(blocks: Sequence[Block], values: Tensor) -> Tensor:
+    """Sums over the coordinates of a layer, a row each (L, ...): of all rows, where ranks have some each."""
+    if not _split(blocks):
+        return values
+    layers = [layer for block in blocks for layer in block.layers]
+    shards = next(layer.shards for layer in layers if layer.splits_coordinates)
+    assert shards is not None
+    # What every rank has as a whole must count once.
+    counts = torch.tensor([layer.splits_coordinates or shards.first for layer in layers])
+    counts = counts.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
+    summed = torch.where(counts, values, 0)
+    shards.sum_([summed])
+    return summed
+
+
+def _alignments(blocks: Sequence[Block], tasks: int, state: Mapping[Tensor, Any]) -> Tensor:
     """Cosines (L, K) between R_k and the task's previous step; 0 without one."""
-    first = block.layers[0]
-    alignment = torch.zeros(len(block.layers), tasks, dtype=first.dtype, device=first.parameter.device)
-    for task, gradient in block.own.items():
-        previous = torch.stack([state[layer.parameter][previous_step(task)] for layer in block.layers])
-        norms = torch.linalg.vector_norm(previous, dim=(1, 2)) * torch.linalg.vector_norm(gradient, dim=(1, 2))
-        cosines = (gradient * previous).sum((1, 2)) / norms.where(norms > 0, 1.0)
-        alignment[:, task] = cosines.to(alignment)
-    return alignment
+    first = blocks[0].layers[0]
+    found = []
+    for block in blocks:
+        products = torch.zeros(len(block.layers), tasks, 3, dtype=first.dtype, device=first.parameter.device)
+        for task, gradient in block.own.items():
+            previous = torch.stack([state[layer.parameter][previous_step(task)] for layer in block.layers])
+            pairs = ((gradient, previous), (previous, previous), (gradient, gradient))
+            products[:, task] = torch.stack([(a * b).sum((1, 2)) for a, b in pairs], dim=1).to(products)
+        found.append(products)
+    products = _over_shards(blocks, torch.cat(found))
+    norms = products[..., 1].sqrt() * products[..., 2].sqrt()
+    return products[..., 0] / norms.where(norms > 0, 1.0)
 
 
 def _gramian(block: Block, tasks: int) -> Tensor:

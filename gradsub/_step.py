@@ -15,7 +15,7 @@ from gradsub.capture import MIXED, Captured, Projected, gather, mix
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decays_decoupled, decoupled_shrinkage
 from gradsub.report import Measurements
-from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments, project
+from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments
 from gradsub.update import apply_updates, hold_protected, initialise_update
 
 State = MutableMapping[Tensor, Any]
@@ -207,7 +207,7 @@ class Stepper:
 
     def _coordinates(self, layer: Layer, subspace: int) -> Tensor:
         """The weight's own coordinates in a subspace."""
-        return project(layer.matrix(layer.parameter), self._bank.basis(layer, subspace), layer.axis)
+        return layer.total(layer.project(layer.matrix(layer.parameter), self._bank.basis(layer, subspace)))
 
     def _starts(self, blocks: Sequence[Block]) -> dict[Tensor, Tensor]:
         """The weights' coordinates, for a base optimizer whose step is relative to them."""

@@ -402,7 +402,10 @@ class GemsOptimizer(Optimizer):
             self._unscale()
             self._reduce(merge=False)
             names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
-            return {names[k]: clip_captured(held, max_norm) for k, held in self._capture.gradients.items()}
+            return {
+                names[k]: clip_captured(held, max_norm, self._stepper.layers, self._exchange.in_common)
+                for k, held in self._capture.gradients.items()
+            }
 
     def reduce(self) -> None:
         """Sum what was captured over the ranks now, rather than in `step`; a collective call, once a step.
@@ -466,7 +469,7 @@ class GemsOptimizer(Optimizer):
         if self._nonfinite == "ignore":
             return True
         outside = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found = find_nonfinite(self._losses, self._capture.gradients, self.tasks, outside)
+        found = find_nonfinite(self._losses, self._capture.gradients, self.tasks, outside, self._exchange.in_common)
         if found is None:
             return True
         if self._nonfinite == "raise":

@@ -136,7 +136,7 @@ def _layer_report(
     here = [k for k in range(len(tasks)) if present[k]]
     return LayerReport(
         name=layer.name,
-        shape=layer.shape,
+        shape=layer.whole_shape,
         step=step,
         gradient_norms={tasks[k]: math.sqrt(squared_norms[k]) for k in here},
         cosines={

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from gradsub.subspace import Layer, lift, project
+from gradsub.subspace import Layer, lift, local
 
 __all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_updates", "hold_protected", "initialise_update"]
 
@@ -30,7 +30,7 @@ def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
         state.pop(PROTECTED, None)
         state.pop(ANCHOR, None)
     else:
-        found = project(layer.matrix(weight.detach()), layer.protected, layer.axis)
+        found = layer.total(layer.project(layer.matrix(weight.detach()), layer.protected))
         held = state.get(ANCHOR)
         if held is None or held.shape != found.shape:
             state[ANCHOR] = found
@@ -61,19 +61,20 @@ def apply_updates(
     weight = first.parameter
     rests = not isinstance(shrink, Tensor) and shrink == 0.0
     if rests and weight.device.type != "cpu" and weight.dtype == first.dtype:
-        _add_batched([layer.matrix(layer.parameter) for layer in layers], steps, bases, first.axis)
+        _add_batched(layers, steps, bases)
         return
     for layer, state, step, basis in zip(layers, states, steps, bases, strict=True):
         _apply(layer, state, step, basis, shrink)
 
 
-def _add_batched(
-    weights: Sequence[Tensor], steps: Tensor, bases: Sequence[Tensor], axis: int, most: int = 1 << 25
-) -> None:
+def _add_batched(layers: Sequence[Layer], steps: Tensor, bases: Sequence[Tensor], most: int = 1 << 25) -> None:
     """W <- W + lift(steps) by one product for many layers, where starting an operation costs more than doing it.
 
     Updates of at most ``most`` entries exist at a time (or that of one layer).
     """
+    axis = layers[0].axis
+    weights = [layer.matrix(layer.parameter) for layer in layers]
+    bases = bases if axis == 1 else [layer.near(basis) for layer, basis in zip(layers, bases, strict=True)]
     size = max(1, most // max(1, weights[0].numel()))
     for start in range(0, len(weights), size):
         some = slice(start, start + size)
@@ -88,11 +89,11 @@ def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: floa
         # P W = W - A K^T: the anchor spares a product with the whole weight.
         step = torch.cat([step, state[ANCHOR] * shrink], dim=layer.axis)
         basis = torch.cat([basis, layer.protected], dim=1)
-    left, right = (step, basis.mT) if layer.axis == 1 else (basis, step)
+    left, right = (step, basis.mT) if layer.axis == 1 else (layer.near(basis), step)
     if not shrinks:
         weight = weight.addmm_(left, right)
     elif isinstance(shrink, Tensor):
-        weight = weight.add_(lift(step, basis, layer.axis) - weight * shrink)
+        weight = weight.add_(layer.lift(step, basis) - weight * shrink)
     else:
         weight = weight.add_(torch.addmm(weight, left, right, beta=-shrink))
     _write(layer, weight)
@@ -111,12 +112,12 @@ def hold_protected(layer: Layer, state: State) -> None:
     weight = _precise(layer, state)
     wide = torch.float32 if weight.device.type == "mps" else torch.float64
     K = layer.protected.to(wide)
-    now = project(weight.to(wide), K, layer.axis)
+    now = layer.total(layer.project(weight.to(wide), K))
     drift = state[ANCHOR] - now
     rounding = 64 * torch.finfo(weight.dtype).eps * now.norm()
     foreign = drift.norm() > rounding
     state[ANCHOR].copy_(torch.where(foreign, now, state[ANCHOR]))
-    _write(layer, weight.copy_(weight + lift(torch.where(foreign, 0.0, drift), K, layer.axis)))
+    _write(layer, weight.copy_(weight + layer.lift(torch.where(foreign, 0.0, drift), K)))
 
 
 def _precise(layer: Layer, state: State) -> Tensor:
@@ -133,5 +134,6 @@ def _precise(layer: Layer, state: State) -> Tensor:
 
 
 def _write(layer: Layer, precise: Tensor) -> None:
-    if precise.data_ptr() != layer.parameter.data_ptr():
-        layer.parameter.copy_(precise.view(layer.parameter.shape))
+    weight = local(layer.parameter)
+    if precise.data_ptr() != weight.data_ptr():
+        weight.copy_(precise.view(weight.shape))

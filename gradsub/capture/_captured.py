@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gradsub.subspace import local
+
 
 @dataclass
 class Captured:
@@ -32,7 +34,7 @@ class Captured:
         """The squared norm of what is known of the gradient (0-dim): all of it, or its part in the shared subspace."""
         if self.squared_norm is not None:
             return self.squared_norm
-        return self.tensors()[0].square().sum()
+        return local(self.tensors()[0]).square().sum()
 
     def add(self, other: Captured) -> None:
         """Accumulate another backward pass of the same task."""

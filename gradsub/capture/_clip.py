@@ -1,11 +1,12 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from gradsub.capture._captured import Captured
+from gradsub.subspace import Layer, is_distributed
 
 
 def scale_captured(held: Mapping[Tensor, Captured], factor: Tensor) -> None:
@@ -17,9 +18,27 @@ def scale_captured(held: Mapping[Tensor, Captured], factor: Tensor) -> None:
             captured.squared_norm *= factor.to(captured.squared_norm).square()
 
 
-def clip_captured(held: Mapping[Tensor, Captured], max_norm: float) -> Tensor:
-    """Scale one task's gradient so that its norm over all parameters is at most ``max_norm``; the norm it had."""
-    squares = [captured.norm_known().double() for captured in held.values()]
-    norm = torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+def clip_captured(
+    held: Mapping[Tensor, Captured],
+    max_norm: float,
+    layers: Mapping[Tensor, Layer],
+    in_common: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Scale one task's gradient so that its norm over all parameters is at most ``max_norm``; the norm it had.
+
+    Args:
+        held: by parameter.
+        max_norm: the bound.
+        layers: the parameters that are decomposed.
+        in_common: sums over the ranks that hold different parts of the gradients.
+    """
+    here, everywhere = [torch.zeros(())], [torch.zeros(())]
+    for parameter, captured in held.items():
+        layer = layers.get(parameter)
+        split = is_distributed(parameter) if layer is None else layer.splits_coordinates
+        (here if split else everywhere).append(captured.norm_known())
+    device = next(iter(held)).device
+    sums = [torch.stack([square.to(device).double() for square in squares]).sum() for squares in (here, everywhere)]
+    norm = (in_common(sums[0]) + sums[1]).sqrt()
     scale_captured(held, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))
     return norm

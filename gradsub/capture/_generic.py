@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture._captured import Captured
-from gradsub.subspace import SHARED, Layer, SubspaceBank, project, sketch
+from gradsub.subspace import SHARED, Layer, SubspaceBank
 
 # In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
 MIXED = -1
@@ -81,6 +81,8 @@ class GenericCapture:
 
     def _drop_foreign(self) -> None:
         """Clear what is in ``p.grad`` though all that autograd brought was taken: a data-parallel reducer's zeros."""
+        if not self._handles:
+            return  # given back: gradients stay where they are
         waiting = {id(parameter) for parameter in self._unhooked}
         foreign = [p for p in self.watched if p.grad is not None and id(p) not in waiting]
         for parameter in foreign:
@@ -143,19 +145,21 @@ class GenericCapture:
         if layer is None:
             return Captured(full=gradient)
         with torch.no_grad():
-            squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
             gradient = layer.matrix(gradient)
+            squared_norm = None
+            if layer.shards is None:
+                squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
             own = task + 1
             due = self._bank.due(layer, SHARED) or self._bank.due(layer, own)
             if due and not layer.sketched:
                 return Captured(full=gradient, squared_norm=squared_norm)
             captured = Captured(
-                shared=project(gradient, self._bank.basis(layer, SHARED), layer.axis),
-                own=project(gradient, self._bank.basis(layer, own), layer.axis),
+                shared=layer.project(gradient, self._bank.basis(layer, SHARED)),
+                own=layer.project(gradient, self._bank.basis(layer, own)),
                 squared_norm=squared_norm,
             )
             if due:
-                captured.sketch = sketch(gradient, self._bank.directions(layer), layer.axis)
+                captured.sketch = layer.sketch(gradient, self._bank.directions(layer))
             return captured
 
     def __getstate__(self) -> dict[str, Any]:

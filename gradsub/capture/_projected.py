@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsub.capture._captured import Captured
-from gradsub.subspace import SHARED, BasisChanged, Layer, SubspaceBank, project, sketch
+from gradsub.subspace import SHARED, BasisChanged, Layer, SubspaceBank
 
 
 @dataclass
@@ -60,8 +60,8 @@ def gather(
     parts, own, squared_norms = {}, {}, {}
     for task, held in captured.items():
         if held.full is not None:
-            parts[task] = project(held.full, bank.basis(layer, SHARED), layer.axis)
-            own[task] = project(held.full, bank.basis(layer, task + 1), layer.axis)
+            parts[task] = layer.project(held.full, bank.basis(layer, SHARED))
+            own[task] = layer.project(held.full, bank.basis(layer, task + 1))
             if held.squared_norm is None:
                 held.squared_norm = torch.linalg.vector_norm(held.full, dtype=layer.dtype).square()
             held.full = None
@@ -72,7 +72,7 @@ def gather(
             held.shared = held.own = held.sketch = None
         if held.squared_norm is not None:
             squared_norms[task] = held.squared_norm
-    aside = None if outside is None else project(outside, bank.basis(layer, SHARED), layer.axis)
+    aside = None if outside is None else layer.total(layer.project(outside, bank.basis(layer, SHARED)))
     return Projected(parts, aside, own, squared_norms, refreshed, sketches)
 
 
@@ -89,7 +89,9 @@ def _sketches(
     found = {task + 1: held.sketch for task, held in captured.items() if held.sketch is not None}
     if not bank.due(layer, SHARED) or len(found) < len(captured):
         return found
-    aside = None if outside is None else sketch(outside, bank.directions(layer), layer.axis)
+    aside = None if outside is None else layer.sketch(outside, bank.directions(layer))
+    if aside is not None and layer.shards is not None:
+        layer.shards.sum_([aside])
     found[SHARED] = mix({task: found[task + 1] for task in captured}, weights, aside)
     return found
 

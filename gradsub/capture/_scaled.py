@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gradsub.subspace import local
+
 # Small enough to be invisible in a gradient norm, a power of two so that dividing by a loss scale loses nothing.
 _UNIT = 2.0**-60
 
@@ -47,7 +49,7 @@ class ScaleWitness:
             largest: NaN or Inf if a captured gradient is (0-dim).
         """
         if self._parameter is None:
-            fit = [p for p in parameters if p.numel() and p.is_floating_point() and p.dtype != torch.float16]
+            fit = [p for p in parameters if local(p).numel() and p.is_floating_point() and p.dtype != torch.float16]
             free = [p for p in fit if p.grad is None]
             if not fit:
                 return
@@ -58,14 +60,16 @@ class ScaleWitness:
             self._remember()
         assert self._gradient is not None
         # A zero for a finite value, NaN otherwise: what is not finite stays so.
-        self._gradient += (largest * 0).to(self._gradient)
+        here = local(self._gradient)
+        here += (largest * 0).to(here)
 
     def _remember(self) -> None:
         assert self._parameter is not None
         self._gradient = self._parameter.grad
         assert self._gradient is not None
-        self._index = self._gradient.abs().argmax()
-        self._value = self._gradient.flatten()[self._index].clone()
+        here = local(self._gradient)
+        self._index = here.abs().argmax()
+        self._value = here.flatten()[self._index].clone()
 
     def joined(self, parameter: Tensor) -> None:
         """A backward pass outside any task has added to ``p.grad``: it is a gradient in its own right from now on."""
@@ -103,7 +107,7 @@ class ScaleWitness:
             return None
         assert self._index is not None
         assert self._value is not None
-        ratio = (gradient.flatten()[self._index].float() / self._value.float()).abs().log2()
+        ratio = (local(gradient).flatten()[self._index].float() / self._value.float()).abs().log2()
         scale = scale.to(ratio)
         divided = (ratio + scale.log2()).abs() < ratio.abs()
         return torch.where(divided, 1.0 / scale, 1.0)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from gradsub.capture import MIXED
 from gradsub.distributed._agreement import Agreement, agree
 from gradsub.distributed._ranks import Ranks
-from gradsub.distributed._reduction import Gradients, merge_plain, reduce_captured, reduce_outside
+from gradsub.distributed._reduction import Gradients, complete_sharded, merge_plain, reduce_captured, reduce_outside
 from gradsub.distributed._replicas import check_replicas
 from gradsub.distributed._wrapped import data_parallel, without_sync
-from gradsub.subspace import Layer, SubspaceBank
+from gradsub.subspace import Layer, SubspaceBank, is_distributed
 
 
 class Exchange:
@@ -69,6 +69,15 @@ class Exchange:
                 "call optimizer.reduce() after the last backward pass, before scaler.unscale_() and scaler.step()"
             )
 
+    def in_common(self, values: Tensor) -> Tensor:
+        """Sums over the ranks of what each computed from its rows of sharded weights; else the values themselves."""
+        shards = next((layer.shards for layer in self._layers.values() if layer.shards is not None), None)
+        if shards is None:
+            return values
+        values = values.clone()
+        shards.sum_([values])
+        return values
+
     def reset(self) -> None:
         """The step is over."""
         self._done = False
@@ -99,15 +108,17 @@ class Exchange:
         """
         if self._done or self._ranks.size == 1:
             return None
-        parameters = list(self._parameters)
-        if not self._checked:
+        complete_sharded(self._layers, gradients)
+        everything = list(self._parameters)
+        parameters = [parameter for parameter in everything if not is_distributed(parameter)]
+        if not self._checked and parameters:
             check_replicas(self._ranks, parameters, self._names)
             self._checked = True
         averaged = self._model is None
         outside = [p for p in parameters if p.grad is not None and p is not aside] if averaged else []
         agreement = agree(
             self._ranks,
-            parameters[0].device,
+            everything[0].device,
             parameters,
             gradients,
             {**samples, MIXED: mixed},
@@ -116,7 +127,7 @@ class Exchange:
             scale,
             self._tasks,
         )
-        if merge:
+        if merge and parameters:
             agreement = merge_plain(gradients, parameters, self._layers, agreement)
         reduce_captured(self._ranks, self._bank, parameters, self._layers, gradients, agreement)
         reduce_outside(self._ranks, parameters, agreement)

@@ -99,6 +99,31 @@ def _pieces(bank: SubspaceBank, parameter: Tensor, layer: Layer | None, task: in
     return pieces
 
 
+def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> None:
+    """Sum what each rank could only compute of its own rows of a weight: sketches, and coordinates along axis 0.
+
+    The gradient itself is that of all ranks' data already: ``fully_shard`` has averaged it.
+    """
+    parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    shards = None
+    for _, held in sorted(gradients.items()):
+        for parameter, captured in held.items():
+            layer = layers.get(parameter)
+            if layer is None or layer.shards is None:
+                continue
+            shards = layer.shards
+            for part in (captured.sketch, *([] if layer.splits_coordinates else [captured.shared, captured.own])):
+                if part is not None:
+                    parts.setdefault((part.dtype, part.device), []).append(part)
+    if shards is None:
+        return
+    flats = [torch.cat([part.reshape(-1) for part in found]) for found in parts.values()]
+    shards.sum_(flats)
+    for flat, found in zip(flats, parts.values(), strict=True):
+        for part, view in zip(found, torch.split(flat, [part.numel() for part in found]), strict=True):
+            part.copy_(view.view(part.shape))
+
+
 def merge_plain(
     gradients: Gradients, parameters: Sequence[Tensor], layers: Mapping[Tensor, Layer], agreement: Agreement
 ) -> Agreement:

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradsub.subspace._basis import lift, project, sketch
+from gradsub.subspace._shards import Shards, local
+
 
 @dataclass(eq=False)
 class Layer:
@@ -20,6 +23,7 @@ class Layer:
         widths: columns of each subspace's basis: the shared one first, then one a task.
         protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow.
         sketched: whether bases are refreshed from sketches of the gradient, without the whole of it.
+        shards: which of the weight's rows are on this rank; None: all. Bases are whole on every rank.
     """
 
     name: str
@@ -29,26 +33,68 @@ class Layer:
     widths: tuple[int, ...]
     protected: Tensor | None = None
     sketched: bool = False
+    shards: Shards | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
+    def whole_shape(self) -> tuple[int, int]:
         """(m, n) of the weight as a matrix."""
         rows = self.parameter.shape[0]
         return rows, self.parameter.numel() // rows
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The same of what is here: of a sharded weight, this rank's rows."""
+        rows, columns = self.whole_shape
+        return (rows if self.shards is None else self.shards.stop - self.shards.start), columns
+
     def matrix(self, tensor: Tensor) -> Tensor:
-        """The weight, or a gradient of its shape, as a matrix; a view wherever memory allows."""
+        """The weight, or a gradient of its shape, as a matrix of what is here; a view wherever memory allows."""
+        tensor = local(tensor)
         return tensor if tensor.ndim == 2 else tensor.reshape(self.shape)
 
     @property
     def dimension(self) -> int:
         """d, the length of the axis that the bases span."""
-        return self.shape[self.axis]
+        return self.whole_shape[self.axis]
 
     @property
     def codimension(self) -> int:
         """The length of the weight's other axis."""
-        return self.shape[1 - self.axis]
+        return self.whole_shape[1 - self.axis]
+
+    def near(self, directions: Tensor) -> Tensor:
+        """Of directions along the weight's first axis, the rows that are here."""
+        return directions if self.shards is None else directions[self.shards.start : self.shards.stop]
+
+    def project(self, matrix: Tensor, basis: Tensor) -> Tensor:
+        """Coordinates of a matrix of the weight's shape; of a sharded one along axis 0 a part of a sum, see `total`."""
+        return project(matrix, basis if self.axis == 1 else self.near(basis), self.axis)
+
+    def lift(self, coordinates: Tensor, basis: Tensor) -> Tensor:
+        """The matrix that has these coordinates, as far as it is here."""
+        return lift(coordinates, basis if self.axis == 1 else self.near(basis), self.axis)
+
+    def sketch(self, matrix: Tensor, directions: Tensor) -> Tensor:
+        """The sketch (d x c) of a matrix of the weight's shape; of a sharded one a part of a sum."""
+        if self.axis == 1:
+            return sketch(matrix, self.near(directions), self.axis)
+        found = sketch(matrix, directions, self.axis)
+        if self.shards is None:
+            return found
+        padded = found.new_zeros(self.dimension, found.shape[1])
+        self.near(padded).copy_(found)
+        return padded
+
+    @property
+    def splits_coordinates(self) -> bool:
+        """Whether each rank has its own rows of the coordinates; if not, its projections are parts of a sum."""
+        return self.shards is not None and self.axis == 1
+
+    def total(self, projected: Tensor) -> Tensor:
+        """Coordinates from this rank's projection; waits for the other ranks where it is a part of a sum."""
+        if self.shards is not None and self.axis == 0:
+            self.shards.sum_([projected])
+        return projected
 
     @property
     def free(self) -> int:
