@@ -12,11 +12,12 @@ from gradsub.gates import Gate, GateInputs
 from gradsub.report import Measurements
 
 GATE_MEMORY: Final = "gate_memory"
+PREVIOUS_STEP: Final = "previous_step."
 
 
 def previous_step(task: int) -> str:
     """The key of the state that holds the last step taken in a task's own subspace, where the gate needs it."""
-    return f"previous_step.{task}"
+    return f"{PREVIOUS_STEP}{task}"
 
 
 def measure(

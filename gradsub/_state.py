@@ -1,14 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsub._measure import PREVIOUS_STEP
 from gradsub.inner import Inner
-from gradsub.subspace import Layer
-from gradsub.update import ANCHOR, PROTECTED
+from gradsub.subspace import Layer, is_distributed
+from gradsub.update import ANCHOR, MASTER, PROTECTED
 
 INNER = "inner."
 NULL_SPACE = frozenset({ANCHOR, PROTECTED})
@@ -91,6 +92,57 @@ def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, An
     missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - NULL_SPACE
     if missing:
         raise ValueError(f"state_dict: {name} lacks {sorted(missing)}: use the same gate and master_weights")
+
+
+def show_shards(
+    saved: dict[str, Any], groups: Sequence[Mapping[str, Any]], layers: Mapping[Tensor, Layer]
+) -> dict[str, Any]:
+    """In a state dict, what is kept by row of a sharded weight as DTensors that lie like the weight.
+
+    A distributed checkpoint then knows which part each rank has, and another number of ranks can go on from it.
+    """
+    saved = _copied(saved)
+    for layer, held in _sharded(saved, groups, layers):
+        assert layer.shards is not None
+        for key, value in held.items():
+            if _by_row(layer, key, value):
+                held[key] = layer.shards.wrap(value)
+    return saved
+
+
+def take_shards(
+    saved: dict[str, Any], groups: Sequence[Mapping[str, Any]], layers: Mapping[Tensor, Layer]
+) -> dict[str, Any]:
+    """The inverse of `show_shards`; whole matrices, saved where nothing was sharded, are cut to this rank's rows."""
+    saved = _copied(saved)
+    for layer, held in _sharded(saved, groups, layers):
+        assert layer.shards is not None
+        for key, value in held.items():
+            if isinstance(value, Tensor) and (is_distributed(value) or _by_row(layer, key, value)):
+                held[key] = layer.shards.unwrap(value)
+    return saved
+
+
+def _copied(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """With dictionaries of its own: those of a state dict may be the optimizer's."""
+    return {**saved, "state": {index: dict(held) for index, held in saved["state"].items()}}
+
+
+def _sharded(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], layers: Mapping[Tensor, Layer]
+) -> Iterator[tuple[Layer, dict[str, Any]]]:
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    for index, parameter in zip(order, group_parameters(groups), strict=False):
+        layer = layers.get(parameter)
+        if layer is not None and layer.shards is not None and index in saved["state"]:
+            yield layer, saved["state"][index]
+
+
+def _by_row(layer: Layer, key: str, value: Any) -> bool:
+    """Whether the first axis of a layer's state is that of its weight's rows."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        return False
+    return key == MASTER or (layer.splits_coordinates and (key.startswith((INNER, PREVIOUS_STEP)) or key == ANCHOR))
 
 
 def restore(

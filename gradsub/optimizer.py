@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gradsub import _settings as settings
 from gradsub._finite import NonFiniteError, find_nonfinite, largest_entry
 from gradsub._layout import Layout
-from gradsub._state import check_compatible, hand_down, mirror, restore
+from gradsub._state import check_compatible, hand_down, mirror, restore, show_shards, take_shards
 from gradsub._step import Stepper
 from gradsub.capture import (
     MIXED,
@@ -531,6 +531,7 @@ class GemsOptimizer(Optimizer):
         """
         if self._capture.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
+        state_dict = take_shards(state_dict, self.param_groups, self._stepper.layers)
         check_compatible(state_dict, self.param_groups, self.state, self._stepper.layers)
         earlier = self.state
         super().load_state_dict(state_dict)
@@ -551,7 +552,9 @@ class GemsOptimizer(Optimizer):
             raise RuntimeError(
                 "state_dict between backward and step would lose gradients: call step() or zero_grad() first"
             )
-        return super().state_dict()
+        saved = super().state_dict()
+        layers = self._stepper.layers if "_stepper" in self.__dict__ else {}
+        return show_shards(saved, self.param_groups, layers)
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.

@@ -35,7 +35,9 @@ def clip_captured(
     here, everywhere = [torch.zeros(())], [torch.zeros(())]
     for parameter, captured in held.items():
         layer = layers.get(parameter)
-        split = is_distributed(parameter) if layer is None else layer.splits_coordinates
+        split = is_distributed(parameter)
+        if layer is not None:
+            split = layer.splits_coordinates and captured.squared_norm is None
         (here if split else everywhere).append(captured.norm_known())
     device = next(iter(held)).device
     sums = [torch.stack([square.to(device).double() for square in squares]).sum() for squares in (here, everywhere)]

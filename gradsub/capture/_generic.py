@@ -146,9 +146,7 @@ class GenericCapture:
             return Captured(full=gradient)
         with torch.no_grad():
             gradient = layer.matrix(gradient)
-            squared_norm = None
-            if layer.shards is None:
-                squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
+            squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
             own = task + 1
             due = self._bank.due(layer, SHARED) or self._bank.due(layer, own)
             if due and not layer.sketched:

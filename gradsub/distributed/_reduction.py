@@ -100,7 +100,7 @@ def _pieces(bank: SubspaceBank, parameter: Tensor, layer: Layer | None, task: in
 
 
 def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> None:
-    """Sum what each rank could only compute of its own rows of a weight: sketches, and coordinates along axis 0.
+    """Sum what each rank could only compute of its own rows of a weight: sketches, norms, coordinates along axis 0.
 
     The gradient itself is that of all ranks' data already: ``fully_shard`` has averaged it.
     """
@@ -112,7 +112,8 @@ def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> No
             if layer is None or layer.shards is None:
                 continue
             shards = layer.shards
-            for part in (captured.sketch, *([] if layer.splits_coordinates else [captured.shared, captured.own])):
+            whole = [] if layer.splits_coordinates else [captured.shared, captured.own]
+            for part in (captured.sketch, captured.squared_norm, *whole):
                 if part is not None:
                     parts.setdefault((part.dtype, part.device), []).append(part)
     if shards is None:

@@ -102,4 +102,15 @@ def observe_features(
     finally:
         for handle in handles:
             handle.remove()
+        _reshard(model)
     return count
+
+
+def _reshard(model: nn.Module) -> None:
+    """After a forward pass without a backward pass, ``fully_shard`` leaves the outermost weights whole.
+
+    Whoever then asked for the model's parameters would get tensors whose memory is released later.
+    """
+    for module in model.modules():
+        if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
+            module.reshard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -56,6 +57,7 @@ def try_launch(
 def _run(
     work: Callable[..., Any], rank: int, ranks: int, folder: Path, timeout: float, arguments: tuple[Any, ...]
 ) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(

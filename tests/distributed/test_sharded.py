@@ -1,0 +1,106 @@
+"""Weights sharded by `fully_shard`: every rank steps its own rows, and the model trains as in one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from gradsub import GemsOptimizer, NullSpace
+from tests.distributed.launch import launch
+from tests.distributed.worlds import TASKS, Net, World, batch, build_model
+
+WORLDS = [
+    World(refresh="sketch"),
+    World(refresh="sketch", base="sgd"),
+    World(refresh="sketch", side="output"),
+    World(refresh="sketch", protect=True),
+    World(refresh="sketch", protect=True, side="output"),
+    World(refresh="sketch", surgery="pcgrad", gate="hypergradient", clip=0.3),
+    World(refresh="sketch", surgery="pcgrad", gate="hypergradient", side="output", clip=0.3),
+]
+
+
+def sharded(model: Net, ranks: int) -> nn.Module:
+    """With the model's parameters spread over all ranks; on four of them two copies of two shards (HSDP)."""
+    shape, names = ((2, 2), ("copy", "shard")) if ranks == 4 else ((ranks,), ("shard",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for module in (model.first, model.second):
+        fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def build(world: World, ranks: int) -> tuple[nn.Module, GemsOptimizer]:
+    model: nn.Module = build_model()
+    if ranks > 1:
+        model = sharded(model, ranks)
+    null_space = None
+    if world.protect:
+        null_space = NullSpace(side=world.side, max_rank=3)
+        null_space.collect(model, [batch(999, 0)[0]])
+    base = (
+        torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        if world.base == "adamw"
+        else torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
+    )
+    return model, GemsOptimizer(
+        base,
+        tasks=TASKS,
+        rank=3,
+        task_rank=2,
+        update_proj_gap=8,
+        side=world.side,
+        gate=world.gate,
+        null_space=null_space,
+        model=model,
+        surgery=world.surgery,
+        capture=world.capture,
+        refresh=world.refresh,
+    )
+
+
+def train(world: World, model: nn.Module, optimizer: GemsOptimizer, rank: int, ranks: int, steps: range) -> None:
+    for step in steps:
+        for task, name in enumerate(TASKS):
+            # fully_shard averages the ranks' gradients, so all have as many rows
+            x, target = (tensor.chunk(ranks)[rank] for tensor in batch(step, task))
+            with optimizer.task(name, samples=len(x)):
+                (model(x) - target).square().mean().backward()
+        if world.clip is not None:
+            optimizer.clip_grad_norm_(world.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: p.full_tensor().detach() if isinstance(p, DTensor) else p.detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def _trained(rank: int, ranks: int) -> list[dict[str, Tensor]]:
+    found = []
+    for world in WORLDS:
+        model, optimizer = build(world, ranks)
+        train(world, model, optimizer, rank, ranks, range(20))
+        found.append(weights(model))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_sharded_training_is_that_of_one_process(ranks: int, tmp_path: Path) -> None:
+    found = launch(_trained, ranks, tmp_path, ranks)
+    for world, expected, *of_ranks in zip(WORLDS, _trained(0, 1), *found, strict=True):
+        for name, value in expected.items():
+            assert torch.allclose(of_ranks[0][name], value, rtol=0, atol=1e-8), (world, name)
