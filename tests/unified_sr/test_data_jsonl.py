@@ -78,17 +78,16 @@ def test_no_example_knows_its_future_nor_a_later_part(tmp_path: Path, rows: list
         for example in examples_of(dataset, part):
             found += 1
             target = names_of(dataset, example.target)
-            (place,) = [n for n, row in enumerate(ordered) if target[-1] in row["items"] and row["user"] == example.user]
+            (place,) = [
+                n for n, row in enumerate(ordered) if target[-1] in row["items"] and row["user"] == example.user
+            ]
             event, before = ordered[place], [row for row in ordered[:place] if row["user"] == example.user]
             met = list(dict.fromkeys(item for row in before for item in row["items"]))
             assert target == [item for item in event["items"] if item not in met], "repeats are no targets"
             assert (example.query, example.timestamp) == (event.get("query", ""), event["timestamp"])
             assert set(names_of(dataset, dataset.seen(example))) == set(met)
-            hidden = (
-                {item for row in before if PARTS.index(row["split"]) > PARTS.index(part) for item in first_met(row, before)}
-                if own_split
-                else set()
-            )
+            later = [row for row in before if own_split and PARTS.index(row["split"]) > PARTS.index(part)]
+            hidden = {item for row in later for item in first_met(row, before)}
             assert names_of(dataset, example.history) == [item for item in met if item not in hidden][-max_history:]
             if own_split:
                 assert event["split"] == part

@@ -118,6 +118,7 @@ def load_dataset(
             user: tuple(index[item] for event in events if not event.derived for item in event.items)
             for user, events in by_user.items()
         },
+        met=made.met,
         positions=made.positions,
         counts={
             **{f"{task}_events": sum(event.task == task for event in kept) for task in TASKS},
@@ -129,7 +130,6 @@ def load_dataset(
             "after_held_out": made.after_held_out,
             "without_history": made.without_history,
         },
-        recorded=made.recorded,
     )
 
 

@@ -28,13 +28,28 @@ class Rules:
     train_targets: str = "share"
 
 
-def places(events: Sequence[Event]) -> list[int]:
-    """Return how many items of the user's time line precede each event; derived events add none."""
+def steps(events: Sequence[Event]) -> list[int]:
+    """Return how many interactions precede each event; a derived event shares the number of its interaction."""
     found, count = [], 0
     for event in events:
         found.append(count)
-        count += 0 if event.derived else len(event.items)
+        count += not event.derived
     return found
+
+
+def meetings(events: Sequence[Event], index: Mapping[str, int]) -> tuple[tuple[int, ...], list[int]]:
+    """Return the items that a user met, in the order of the first time, and how many of them precede each event.
+
+    An item in an event's recorded history was met before that event.
+    """
+    met: dict[int, None] = {}
+    counts = []
+    for event in events:
+        met.update((index[item], None) for item in event.history or () if item in index)
+        counts.append(len(met))
+        if not event.derived:
+            met.update((index[item], None) for item in event.items)
+    return tuple(met), counts
 
 
 class ExampleMaker:
@@ -83,16 +98,12 @@ class ExampleMaker:
             for target in targets
         ]
 
-    def recorded(self, event: Event) -> tuple[int, ...]:
-        """Return an event's recorded history, oldest first, without the items that are not in the catalogue."""
-        found = tuple(self._index[item] for item in event.history or () if item in self._index)
-        return found[::-1] if self._rules.histories == "recorded-newest-first" else found
-
     def _history(self, event: Event, rank: int) -> tuple[int, ...]:
         if event.history is None or self._rules.histories == "events":
             return tuple(self._known[rank][-self._rules.max_history :])
-        allowed = [item for item in self.recorded(event) if item not in self._hidden[rank]]
-        return tuple(allowed[-self._rules.max_history :])
+        recorded = event.history[::-1] if self._rules.histories == "recorded-newest-first" else event.history
+        items = [self._index[item] for item in recorded if item in self._index]
+        return tuple([item for item in items if item not in self._hidden[rank]][-self._rules.max_history :])
 
     def _add(self, items: Sequence[int], rank: int) -> None:
         for reader in range(len(SPLITS)):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ._events import SPLITS, Event
-from ._examples import ExampleMaker, Rules, places
+from ._examples import ExampleMaker, Rules, meetings, steps
 from ._types import TASKS, Example
 
 MIN_HELD_OUT = 3
@@ -15,12 +15,12 @@ MIN_HELD_OUT = 3
 
 @dataclass
 class Split:
-    """The examples of each part and task, where each stands among its user's items, and what was left out.
+    """The examples of each part and task, what each user had met before, and what was left out.
 
     Args:
         parts: split -> task -> examples.
-        positions: qid -> how many of the user's items, in order of time, precede the example's event.
-        recorded: qid -> the whole recorded history, for the examples that have one.
+        met: user -> the items met, in the order of the first time.
+        positions: qid -> how many of these precede the example's event.
         after_held_out: events that leave-one-out neither holds out nor trains on.
         without_history: recommendations that nothing precedes.
     """
@@ -28,8 +28,8 @@ class Split:
     parts: dict[str, dict[str, list[Example]]] = field(
         default_factory=lambda: {part: {task: [] for task in TASKS} for part in SPLITS}
     )
+    met: dict[str, tuple[int, ...]] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
-    recorded: dict[str, tuple[int, ...]] = field(default_factory=dict)
     after_held_out: int = 0
     without_history: int = 0
 
@@ -61,31 +61,30 @@ def make_split(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int],
         events = _merge_derived(unmerged) if own else list(unmerged)
         parts = [event.split for event in events] if own else _leave_one_out(events)
         maker = ExampleMaker(user, index, rules, ranked=own)
-        for event, place, part in zip(events, places(events), parts, strict=True):
+        split.met[user], counts = meetings(events, index)
+        for event, count, part in zip(events, counts, parts, strict=True):
             made = maker(event, part)
             split.after_held_out += not part
             split.without_history += made is None
             for example in made or ():
                 split.parts[part][example.task].append(example)
-                split.positions[example.qid] = place
-                if event.history is not None:
-                    split.recorded[example.qid] = maker.recorded(event)
+                split.positions[example.qid] = count
     return split
 
 
 def _leave_one_out(events: Sequence[Event]) -> list[str]:
-    # Derived events share the place of their interaction, so that all questions for it go to the same part.
-    at = places(events)
+    # Derived events share the step of their interaction, so that all questions about it go to the same part.
+    at = steps(events)
     held_out: dict[tuple[str, int], str] = {}
     for task in TASKS:
-        own = sorted({place for event, place in zip(events, at, strict=True) if event.task == task})
+        own = sorted({step for event, step in zip(events, at, strict=True) if event.task == task})
         if len(own) >= MIN_HELD_OUT:
             held_out[task, own[-1]] = "test"
             held_out[task, own[-2]] = "valid"
-    first = min((place for _, place in held_out), default=None)
+    first = min((step for _, step in held_out), default=len(events))
     return [
-        held_out.get((event.task, place), "train" if first is None or place < first else "")
-        for event, place in zip(events, at, strict=True)
+        held_out.get((event.task, step), "train" if step < first else "")
+        for event, step in zip(events, at, strict=True)
     ]
 
 

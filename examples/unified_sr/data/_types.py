@@ -65,9 +65,9 @@ class Dataset:
         valid: to choose settings by; may be empty where the source has a split of its own.
         test: to report.
         events: each user's item indices in order of time, after filtering.
-        positions: where in ``events[example.user]`` the example with a qid stands.
+        met: the same, each item once and with those that the source only recorded as met before an event.
+        positions: how many of ``met[example.user]`` precede the example with a qid.
         counts: what loading counted, see ``statistics``.
-        recorded: the whole history that the source recorded for the example with a qid, where it did.
     """
 
     name: str
@@ -76,9 +76,9 @@ class Dataset:
     valid: Mapping[str, tuple[Example, ...]]
     test: Mapping[str, tuple[Example, ...]]
     events: Mapping[str, tuple[int, ...]] = field(repr=False)
+    met: Mapping[str, tuple[int, ...]] = field(repr=False)
     positions: Mapping[str, int] = field(repr=False)
     counts: Mapping[str, Any] = field(repr=False)
-    recorded: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -94,8 +94,7 @@ class Dataset:
         position = self.positions.get(example.qid)
         if position is None:
             raise ValueError(f"the example {example.qid!r} is none of the data set {self.name!r}")
-        earlier = frozenset(self.events[example.user][:position])
-        return earlier.union(self.recorded.get(example.qid, ())).difference(example.target)
+        return frozenset(self.met[example.user][:position]).difference(example.target)
 
     def statistics(self) -> dict[str, Any]:
         """Sizes of the data set, ready for JSON.
