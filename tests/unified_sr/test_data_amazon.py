@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import gzip
 import json
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from examples.unified_sr.data import TASKS, Dataset, Example, format_statistics, load_dataset
+from examples.unified_sr.data import _category_queries as category_queries
 from examples.unified_sr.data._category_queries import category_query
 
 ANY = {"min_user_events": 1, "min_item_events": 1}
@@ -135,6 +137,10 @@ def test_the_files_of_each_year_hold_the_same(tmp_path: Path, year: int) -> None
 )
 def test_a_category_path_makes_a_query(path: list[str], query: str) -> None:
     assert category_query(path) == query
+
+
+def test_the_examples_in_the_docstring_run() -> None:
+    assert doctest.testmod(category_queries) == doctest.TestResults(failed=0, attempted=2)
 
 
 def test_half_of_the_purchases_are_searches_and_each_is_one_event(tmp_path: Path) -> None:
