@@ -165,6 +165,8 @@ def test_every_purchase_is_a_recommendation_and_a_search_for_each_query(tmp_path
     dataset = load_dataset(write(tmp_path, reviews_2014(), metadata_2014()), searches="every", **ANY)
     assert dataset.statistics()["events"] == 48, "derived searches are no further events of a user"
     assert all(len(events) == 8 for events in dataset.events.values())
+    with pytest.raises(ValueError, match="0 of 48 events remain with min_user_events=9"):
+        load_dataset(str(tmp_path), searches="every", min_user_events=9, min_item_events=1)
     bought = {user: [dataset.items[item].id for item in events] for user, events in dataset.events.items()}
     of_purchase: dict[tuple[str, str], set[str]] = {}
     parts = {"train": dataset.train, "valid": dataset.valid, "test": dataset.test}
