@@ -89,8 +89,14 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         dataset = load_dataset(
             settings.data,
             min_user_events=settings.min_user_events,
+            min_task_events=settings.min_task_events,
             min_item_events=settings.min_item_events,
+            item_counts=settings.item_counts,
             max_history=settings.max_history,
+            split=settings.split,
+            histories=settings.histories,
+            searches=settings.searches,
+            train_targets=settings.train_targets,
         )
         say(format_statistics(dataset))
         text = load_general_text(settings.general_text)

@@ -28,7 +28,7 @@ def setting(
 class Settings:
     """What every method understands; a method's own class adds to it and may change defaults."""
 
-    data: str = setting("movielens-100k", "name of a data set, or a folder with RecBole atomic files")
+    data: str = setting("movielens-100k", "name of a data set, or a folder in a format of data/README.md")
     model: str = setting("smollm2-135m", "name of a language model, or a folder made by save_pretrained()")
     method: str = setting("gems", "name of the training method")
     steps: int = setting(100, "optimizer steps", minimum=0)
@@ -36,7 +36,23 @@ class Settings:
 
     min_user_events: int = setting(5, "users with fewer events are removed", minimum=1)
     min_item_events: int = setting(5, "items with fewer events are removed", minimum=0)
-    max_history: int = setting(10, "the most recent events of a prompt", minimum=1)
+    min_task_events: int = setting(0, "users with fewer events of one of the tasks are removed", minimum=0)
+    item_counts: typing.Literal["events", "impressions"] = setting(
+        "events", "what counts as an event of an item; impressions are also displays and recorded histories"
+    )
+    split: typing.Literal["source", "leave-one-out"] = setting(
+        "source", "source takes the data's own split, where it has one, instead of leave-one-out"
+    )
+    histories: typing.Literal["recorded", "recorded-newest-first", "events"] = setting(
+        "recorded", "recorded takes the histories that come with the data, where they do, and events the user's events"
+    )
+    searches: typing.Literal["half", "every"] = setting(
+        "half", "data without recorded searches: half of the events become searches, or every event is one besides"
+    )
+    train_targets: typing.Literal["share", "each"] = setting(
+        "share", "several targets of a training example share its weight, or each makes an example"
+    )
+    max_history: int = setting(10, "the most recent items of a prompt", minimum=1)
     max_query_tokens: int = setting(32, "tokens kept of a query", minimum=1)
     general_text: str | None = setting(None, "file of general-domain English; null takes text that Python brings along")
 

@@ -3,35 +3,97 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-from ._sources import Event
+from ._events import Event
+from ._types import TASKS
+
+ITEM_COUNTS = ("events", "impressions")
+
+
+@dataclass(frozen=True)
+class Minima:
+    """What users and items must reach to stay.
+
+    Args:
+        user_events: events of a user, both tasks together.
+        task_events: events of a user in each of the tasks.
+        item_events: mentions of an item.
+        item_counts: which mentions count: ``"events"`` those as an answer, ``"impressions"`` also those in a recorded
+            history and those that were displayed without being chosen.
+    """
+
+    user_events: int
+    task_events: int
+    item_events: int
+    item_counts: str
 
 
 def drop_repeats(events: Sequence[Event]) -> list[Event]:
-    """Keep each user's first event with each item; ``events`` are in order of time."""
-    met: set[tuple[str, str]] = set()
-    kept = []
+    """Keep each user's first interaction with each item; ``events`` are in order of time.
+
+    An item in a recorded history was met before, too. An event that loses all its items is removed.
+    """
+    met: dict[str, set[str]] = {}
+    kept: list[Event] = []
     for event in events:
-        if (event.user, event.item) not in met:
-            met.add((event.user, event.item))
-            kept.append(event)
+        own = met.setdefault(event.user, set())
+        own.update(event.history or ())
+        new = tuple(item for item in event.items if item not in own)
+        if new:
+            kept.append(event if len(new) == len(event.items) else replace(event, items=new))
+        if not event.derived:
+            own.update(event.items)
     return kept
 
 
-def k_core(events: Sequence[Event], min_user_events: int, min_item_events: int) -> list[Event]:
-    """Remove users and items with too few events until none is left to remove.
+def k_core(events: Sequence[Event], minima: Minima) -> list[Event]:
+    """Remove users and items with too little until nothing is left to remove.
 
-    The result is the largest subset in which every user and every item has its minimum; removing a user can push an
-    item below its minimum and the other way round, so one pass over each is not enough.
+    Removed items leave the events, and an event goes with the last item of its answer. The result is the largest
+    subset in which every user and every item has its minimum; removing a user can push an item below its minimum and
+    the other way round, so one pass over each is not enough.
     """
     kept = list(events)
     while True:
-        users = Counter(event.user for event in kept)
-        items = Counter(event.item for event in kept)
-        enough = [
-            event for event in kept if users[event.user] >= min_user_events and items[event.item] >= min_item_events
-        ]
-        if len(enough) == len(kept):
+        interactions = [event for event in kept if not event.derived]
+        users = Counter(event.user for event in interactions)
+        tasks = Counter((event.user, event.task) for event in kept)
+        items = Counter(item for event in interactions for item in _mentions(event, minima.item_counts))
+
+        def stays(item: str, items: Counter[str] = items) -> bool:
+            return items[item] >= minima.item_events
+
+        enough: list[Event] = []
+        for event in kept:
+            if users[event.user] >= minima.user_events and (
+                not minima.task_events or all(tasks[event.user, task] >= minima.task_events for task in TASKS)
+            ):
+                left = _keep(event, stays)
+                enough.extend([left] if left.items else [])
+        if enough == kept:
             return enough
         kept = enough
+
+
+def mentioned(events: Sequence[Event], item_counts: str) -> set[str]:
+    """Return the items that the events mention in the way that ``item_counts`` says."""
+    return {item for event in events for item in _mentions(event, item_counts)}
+
+
+def _mentions(event: Event, item_counts: str) -> Iterator[str]:
+    yield from event.items
+    if item_counts == "impressions":
+        yield from event.history or ()
+        yield from event.shown
+
+
+def _keep(event: Event, stays: Callable[[str], bool]) -> Event:
+    # Nearly always all stay: no copy then, since there may be millions of events.
+    if all(stays(item) for item in (*event.items, *(event.history or ()), *event.shown)):
+        return event
+    items, history, shown = (
+        tuple(item for item in items if stays(item)) for items in (event.items, event.history or (), event.shown)
+    )
+    return replace(event, items=items, history=None if event.history is None else history, shown=shown)

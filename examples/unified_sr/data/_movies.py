@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 # The name, a trailing article behind a comma, and optionally an alternative title in brackets behind both.
@@ -44,13 +43,3 @@ def movie_query(genres: str, year: str) -> str:
     if re.fullmatch(r"[0-9]{4}", year):
         words.append(f"{year[:3]}0s")
     return " ".join(dict.fromkeys(words))
-
-
-def searched(user: str, item: str, seed: int) -> bool:
-    """Tell whether this user found this item by a search, for data that records no searches.
-
-    One bit of a hash of the three arguments: half of the events each, the same on every machine, and independent of
-    the other events, so that filtering the data moves no event from one task to the other.
-    """
-    key = f"{seed}\t{user}\t{item}".encode()
-    return bool(hashlib.blake2b(key, digest_size=1).digest()[0] & 1)

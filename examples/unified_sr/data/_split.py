@@ -1,11 +1,12 @@
-"""Leave-one-out by time, per user and task, without a look into the future."""
+"""Which part each event of a user belongs to: leave-one-out by time, or the source's own split."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ._sources import Event
+from ._events import SPLITS, Event
+from ._examples import ExampleMaker, Rules, meetings, steps
 from ._types import TASKS, Example
 
 MIN_HELD_OUT = 3
@@ -14,54 +15,88 @@ MIN_HELD_OUT = 3
 
 @dataclass
 class Split:
-    """The examples of each split and task, where each stands among its user's events, and what was left out."""
+    """The examples of each part and task, what each user had met before, and what was left out.
 
-    train: dict[str, list[Example]] = field(default_factory=lambda: {task: [] for task in TASKS})
-    valid: dict[str, list[Example]] = field(default_factory=lambda: {task: [] for task in TASKS})
-    test: dict[str, list[Example]] = field(default_factory=lambda: {task: [] for task in TASKS})
+    Args:
+        parts: split -> task -> examples.
+        met: user -> the items met, in the order of the first time.
+        positions: qid -> how many of these precede the example's event.
+        after_held_out: events that leave-one-out neither holds out nor trains on.
+        without_history: recommendations that nothing precedes.
+    """
+
+    parts: dict[str, dict[str, list[Example]]] = field(
+        default_factory=lambda: {part: {task: [] for task in TASKS} for part in SPLITS}
+    )
+    met: dict[str, tuple[int, ...]] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     after_held_out: int = 0
     without_history: int = 0
 
 
-def leave_one_out(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int], max_history: int) -> Split:
+def make_split(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int], rules: Rules, own: bool) -> Split:
     """Turn each user's events, in order of time, into examples.
+
+    Leave-one-out, per user and task:
 
     * test: the last event of each task; valid: the one before it; both only where the user has at least
       ``MIN_HELD_OUT`` events of that task.
     * train: the events before the user's first held-out event of *either* task. Later ones would put a held-out item
       into a training history, or train on the user's future. On MovieLens-100K this costs 1.4 % of the training
       examples.
-    * A recommendation without any history says nothing about its target and is no example; a search is.
+
+    The source's own split: every event goes where the source says, and derived events of one user with the same query
+    outside the training part are one question, whose answer is all their items.
+
+    A recommendation without any history says nothing about its target and is no example; a search is.
 
     Args:
         by_user: events per user, in order of time.
         index: item id -> index in the catalogue.
-        max_history: the number of most recent events kept in a history.
+        rules: how examples are made.
+        own: whether the source's own split holds.
     """
     split = Split()
-    for user, events in by_user.items():
-        held_out: dict[int, tuple[str, dict[str, list[Example]]]] = {}
-        for task in TASKS:
-            own = [position for position, event in enumerate(events) if event.task == task]
-            if len(own) >= MIN_HELD_OUT:
-                held_out[own[-1]] = (f"{task}-{user}", split.test)
-                held_out[own[-2]] = (f"valid-{task}-{user}", split.valid)
-        first_held_out = min(held_out, default=len(events))
-        items = [index[event.item] for event in events]
-        for position, event in enumerate(events):
-            if position in held_out:
-                qid, part = held_out[position]
-            elif position < first_held_out:
-                qid, part = f"train-{position}-{event.task}-{user}", split.train
-            else:
-                split.after_held_out += 1
-                continue
-            if position == 0 and event.task == "rec":
-                split.without_history += 1
-                continue
-            history = tuple(items[max(0, position - max_history) : position])
-            example = Example(event.task, user, history, event.query, (items[position],), event.timestamp, qid)
-            part[event.task].append(example)
-            split.positions[qid] = position
+    for user, unmerged in by_user.items():
+        events = _merge_derived(unmerged) if own else list(unmerged)
+        parts = [event.split for event in events] if own else _leave_one_out(events)
+        maker = ExampleMaker(user, index, rules, ranked=own)
+        split.met[user], counts = meetings(events, index)
+        for event, count, part in zip(events, counts, parts, strict=True):
+            made = maker(event, part)
+            split.after_held_out += not part
+            split.without_history += made is None
+            for example in made or ():
+                split.parts[part][example.task].append(example)
+                split.positions[example.qid] = count
     return split
+
+
+def _leave_one_out(events: Sequence[Event]) -> list[str]:
+    # Derived events share the step of their interaction, so that all questions about it go to the same part.
+    at = steps(events)
+    held_out: dict[tuple[str, int], str] = {}
+    for task in TASKS:
+        own = sorted({step for event, step in zip(events, at, strict=True) if event.task == task})
+        if len(own) >= MIN_HELD_OUT:
+            held_out[task, own[-1]] = "test"
+            held_out[task, own[-2]] = "valid"
+    first = min((step for _, step in held_out), default=len(events))
+    return [
+        held_out.get((event.task, step), "train" if step < first else "")
+        for event, step in zip(events, at, strict=True)
+    ]
+
+
+def _merge_derived(events: Sequence[Event]) -> list[Event]:
+    merged: list[Event] = []
+    asked: dict[tuple[str, str], int] = {}
+    for event in events:
+        if event.derived and event.split != "train":
+            first = asked.setdefault((event.split, event.query), len(merged))
+            if first < len(merged):
+                items = dict.fromkeys((*merged[first].items, *event.items))
+                merged[first] = replace(merged[first], items=tuple(items))
+                continue
+        merged.append(event)
+    return merged

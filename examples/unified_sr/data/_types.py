@@ -33,12 +33,13 @@ class Example:
         task: ``"rec"`` (from the history alone) or ``"search"`` (from the history and a query).
         user: the user's identifier in the source.
         history: indices into ``Dataset.items``, oldest first: the user's most recent events of either task that are
-            strictly earlier than this one. Events with the same timestamp follow one another in the file's order.
+            strictly earlier than this one, or what the source recorded as such. Events with the same timestamp follow
+            one another in the file's order.
         query: what the user asked for; empty exactly when ``task == "rec"``.
-        target: indices of the relevant items, here the event's own item.
+        target: indices of the relevant items, those of the event: at least one, each once.
         timestamp: the event's time in the source's unit.
-        qid: unique in the data set; ``"rec-USER"`` and ``"search-USER"`` for the test examples, with a prefix in
-            the other splits.
+        qid: unique in the data set; ``"rec-USER"`` and ``"search-USER"`` for a user's first test examples, with a
+            number before them for further ones and a prefix in the other splits.
     """
 
     task: str
@@ -60,11 +61,12 @@ class Dataset:
     Args:
         name: how reports call it.
         items: the catalogue after filtering; examples refer to it by index.
-        train: examples before the user's first held-out event.
-        valid: the last event but one of each user and task with at least three.
-        test: the last event of each user and task with at least three.
+        train: to learn from; see ``load_dataset`` for what goes where.
+        valid: to choose settings by; may be empty where the source has a split of its own.
+        test: to report.
         events: each user's item indices in order of time, after filtering.
-        positions: where in ``events[example.user]`` the example with a qid stands.
+        met: the same, each item once and with those that the source only recorded as met before an event.
+        positions: how many of ``met[example.user]`` precede the example with a qid.
         counts: what loading counted, see ``statistics``.
     """
 
@@ -74,8 +76,9 @@ class Dataset:
     valid: Mapping[str, tuple[Example, ...]]
     test: Mapping[str, tuple[Example, ...]]
     events: Mapping[str, tuple[int, ...]] = field(repr=False)
+    met: Mapping[str, tuple[int, ...]] = field(repr=False)
     positions: Mapping[str, int] = field(repr=False)
-    counts: Mapping[str, int] = field(repr=False)
+    counts: Mapping[str, Any] = field(repr=False)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -91,24 +94,27 @@ class Dataset:
         position = self.positions.get(example.qid)
         if position is None:
             raise ValueError(f"the example {example.qid!r} is none of the data set {self.name!r}")
-        return frozenset(self.events[example.user][:position]).difference(example.target)
+        return frozenset(self.met[example.user][:position]).difference(example.target)
 
     def statistics(self) -> dict[str, Any]:
         """Sizes of the data set, ready for JSON.
 
         Returns:
-            ``users``, ``items``, ``events``, ``density`` (events over users x items); under ``per_task`` for each of
-            ``TASKS`` its ``events``, the number of ``train``, ``valid`` and ``test`` examples and the mean, median
-            and maximum of their history lengths; under ``removed`` what loading left out and why.
+            ``users``, ``items``, ``events`` (pairs of a user and an item), ``density`` (events over users x items);
+            under ``per_task`` for each of ``TASKS`` its ``events`` (requests), the number of ``train``, ``valid`` and
+            ``test`` examples, the mean number of their targets, and the mean, median and maximum of their history
+            lengths; under ``removed`` what loading left out and why, pairs where it says events.
         """
         total = sum(map(len, self.events.values()))
         per_task = {}
         for task in TASKS:
             parts = {"train": self.train[task], "valid": self.valid[task], "test": self.test[task]}
-            lengths = [len(example.history) for part in parts.values() for example in part] or [0]
+            examples = [example for part in parts.values() for example in part]
+            lengths = [len(example.history) for example in examples] or [0]
             per_task[task] = {
                 "events": self.counts[f"{task}_events"],
                 **{name: len(part) for name, part in parts.items()},
+                "targets_mean": statistics.fmean([len(example.target) for example in examples] or [0]),
                 "history_mean": statistics.fmean(lengths),
                 "history_median": float(statistics.median(lengths)),
                 "history_max": max(lengths),
@@ -121,6 +127,7 @@ class Dataset:
             "density": total / (len(self.events) * len(self.items)),
             "per_task": per_task,
             "removed": {
+                **self.counts["left_out"],
                 "repeated_events": self.counts["repeated_events"],
                 "events_by_k_core": self.counts["k_core_events"],
                 "users_by_k_core": self.counts["k_core_users"],

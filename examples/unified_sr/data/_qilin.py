@@ -1,0 +1,131 @@
+"""Qilin: requests for search and recommendation on Xiaohongshu, with all notes that each answer showed.
+
+Chen et al., "Qilin: A Multimodal Information Retrieval Dataset with APP-level User Sessions", arXiv 2503.00501; the
+files are those of THUIR/Qilin on the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._events import Event, Reading, Source, in_order
+from ._parquet import Rows, parquet_files, read_parquet
+from ._types import Item
+
+NOTES = "notes"
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """A folder of requests: its name, the part it is, and how its columns are called."""
+
+    folder: str
+    split: str
+    details: str
+    timestamp: str
+    query: bool
+
+
+REQUESTS = (
+    _Requests("recommendation_train", "train", "rec_result_details_with_idx", "request_timestamp", False),
+    _Requests("recommendation_test", "test", "rec_result_details_with_idx", "request_timestamp", False),
+    _Requests("search_train", "train", "search_result_details_with_idx", "search_timestamp", True),
+    _Requests("search_test", "test", "search_result_details_with_idx", "search_timestamp", True),
+)
+
+
+def is_qilin(folder: Path) -> bool:
+    """Tell whether a folder holds one of the data set's folders with Parquet files in it."""
+    return any(parquet_files(folder / name) for name in (NOTES, *(each.folder for each in REQUESTS)))
+
+
+def read_qilin(folder: Path, reading: Reading) -> Source:
+    """Read the requests with at least one click, and those notes that they mention.
+
+    Raises:
+        FileNotFoundError: if the notes or all requests are not there.
+        ImportError: if pyarrow is not installed.
+        ValueError: if a file lacks a column, a value cannot be used, or a note is unknown.
+    """
+    del reading  # searches are recorded
+    notes = parquet_files(folder / NOTES)
+    found = [requests for requests in REQUESTS if parquet_files(folder / requests.folder)]
+    if not notes or not found:
+        lacking = f"{NOTES}/*.parquet" if not notes else ", ".join(f"{each.folder}/*.parquet" for each in REQUESTS)
+        raise FileNotFoundError(f"{folder} holds no {lacking}; Qilin needs its notes and at least one of its requests")
+    left_out = Counter({"requests_without_a_click": 0, "searches_without_a_query": 0})
+    events = [event for requests in found for event in _read_requests(folder, requests, left_out)]
+    mentioned = {note for event in events for note in (*event.items, *(event.history or ()), *event.shown)}
+    items = _read_notes(notes, mentioned)
+    _check_notes(mentioned, items, folder)
+    return Source(folder.resolve().name, in_order(events), items, left_out)
+
+
+def _read_requests(folder: Path, requests: _Requests, left_out: Counter[str]) -> Iterator[Event]:
+    columns = ["user_idx", "recent_clicked_note_idxs", *(["query"] if requests.query else [])]
+    structs = {requests.details: ("note_idx", "click", requests.timestamp)}
+    names: dict[int, str] = {}  # one text object a note, however often it occurs
+    for rows in read_parquet(parquet_files(folder / requests.folder), columns, structs):
+        for row, (user, recent, details) in enumerate(
+            zip(*(rows.columns[name] for name in (*columns[:2], requests.details)), strict=True)
+        ):
+            query = " ".join((rows.columns["query"][row] or "").split()) if requests.query else ""
+            shown = [
+                (_whole(note, rows, row, "note_idx"), _whole(click, rows, row, "click")) for note, click, _ in details
+            ]
+            clicked = tuple(dict.fromkeys(note for note, click in shown if click > 0))
+            if not clicked:
+                left_out["requests_without_a_click"] += 1
+            elif requests.query and not query:
+                left_out["searches_without_a_query"] += 1
+            else:
+                history = [_whole(note, rows, row, "recent_clicked_note_idxs") for note in recent or ()]
+                rest = dict.fromkeys(note for note, _ in shown if note not in clicked)
+                times = [_whole(time, rows, row, requests.timestamp) for _, _, time in details]
+                yield Event(
+                    user=str(_whole(user, rows, row, "user_idx")),
+                    items=_names(clicked, names),
+                    timestamp=float(min(times)),
+                    query=query,
+                    split=requests.split,
+                    history=_names(history, names),
+                    shown=_names(rest, names),
+                )
+
+
+def _whole(value: Any, rows: Rows, row: int, name: str) -> int:
+    # The files hold whole numbers partly as floats.
+    try:
+        return int(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{rows.where(row)}: {name} is {value!r}; it must be a whole number") from error
+
+
+def _names(notes: Any, names: dict[int, str]) -> tuple[str, ...]:
+    return tuple(names.setdefault(note, str(note)) for note in notes)
+
+
+def _read_notes(paths: list[Path], mentioned: set[str]) -> tuple[Item, ...]:
+    columns = ["note_idx", "note_title", "note_content"]
+    items: dict[str, Item] = {}
+    for rows in read_parquet(paths, columns, within=("note_idx", {int(note) for note in mentioned})):
+        for note, title, content in zip(*(rows.columns[name] for name in columns), strict=True):
+            name = str(int(note))
+            if name in items:
+                raise ValueError(f"{rows.path} repeats the note_idx {name}; each note has a number of its own")
+            text = " ".join((title or "").split()) or " ".join((content or "").split())
+            items[name] = Item(name, text or name)
+    return tuple(items.values())
+
+
+def _check_notes(mentioned: set[str], items: tuple[Item, ...], folder: Path) -> None:
+    unknown = mentioned.difference(item.id for item in items)
+    if unknown:
+        raise ValueError(
+            f"{folder / NOTES} lacks {len(unknown)} of the {len(mentioned)} notes that requests mention, for example "
+            f"note_idx {min(unknown, key=int)}; is one of its parts missing?"
+        )
