@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +103,69 @@ def test_sharded_training_is_that_of_one_process(ranks: int, tmp_path: Path) -> 
     for world, expected, *of_ranks in zip(WORLDS, _trained(0, 1), *found, strict=True):
         for name, value in expected.items():
             assert torch.allclose(of_ranks[0][name], value, rtol=0, atol=1e-8), (world, name)
+
+
+def _sent_and_held(rank: int) -> tuple[int, list[tuple[int, ...]]]:
+    """The largest tensor that the optimizer sends in a step with a refresh, and the shapes of its state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 300, bias=False))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=TASKS, rank=3, model=model)
+    sent = []
+    plain = dist.all_reduce
+
+    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sent.append(tensor.numel())
+        return plain(tensor, *arguments, **options)
+
+    with optimizer.task("rec"):
+        model(torch.randn(4, 200)).square().mean().backward()
+    dist.all_reduce = counted
+    optimizer.step()
+    dist.all_reduce = plain
+    shapes = [tuple(value.shape) for value in optimizer.state[next(model.parameters())].values()]
+    return max(sent), shapes
+
+
+def test_no_rank_holds_or_sends_anything_of_the_weights_size(tmp_path: Path) -> None:
+    for sent, shapes in launch(_sent_and_held, 2, tmp_path):
+        # a sketch (200 x 67) and a norm
+        assert sent == 200 * (3 + 64) + 1
+        assert {shape for shape in shapes if 300 in shape} == set()
+        assert (150, 3) in shapes
+
+
+def _saved(rank: int, ranks: int, folder: str, world: World) -> dict[str, Tensor]:
+    model, optimizer = build(world, ranks)
+    train(world, model, optimizer, rank, ranks, range(10))
+    weights_now, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights_now, "optimizer": state}, checkpoint_id=folder)
+    train(world, model, optimizer, rank, ranks, range(10, 20))
+    return weights(model)
+
+
+def _resumed(rank: int, ranks: int, folder: str, world: World) -> dict[str, Tensor]:
+    model, optimizer = build(world, ranks)
+    weights_now, state = get_state_dict(model, optimizer)
+    read = {"model": weights_now, "optimizer": state}
+    dcp.load(read, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=read["model"], optim_state_dict=read["optimizer"])
+    train(world, model, optimizer, rank, ranks, range(10, 20))
+    return weights(model)
+
+
+@pytest.mark.parametrize(
+    "world",
+    [
+        World(refresh="sketch", protect=True, gate="hypergradient"),
+        World(refresh="sketch", protect=True, side="output", base="sgd"),
+    ],
+    ids=["input", "output"],
+)
+def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(world: World, tmp_path: Path) -> None:
+    checkpoint = str(tmp_path / "checkpoint")
+    expected = launch(_saved, 2, tmp_path / "two", 2, checkpoint, world)[0]
+    for ranks in (1, 2, 4):
+        found = launch(_resumed, ranks, tmp_path / f"resumed-{ranks}", ranks, checkpoint, world)
+        for name, value in expected.items():
+            assert torch.allclose(found[0][name], value, rtol=0, atol=1e-8), (ranks, name)
