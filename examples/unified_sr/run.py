@@ -25,7 +25,7 @@ from .precision import Precision, choose_precision
 from .report import write_report
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
-from .training import History, train
+from .training import History, tasks_to_train, train
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
@@ -96,6 +96,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         text = load_general_text(settings.general_text)
         language_model = load_language_model(settings.model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
+        trained = tasks_to_train(settings.train_tasks, parts.tasks)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
     say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.test[parts.tasks[0]][0])}")
@@ -107,12 +108,12 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     if method.build is not None and settings.steps > 0:
         with clock.phase("preparation"):
             torch.manual_seed(settings.seed)
-            updater = method.build(Setup(parts.ranker, settings, parts.tasks, parts.general, say))
+            updater = method.build(Setup(parts.ranker, settings, trained, parts.general, say))
         with clock.phase("training"):
             history = train(
                 parts.ranker,
                 updater,
-                {task: dataset.train[task] for task in parts.tasks},
+                {task: dataset.train[task] for task in trained},
                 parts.prompts,
                 parts.collate,
                 precision,

@@ -40,6 +40,7 @@ class Settings:
     max_query_tokens: int = setting(32, "tokens kept of a query", minimum=1)
     general_text: str | None = setting(None, "file of general-domain English; null takes text that Python brings along")
 
+    train_tasks: str | None = setting(None, "tasks that are trained, separated by commas; null trains all")
     batch_size: int = setting(32, "examples per task and step", minimum=1)
     lr: float = setting(1e-4, "peak learning rate of the model's weights", above=0)
     item_lr: float = setting(1e-3, "peak learning rate of the items' embedding rows", above=0)
