@@ -23,6 +23,7 @@ from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
 from .precision import Precision, choose_precision
 from .report import write_report
+from .run_baseline import run_baseline
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
 from .training import History, tasks_to_train, train
@@ -93,6 +94,10 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
             max_history=settings.max_history,
         )
         say(format_statistics(dataset))
+    method = method_named(settings.method)
+    if method.fit is not None:
+        return run_baseline(folder, settings, method, dataset, clock.phase, clock.seconds)
+    with clock.phase("loading"):
         text = load_general_text(settings.general_text)
         language_model = load_language_model(settings.model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
@@ -104,7 +109,6 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         before = parts.measure("zero-shot")
     updater, history = None, History()
     after = before
-    method = method_named(settings.method)
     if method.build is not None and settings.steps > 0:
         with clock.phase("preparation"):
             torch.manual_seed(settings.seed)

@@ -40,13 +40,13 @@ class Setup(Generic[S]):
 class Diagnostics:
     """What is known about one step, averaged over the layers.
 
-    The gradients compared are those of the trained weights without the items' rows; of GEMS, whose whole gradients never
-    exist, what its shared subspaces hold of them.
+    The gradients compared are those of the trained weights without the items' rows; of GEMS, whose whole gradients
+    never exist, what its shared subspaces hold of them.
 
     Args:
         cosine: ``"a|b"`` -> cosine of the two tasks' gradients, all weights taken as one vector.
         cosines: ``"a|b"`` -> mean over the weights of the cosine in each of them.
-        angles: ``"a|b"`` -> ``"mean_cosine"`` and ``"smallest"`` (radians) of the principal angles between two subspaces.
+        angles: ``"a|b"`` -> ``"mean_cosine"`` and ``"smallest"`` (radians) of the principal angles of two subspaces.
         gates: task -> weight of its subspace.
         energy: subspace -> share of its gradient's energy that it keeps.
         protected: layer -> share of its directions that are protected.
@@ -116,14 +116,15 @@ class Method:
         summary: one line for tables and help.
         settings: its settings class, whose ``method`` defaults to ``name``.
         build: makes the updater; ``None`` for a method that trains no language model.
-        fit: makes the rankings of a method without any language model; ``None`` for all others.
+        fit: makes the rankings of a method without any language model, from the settings, the data set and its training
+            examples; ``None`` for all others.
     """
 
     name: str
     summary: str
     settings: type[Settings]
     build: Callable[[Setup[Any]], Updater] | None
-    fit: Callable[[Any, Dataset], Fitted] | None = None
+    fit: Callable[[Any, Dataset, Sequence[Example]], Fitted] | None = None
 
 
 def train_only(ranker: Ranker, trained: Iterable[nn.Parameter]) -> None:

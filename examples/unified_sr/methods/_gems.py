@@ -16,8 +16,6 @@ from ._base import Diagnostics, Method, Setup, Updater, item_group, model_parame
 from ._conflict import cosines, mean_values
 from ._mixed import MixedLossUpdater
 
-Gate = Literal["uniform", "heuristic", "hypergradient"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class GemsSettings(Settings):
@@ -32,7 +30,7 @@ class GemsSettings(Settings):
     side: Literal["input", "output"] = setting("input", "side of the weights that subspaces and protection live on")
     orthogonalize: Literal["none", "shared_first"] = setting("none", "whether task subspaces avoid the shared one")
     task_subspaces: bool = setting(True, "whether tasks have subspaces of their own beside the shared one")
-    gate: Gate = setting("heuristic", "how the task subspaces are weighted")
+    gate: Literal["uniform", "heuristic", "hypergradient"] = setting("heuristic", "how the task subspaces are weighted")
     capture: Literal["auto", "fused", "generic"] = setting("auto", "how the layers' gradients are captured")
     refresh: Literal["auto", "sketch", "svd"] = setting("auto", "what the bases are refreshed from")
     protect: bool = setting(True, "whether to keep the updates inside the null space of general text")
@@ -76,7 +74,7 @@ class GemsUniformSettings(GemsSettings):
     """Ablation: all task subspaces count the same."""
 
     method: str = setting("gems-uniform", "name of the training method")
-    gate: Gate = setting("uniform", "how the task subspaces are weighted")
+    gate: Literal["uniform", "heuristic", "hypergradient"] = setting("uniform", "how the task subspaces are weighted")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +82,9 @@ class GemsHypergradientSettings(GemsSettings):
     """Variant: the weights of the task subspaces are trained."""
 
     method: str = setting("gems-hypergradient", "name of the training method")
-    gate: Gate = setting("hypergradient", "how the task subspaces are weighted")
+    gate: Literal["uniform", "heuristic", "hypergradient"] = setting(
+        "hypergradient", "how the task subspaces are weighted"
+    )
 
 
 class GramianKeeper:
@@ -202,8 +202,8 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     if not settings.task_subspaces:
         notes.append(
             "No task has a subspace of its own (`task_subspaces: false`): the gradient of the mixed batch moves the "
-            "shared subspace alone, and the update is that of `gems` without the gated terms. The conflict of the tasks "
-            "is that of their whole gradients, which this variant has."
+            "shared subspace alone, and the update is that of `gems` without the gated terms. The conflict of the "
+            "tasks is that of their whole gradients, which this variant has."
         )
         return MixedLossUpdater(optimizer, notes, settings.grad_clip)
     notes.append(f"The task subspaces are weighted by the {settings.gate} gate.")

@@ -37,8 +37,8 @@ def build(setup: Setup[LoraSettings]) -> Updater:
     train_only(setup.ranker, adapters)
     optimizer = AdamW([*parameter_groups(adapters, settings), item_group(setup.ranker, settings)])
     note = (
-        f"Adapters of rank {settings.rank} on every linear layer are trained; all other weights are frozen. The conflict "
-        "of the tasks is that of the adapters' gradients."
+        f"Adapters of rank {settings.rank} on every linear layer are trained; all other weights are frozen. The "
+        "conflict of the tasks is that of the adapters' gradients."
     )
     return MixedLossUpdater(optimizer, [note], settings.grad_clip)
 
