@@ -17,12 +17,13 @@ from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .environment import describe_environment
 from .evaluation import Evaluator, TaskResult, choose_examples
-from .general_domain import general_batches, perplexity, token_windows
+from .general_domain import general_batches, token_windows
 from .general_text import load_general_text
 from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
 from .precision import Precision, choose_precision
 from .report import write_report
+from .retention import General, Retention, retention_summary
 from .run_baseline import run_baseline
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
@@ -37,17 +38,17 @@ class Measured:
     """What one evaluation found."""
 
     results: dict[str, TaskResult]
-    perplexity: float
+    general: General
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """One half of ``metrics.json``."""
         ranking = {task: result.metrics for task, result in self.results.items()}
-        return {**ranking, "general": {"perplexity": self.perplexity}}
+        return {**ranking, "general": self.general.metrics}
 
     @property
     def sampled(self) -> dict[str, dict[str, float]]:
-        """The same among sampled negatives, without perplexity."""
+        """The same among sampled negatives, without general text."""
         return {task: result.sampled for task, result in self.results.items()}
 
 
@@ -108,9 +109,10 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     with clock.phase("zero-shot evaluation"):
         before = parts.measure("zero-shot")
     updater, history = None, History()
-    after = before
+    after, leak = before, {}
     if method.build is not None and settings.steps > 0:
         with clock.phase("preparation"):
+            intact = parts.retention.intact_layers(parts.ranker.backbone)
             torch.manual_seed(settings.seed)
             updater = method.build(Setup(parts.ranker, settings, trained, parts.general, say))
         with clock.phase("training"):
@@ -127,12 +129,14 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
             )
         with clock.phase("final evaluation"):
             after = parts.measure(settings.method)
+            leak = intact.leak() if intact else {}
     else:
         folder.file("steps.jsonl").write_text("", encoding="utf-8")
     for task, result in after.results.items():
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    folder.write_json("run.json", _summary(parts, updater, history, clock))
+    retained = retention_summary(before.general, after.general, leak)
+    folder.write_json("run.json", {**_summary(parts, updater, history, clock), **retained})
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
     checkpoint.remove()
@@ -144,7 +148,6 @@ def _summary(parts: _Parts, updater: Updater | None, history: History, clock: Cl
         "tasks": list(parts.tasks),
         "evaluated": {task: len(parts.test[task]) for task in parts.tasks},
         "prompts": {task: parts.prompts.text(parts.test[task][0]) for task in parts.tasks},
-        "perplexity_tokens": parts.perplexity_tokens,
         "trained_parameters": sum(weight.numel() for weight in parts.ranker.parameters() if weight.requires_grad)
         if updater
         else 0,
@@ -168,8 +171,7 @@ class _Parts:
     tasks: tuple[str, ...]
     test: dict[str, list[Example]]
     fit_windows: list[torch.Tensor]
-    held_out_windows: list[torch.Tensor]
-    perplexity_tokens: int = 0
+    retention: Retention
 
     @classmethod
     def assemble(
@@ -205,10 +207,8 @@ class _Parts:
         test = {task: choose_examples(dataset.test[task], settings.eval_users, settings.seed) for task in tasks}
         wanted = getattr(settings, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
-        held_out = token_windows(
-            tokenizer, text[1], tokens=settings.perplexity_tokens, window=settings.perplexity_window
-        )
-        return cls(ranker, language_model, prompts, collate, precision, evaluator, tasks, test, fit, held_out)
+        retention = Retention(language_model, text[1], settings, precision.device)
+        return cls(ranker, language_model, prompts, collate, precision, evaluator, tasks, test, fit, retention)
 
     def general(self) -> Iterator[Mapping[str, torch.Tensor]]:
         return general_batches(self.language_model, self.fit_windows, self.precision.device)
@@ -218,9 +218,7 @@ class _Parts:
         with tqdm(total=sum(map(len, self.test.values())), desc=f"ranking, {name}", unit="query") as bar:
             for task, examples in self.test.items():
                 results[task] = self.evaluator(self.ranker, examples, bar.update)
-        found = perplexity(self.language_model, self.held_out_windows, self.precision.device)
-        self.perplexity_tokens = found.tokens
-        return Measured(results, found.value)
+        return Measured(results, self.retention.measure(name))
 
 
 def describe_result(folder: RunFolder) -> str:

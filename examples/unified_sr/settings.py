@@ -59,6 +59,11 @@ class Settings:
     negatives: int = setting(99, "negatives of the sampled metrics", minimum=1)
     perplexity_tokens: int = setting(4096, "tokens of general text on which perplexity is measured", minimum=16)
     perplexity_window: int = setting(512, "tokens that the model sees at once in it", minimum=8)
+    leak_tokens: int = setting(
+        512, "tokens of general text on which the change of each layer's output is measured; 0 measures none", minimum=0
+    )
+    multiple_choice: str | None = setting(None, "JSON file of multiple-choice questions; null asks none")
+    multiple_choice_questions: int = setting(0, "questions asked, evenly spread over the file; 0 asks all", minimum=0)
     checkpoint_every: int = setting(25, "steps between two checkpoints of the training; 0 writes none", minimum=0)
     report_every: int = setting(5, "steps between two diagnostics of the optimizer", minimum=1)
 

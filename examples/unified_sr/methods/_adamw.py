@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch.optim import AdamW
 
@@ -39,7 +40,7 @@ def build(setup: Setup[AdamWSettings]) -> Updater:
     return full_fine_tuning(setup, [])
 
 
-def full_fine_tuning(setup: Setup[Settings], notes: list[str], surgery: Surgery | None = None) -> Updater:
+def full_fine_tuning(setup: Setup[Any], notes: list[str], surgery: Surgery | None = None) -> Updater:
     """Train all layers with AdamW.
 
     Args:
