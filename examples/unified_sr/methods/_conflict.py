@@ -46,6 +46,21 @@ def cosines(gramian: Tensor, tasks: Sequence[str]) -> dict[str, float]:
     }
 
 
+def mean_cosines(each: Tensor, tasks: Sequence[str]) -> dict[str, float]:
+    """Return ``"a|b"`` -> mean over the weights of the cosine in each of them.
+
+    A weight counts where both gradients are more than rounding: a millionth of the task's gradient of all weights. The
+    first token of a decoder attends to itself alone, so what its queries and keys receive is rounding and no conflict.
+
+    Args:
+        each: (W, K, K) inner products.
+        tasks: K names.
+    """
+    squares = each.diagonal(dim1=1, dim2=2)
+    counts = squares > 1e-12 * squares.sum(dim=0)
+    return mean_values(cosines(one * (use[:, None] & use), tasks) for one, use in zip(each, counts, strict=True))
+
+
 def mean_values(mappings: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean of each key over the mappings that have a finite value for it."""
     gathered: dict[str, list[float]] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ._base import Diagnostics, Updater
-from ._conflict import cosines, gramians, mean_values
+from ._conflict import cosines, gramians, mean_cosines
 
 Surgery = Callable[[Tensor], Tensor]
 """From the K x K inner products of the tasks' gradients to their K weights in the step; see ``gradsub.surgery``."""
@@ -81,8 +81,7 @@ class MixedLossUpdater(Updater):
         each = gramians([part[:count] for part in parts.values()])
         gramian = each.sum(dim=0)
         if measure:
-            per_weight = mean_values(cosines(one, tasks) for one in each)
-            self._found = Diagnostics(cosine=cosines(gramian, tasks), cosines=per_weight)
+            self._found = Diagnostics(cosine=cosines(gramian, tasks), cosines=mean_cosines(each, tasks))
         plain = [1.0] * len(tasks)
         factors = plain if self._surgery is None else self._surgery(gramian).tolist()
         columns = list(zip(*parts.values(), strict=True))
