@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.cli import main
-from examples.unified_sr.methods import Updater
+from examples.unified_sr.config import differences, resolve
+from examples.unified_sr.methods import METHODS, Updater
+from examples.unified_sr.methods._gems_settings import GemsSettings
 from examples.unified_sr.model import Ranker
 from examples.unified_sr.training import tasks_to_train
 
@@ -228,3 +231,26 @@ def test_batches_of_one_task_have_no_conflict(llama_folder: str) -> None:
     assert set(batches(ranker)) == {"rec", "search"}
     updater.update({"rec": losses(ranker)["rec"]}, {"rec": 2}, measure=True)
     assert updater.diagnostics() is None
+
+
+def test_a_variant_follows_the_section_of_its_original(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text(
+        "methods:\n  gems: {lr: 2.0e-3, rank: 7, protect: true, gate: heuristic}\n  gems-no-null: {rank: 9}\n"
+        "  adamw: {lr: 3.0e-3, train_tasks: null}\n",
+        encoding="utf-8",
+    )
+    found = {name: resolve(file=file, flags={"method": name}) for name, method in METHODS.items() if method.variant_of}
+    for name, settings in found.items():
+        assert settings.lr == (2e-3 if name.startswith("gems") else 3e-3)
+    gems = {name: settings for name, settings in found.items() if isinstance(settings, GemsSettings)}
+    assert {name: settings.rank for name, settings in gems.items()} == dict.fromkeys(gems, 7) | {"gems-no-null": 9}
+    # What a variant is about is not taken from the original.
+    assert [settings.protect for settings in gems.values()].count(False) == 1
+    assert gems["gems-uniform"].gate == "uniform"
+    assert found["adamw-rec"].train_tasks == "rec"
+    assert resolve(file=file, flags={"method": "gems-paper"}).lr == 5e-4
+    for name, settings in found.items():
+        original = resolve(file=file, flags={"method": METHODS[name].variant_of})
+        changed = {text.partition(":")[0] for text in differences(asdict(original), settings)}
+        assert len(changed - {"method", "radius", "rank"}) <= 1, changed

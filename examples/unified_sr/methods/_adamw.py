@@ -56,5 +56,9 @@ def full_fine_tuning(setup: Setup[Any], notes: list[str], surgery: Surgery | Non
 
 
 ADAMW = Method("adamw", "full fine-tuning with AdamW", AdamWSettings, build)
-ADAMW_REC = Method("adamw-rec", "full fine-tuning with AdamW on recommendation alone", AdamWRecSettings, build)
-ADAMW_SEARCH = Method("adamw-search", "full fine-tuning with AdamW on search alone", AdamWSearchSettings, build)
+ADAMW_REC = Method(
+    "adamw-rec", "full fine-tuning with AdamW on recommendation alone", AdamWRecSettings, build, variant_of="adamw"
+)
+ADAMW_SEARCH = Method(
+    "adamw-search", "full fine-tuning with AdamW on search alone", AdamWSearchSettings, build, variant_of="adamw"
+)

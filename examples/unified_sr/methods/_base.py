@@ -118,6 +118,8 @@ class Method:
         build: makes the updater; ``None`` for a method that trains no language model.
         fit: makes the rankings of a method without any language model, from the settings, the data set and its training
             examples; ``None`` for all others.
+        variant_of: the method whose section in a configuration file holds for this one too, so that the two differ in
+            what the variant's settings class changes and in nothing else.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Method:
     settings: type[Settings]
     build: Callable[[Setup[Any]], Updater] | None
     fit: Callable[[Any, Dataset, Sequence[Example]], Fitted] | None = None
+    variant_of: str | None = None
 
 
 def train_only(ranker: Ranker, trained: Iterable[nn.Parameter]) -> None:

@@ -4,87 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ..settings import Settings, setting
 from ._base import Diagnostics, Method, Setup, Updater, item_group, model_parameters, parameter_groups, train_only
 from ._conflict import cosines, mean_values
+from ._gems_settings import (
+    GemsHypergradientSettings,
+    GemsNoNullSettings,
+    GemsNoTaskSettings,
+    GemsPaperSettings,
+    GemsSettings,
+    GemsUniformSettings,
+)
 from ._mixed import MixedLossUpdater
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemsSettings(Settings):
-    """The subspaces and what is protected from them; the defaults are those of the library."""
-
-    method: str = setting("gems", "name of the training method")
-    lr: float = setting(6e-4, "peak learning rate inside the subspaces", above=0)
-    rank: int = setting(128, "dimension of the shared subspace", minimum=1)
-    task_rank: int | None = setting(None, "dimension of each task's subspace; null takes half the rank", minimum=1)
-    update_proj_gap: int = setting(200, "steps between two refreshes of the subspaces", minimum=1)
-    scale: float = setting(1.0, "factor of the lifted update", above=0)
-    side: Literal["input", "output"] = setting("input", "side of the weights that subspaces and protection live on")
-    orthogonalize: Literal["none", "shared_first"] = setting("none", "whether task subspaces avoid the shared one")
-    task_subspaces: bool = setting(True, "whether tasks have subspaces of their own beside the shared one")
-    gate: Literal["uniform", "heuristic", "hypergradient"] = setting("heuristic", "how the task subspaces are weighted")
-    capture: Literal["auto", "fused", "generic"] = setting("auto", "how the layers' gradients are captured")
-    refresh: Literal["auto", "sketch", "svd"] = setting("auto", "what the bases are refreshed from")
-    protect: bool = setting(True, "whether to keep the updates inside the null space of general text")
-    energy: float | None = setting(0.95, "share of the general features' energy protected", above=0, maximum=1)
-    threshold: float | None = setting(None, "protect directions above this eigenvalue instead", minimum=0)
-    null_space_tokens: int = setting(8192, "tokens of general text that define the null space", minimum=16)
-    train_others: bool = setting(False, "whether norms, biases and the like are trained too, which nothing protects")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemsPaperSettings(GemsSettings):
-    """The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size."""
-
-    method: str = setting("gems-paper", "name of the training method")
-    lr: float = setting(5e-4, "peak learning rate inside the subspaces", above=0)
-    warmup: float = setting(0.01, "share of the steps in which the learning rates rise", minimum=0, maximum=1)
-    rank: int = setting(1024, "dimension of the shared subspace", minimum=1)
-    side: Literal["input", "output"] = setting("output", "side of the weights that subspaces and protection live on")
-    energy: float | None = setting(None, "share of the general features' energy protected", above=0, maximum=1)
-    threshold: float | None = setting(2e-2, "protect directions above this eigenvalue", minimum=0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemsNoTaskSettings(GemsSettings):
-    """Ablation: the shared subspace alone. An ablation changes one thing, so all rates are those of ``gems``."""
-
-    method: str = setting("gems-no-task", "name of the training method")
-    task_subspaces: bool = setting(False, "whether tasks have subspaces of their own beside the shared one")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemsNoNullSettings(GemsSettings):
-    """Ablation: nothing is protected."""
-
-    method: str = setting("gems-no-null", "name of the training method")
-    protect: bool = setting(False, "whether to keep the updates inside the null space of general text")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemsUniformSettings(GemsSettings):
-    """Ablation: all task subspaces count the same."""
-
-    method: str = setting("gems-uniform", "name of the training method")
-    gate: Literal["uniform", "heuristic", "hypergradient"] = setting("uniform", "how the task subspaces are weighted")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GemsHypergradientSettings(GemsSettings):
-    """Variant: the weights of the task subspaces are trained."""
-
-    method: str = setting("gems-hypergradient", "name of the training method")
-    gate: Literal["uniform", "heuristic", "hypergradient"] = setting(
-        "hypergradient", "how the task subspaces are weighted"
-    )
 
 
 class GramianKeeper:
@@ -229,9 +165,15 @@ def _null_space(setup: Setup[GemsSettings]) -> Any:
 
 GEMS = Method("gems", "GEMS with the library's defaults (input side)", GemsSettings, build)
 GEMS_PAPER = Method("gems-paper", "GEMS as published (output side)", GemsPaperSettings, build)
-GEMS_NO_TASK = Method("gems-no-task", "GEMS without the task subspaces", GemsNoTaskSettings, build)
-GEMS_NO_NULL = Method("gems-no-null", "GEMS without the null space", GemsNoNullSettings, build)
-GEMS_UNIFORM = Method("gems-uniform", "GEMS with equal weights of the task subspaces", GemsUniformSettings, build)
+GEMS_NO_TASK = Method("gems-no-task", "GEMS without the task subspaces", GemsNoTaskSettings, build, variant_of="gems")
+GEMS_NO_NULL = Method("gems-no-null", "GEMS without the null space", GemsNoNullSettings, build, variant_of="gems")
+GEMS_UNIFORM = Method(
+    "gems-uniform", "GEMS with equal weights of the task subspaces", GemsUniformSettings, build, variant_of="gems"
+)
 GEMS_HYPERGRADIENT = Method(
-    "gems-hypergradient", "GEMS with trained weights of the task subspaces", GemsHypergradientSettings, build
+    "gems-hypergradient",
+    "GEMS with trained weights of the task subspaces",
+    GemsHypergradientSettings,
+    build,
+    variant_of="gems",
 )

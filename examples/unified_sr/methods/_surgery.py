@@ -56,5 +56,9 @@ def _cagrad_sum(gramian: Tensor, radius: float) -> Tensor:
     return len(gramian) * cagrad(gramian, c=radius)
 
 
-PCGRAD = Method("pcgrad", "AdamW on the tasks' gradients combined by PCGrad", PCGradSettings, build_pcgrad)
-CAGRAD = Method("cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad)
+PCGRAD = Method(
+    "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", PCGradSettings, build_pcgrad, variant_of="adamw"
+)
+CAGRAD = Method(
+    "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
+)
