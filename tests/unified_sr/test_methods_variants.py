@@ -52,10 +52,9 @@ def test_a_single_task_never_sees_the_other_tasks_examples(llama_folder: str, da
     assert alone["rec"] == again["rec"]
     assert alone["search"] != again["search"]
     _, joint_losses = ran(tmp_path / "c", "adamw", llama_folder, data_folder)
-    _, other_losses = ran(tmp_path / "d", "adamw", llama_folder, other)
-    assert [loss["rec"] for loss in joint_losses[1:]] != [loss["rec"] for loss in other_losses[1:]]
     # The same examples in the same order as in joint training: before any step the losses are equal.
     assert alone_losses[0] == {"rec": joint_losses[0]["rec"]}
+    assert alone_losses[2]["rec"] != joint_losses[2]["rec"]
 
 
 def test_the_tasks_to_train_are_those_of_the_data() -> None:
