@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .methods import METHODS, method_named
+from .methods import METHODS, Method, method_named
 from .settings import Settings, checked
 
 SECTIONS = "methods"
@@ -24,7 +24,8 @@ def resolve(
 
     Args:
         file: a YAML mapping of settings. Under ``methods:`` it may hold a mapping per method name, of which only
-            the chosen method's applies (all are checked).
+            the chosen method's applies (all are checked). Before it comes that of the method of which it is a variant,
+            without what the variant itself is about.
         pairs: texts ``key=value``, the value written as in YAML.
         flags: values from the command line; ``None`` means not given.
 
@@ -43,7 +44,8 @@ def resolve(
             if key in ("method", "data", "model", "seed"):
                 raise ValueError(f"{key!r} cannot be set in the section {SECTIONS}.{name} of {file}; set it at the top")
             _checked_key(owner, key, value, f"{file}, section {SECTIONS}.{name}")
-    merged = {**shared, **sections.get(method.name, {}), **set_values, **given, "method": method.name}
+    own = {**_inherited(method, sections), **sections.get(method.name, {})}
+    merged = {**shared, **own, **set_values, **given, "method": method.name}
     return method.settings(**{key: _checked_key(method.settings, key, value) for key, value in merged.items()})
 
 
@@ -82,6 +84,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"{path} must be a mapping of settings to values, got {type(content).__name__}")
     return content
+
+
+def _inherited(method: Method, sections: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings of the method of which this one is a variant, as far as the variant does not differ in them."""
+    if method.variant_of is None:
+        return {}
+    original = {item.name: item.default for item in fields(METHODS[method.variant_of].settings)}
+    variant = {item.name: item.default for item in fields(method.settings)}
+    section = sections.get(method.variant_of, {})
+    return {key: value for key, value in section.items() if variant[key] == original[key]}
 
 
 def _read_file(file: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

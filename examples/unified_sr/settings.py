@@ -56,6 +56,7 @@ class Settings:
     max_query_tokens: int = setting(32, "tokens kept of a query", minimum=1)
     general_text: str | None = setting(None, "file of general-domain English; null takes text that Python brings along")
 
+    train_tasks: str | None = setting(None, "tasks that are trained, separated by commas; null trains all")
     batch_size: int = setting(32, "examples per task and step", minimum=1)
     lr: float = setting(1e-4, "peak learning rate of the model's weights", above=0)
     item_lr: float = setting(1e-3, "peak learning rate of the items' embedding rows", above=0)
@@ -74,6 +75,11 @@ class Settings:
     negatives: int = setting(99, "negatives of the sampled metrics", minimum=1)
     perplexity_tokens: int = setting(4096, "tokens of general text on which perplexity is measured", minimum=16)
     perplexity_window: int = setting(512, "tokens that the model sees at once in it", minimum=8)
+    leak_tokens: int = setting(
+        512, "tokens of general text on which the change of each layer's output is measured; 0 measures none", minimum=0
+    )
+    multiple_choice: str | None = setting(None, "JSON file of multiple-choice questions; null asks none")
+    multiple_choice_questions: int = setting(0, "questions asked, evenly spread over the file; 0 asks all", minimum=0)
     checkpoint_every: int = setting(25, "steps between two checkpoints of the training; 0 writes none", minimum=0)
     report_every: int = setting(5, "steps between two diagnostics of the optimizer", minimum=1)
 

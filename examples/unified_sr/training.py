@@ -56,6 +56,25 @@ class History:
         }
 
 
+def tasks_to_train(wanted: str | None, available: Sequence[str]) -> tuple[str, ...]:
+    """Return the tasks named in the setting ``train_tasks``, in the order of ``available``; all of them for ``None``.
+
+    Raises:
+        ValueError: naming a task that is not there.
+
+    Example:
+        >>> tasks_to_train("search, rec", ["rec", "search"]), tasks_to_train("rec", ["rec", "search"])
+        (('rec', 'search'), ('rec',))
+    """
+    if wanted is None:
+        return tuple(available)
+    names = [name.strip() for name in wanted.split(",")]
+    for name in names:
+        if name not in available:
+            raise ValueError(f"train_tasks names {name!r}, but the data's tasks are {', '.join(available)}")
+    return tuple(task for task in available if task in names)
+
+
 def example_batches(examples: Sequence[Example], size: int, seed: int, task: str) -> Iterator[list[Example]]:
     """Yield batches for ever, each epoch in a new order that depends on the seed, the task and the epoch alone."""
     if not examples:
@@ -128,15 +147,17 @@ def train(
             for task, stream in streams.items():
                 rows = next(stream)
                 batches[task] = collate([prompts(row) for row in rows], [row.target for row in rows])
+            reported = step % settings.report_every == 0 or step in (1, settings.steps)
             losses = updater.update(
                 {task: _Loss(ranker, task, batch, precision) for task, batch in batches.items()},
                 {task: len(batch.targets) for task, batch in batches.items()},
+                measure=reported,
             )
             rates = {str(group["name"]): float(group["lr"]) for group in updater.optimizer.param_groups}
             schedule.step()
             seconds = time.perf_counter() - start
             record: dict[str, Any] = {"step": step, "loss": losses, "lr": rates, "seconds": round(seconds, 4)}
-            if step % settings.report_every == 0 or step in (1, settings.steps):
+            if reported:
                 found = updater.diagnostics()
                 if found is not None:
                     history.last = found

@@ -17,13 +17,16 @@ GEMS = ["update_proj_gap=2", "null_space_tokens=256"]
 
 
 def arguments(method: str, model: str, data: str, out: Path, *more: str) -> list[str]:
-    own = {"gems": [*GEMS, "rank=4"], "gems-paper": GEMS}.get(method, [])
+    own = GEMS if method == "gems-paper" else [*GEMS, "rank=4"] if method.startswith("gems") else []
     line = ["run", "--data", data, "--model", model, "--method", method, "--steps", "3", "--seed", "1"]
     return [*line, "--out", str(out), "--set", *SMALL, *own, *more]
 
 
-@pytest.mark.parametrize("model", ["llama", "t5"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [(name, "llama") for name, method in METHODS.items() if method.fit is None]
+    + [(name, "t5") for name in ("gems", "gems-paper", "adamw", "lora", "galore", "zero-shot")],
+)
 @pytest.mark.filterwarnings("ignore:.*rank.*:UserWarning", "ignore:.*protects all.*:UserWarning")
 def test_every_method_runs_from_the_command_line(
     method: str,
@@ -76,9 +79,54 @@ def check_files(out: Path, method: str) -> None:
     assert len(steps) == 3
     assert metrics["final"] != metrics["zero_shot"]
     assert {"loss.png", "metrics.png"} <= plots
-    if method.startswith("gems"):
-        assert {"cosine.png", "gates.png"} <= plots
-        assert "cosines" in json.loads(steps[-1])["diagnostics"]
+    found = json.loads(steps[-1]).get("diagnostics")
+    if method in ("adamw-rec", "adamw-search"):
+        assert found is None
+        assert set(json.loads(steps[-1])["loss"]) == {method.removeprefix("adamw-")}
+        return
+    assert "cosine.png" in plots
+    assert found["cosine"].keys() == found["cosines"].keys() == {"rec|search"}
+    if method.startswith("gems") and method != "gems-no-task":
+        assert "gates.png" in plots
+        assert set(found["angles"]) == {"shared|rec", "shared|search", "rec|search"}
+
+
+BASELINES = {"popularity": {"rec", "search"}, "ease": {"rec"}, "bm25": {"search"}}
+
+
+@pytest.mark.parametrize("method", BASELINES)
+def test_a_baseline_needs_no_language_model(method: str, data_folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    line = arguments(method, "no model of this name", data_folder, out)
+    assert main(line) == 0
+    metrics = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["zero_shot"] == {}
+    assert set(metrics["final"]) == BASELINES[method]
+    for task, values in metrics["final"].items():
+        assert set(values) == NAMES
+        assert values == pytest.approx(evaluate_files(out / f"run.{task}.trec", out / f"qrels.{task}.trec"), abs=1e-6)
+        assert (out / f"queries.{task}.jsonl").is_file()
+    assert set(json.loads((out / "metrics.sampled.json").read_text())["final"]) == BASELINES[method]
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "erplexity" not in report
+    assert "zero-shot" not in report
+    finished = (out / "metrics.json").read_bytes()
+    (out / "report.md").unlink()
+    assert main(line) == 0
+    assert (out / "metrics.json").read_bytes() == finished
+
+
+def test_a_baseline_without_its_task_is_refused(
+    data_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shop = tmp_path / "recs"
+    shop.mkdir()
+    for file in Path(data_folder).iterdir():
+        lines = [line.rsplit("\t", 1)[0] if file.suffix == ".inter" else line for line in file.read_text().splitlines()]
+        (shop / file.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    assert main(arguments("bm25", "none", str(shop), tmp_path / "out")) == 2
+    assert "no test example of what 'bm25' serves" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_methods_start_from_the_same_numbers(llama_folder: str, data_folder: str, tmp_path: Path) -> None:

@@ -1,53 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from method_worlds import TEXT, batches, built, losses
 
-from examples.unified_sr.config import resolve
-from examples.unified_sr.data import Item
 from examples.unified_sr.general_domain import general_batches, token_windows
-from examples.unified_sr.methods import METHODS, Setup, Updater
-from examples.unified_sr.model import Batch, Collator, Ranker, load_language_model
+from examples.unified_sr.methods import METHODS
+from examples.unified_sr.model import Collator, load_language_model
 
-ITEMS = [Item(str(n), title) for n, title in enumerate(("red chair", "blue lamp", "glass", "spoon"))]
-TEXT = "A language model must not forget what it knew about the world outside the catalogue. " * 40
 # On a model this small the published rank is the whole space, and the published threshold protects whole layers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank.*:UserWarning", "ignore:.*protects all.*:UserWarning")
 TRAINED = [name for name, method in METHODS.items() if method.build is not None]
-
-
-def built(folder: str, method: str, *pairs: str) -> tuple[Ranker, Updater]:
-    language_model = load_language_model(folder)
-    ranker = Ranker(language_model, ITEMS)
-    own = {"gems": ("rank=4", "update_proj_gap=2"), "gems-paper": ("threshold=1.0",)}.get(method, ())
-    settings = resolve(pairs=[*own, *pairs], flags={"method": method, "steps": 2})
-    windows = token_windows(language_model.tokenizer, TEXT, tokens=256, window=64)
-    setup: Setup[Any] = Setup(
-        ranker,
-        settings,
-        ("rec", "search"),
-        lambda: general_batches(language_model, windows, torch.device("cpu")),
-        lambda line: None,
-    )
-    build = METHODS[method].build
-    assert build is not None
-    return ranker, build(setup)
-
-
-def batches(ranker: Ranker) -> dict[str, Batch]:
-    first = ranker.first_item
-    collate = Collator(0)
-    return {
-        "rec": collate([[40, first, 41], [first + 1, 42]], [(1,), (3,)]),
-        "search": collate([[50, 51, first + 2]], [(0,)]),
-    }
-
-
-def losses(ranker: Ranker) -> dict[str, Callable[[], torch.Tensor]]:
-    return {task: lambda batch=batch: ranker.loss(batch) for task, batch in batches(ranker).items()}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("method", TRAINED)

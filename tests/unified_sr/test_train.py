@@ -11,7 +11,7 @@ from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.methods import Updater
-from examples.unified_sr.methods._base import MixedLossUpdater
+from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.precision import Precision, choose_precision
 from examples.unified_sr.training import History, example_batches, train, warmup_cosine
@@ -47,7 +47,8 @@ def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
     assert not ranker.training
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert [record["step"] for record in records] == list(range(1, 41))
-    assert set(records[0]) == {"step", "loss", "lr", "seconds"}
+    assert set(records[0]) == {"step", "loss", "lr", "seconds", "diagnostics"}
+    assert set(records[2]) == {"step", "loss", "lr", "seconds"}
     assert history.examples == 400
     assert history.throughput["examples_per_second"] > 0
 

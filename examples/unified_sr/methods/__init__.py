@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import difflib
 
-from ._adamw import ADAMW
-from ._base import Diagnostics, Method, Setup, Updater
-from ._gems import GEMS, GEMS_PAPER
+from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
+from ._base import Diagnostics, Fitted, Method, Setup, Updater
+from ._baselines import BM25, EASE, POPULARITY
+from ._galore import GALORE
+from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PAPER, GEMS_UNIFORM
 from ._lora import LORA
+from ._surgery import CAGRAD, PCGRAD
 from ._zero_shot import ZERO_SHOT
 
-METHODS: dict[str, Method] = {method.name: method for method in (GEMS, GEMS_PAPER, ADAMW, LORA, ZERO_SHOT)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        GEMS,
+        GEMS_PAPER,
+        GEMS_NO_TASK,
+        GEMS_NO_NULL,
+        GEMS_UNIFORM,
+        GEMS_HYPERGRADIENT,
+        ADAMW,
+        ADAMW_REC,
+        ADAMW_SEARCH,
+        LORA,
+        GALORE,
+        PCGRAD,
+        CAGRAD,
+        ZERO_SHOT,
+        POPULARITY,
+        EASE,
+        BM25,
+    )
+}
 
-__all__ = ["METHODS", "Diagnostics", "Method", "Setup", "Updater", "method_named"]
+__all__ = ["METHODS", "Diagnostics", "Fitted", "Method", "Setup", "Updater", "method_named"]
 
 
 def method_named(name: str) -> Method:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..data import Dataset, Example
 from ..model import Ranker
 from ..settings import Settings
 
@@ -37,17 +38,24 @@ class Setup(Generic[S]):
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What an optimizer tells about one step, averaged over the layers.
+    """What is known about one step, averaged over the layers.
+
+    The gradients compared are those of the trained weights without the items' rows; of GEMS, whose whole gradients
+    never exist, what its shared subspaces hold of them.
 
     Args:
-        cosines: ``"a|b"`` -> cosine of the two tasks' gradients.
+        cosine: ``"a|b"`` -> cosine of the two tasks' gradients, all weights taken as one vector.
+        cosines: ``"a|b"`` -> mean over the weights of the cosine in each of them.
+        angles: ``"a|b"`` -> ``"mean_cosine"`` and ``"smallest"`` (radians) of the principal angles of two subspaces.
         gates: task -> weight of its subspace.
         energy: subspace -> share of its gradient's energy that it keeps.
         protected: layer -> share of its directions that are protected.
         full: everything, for a JSON file.
     """
 
+    cosine: Mapping[str, float] = field(default_factory=dict)
     cosines: Mapping[str, float] = field(default_factory=dict)
+    angles: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     gates: Mapping[str, float] = field(default_factory=dict)
     energy: Mapping[str, float] = field(default_factory=dict)
     protected: Mapping[str, float] = field(default_factory=dict)
@@ -67,20 +75,36 @@ class Updater(ABC):
         self.notes = tuple(notes)
 
     @abstractmethod
-    def update(self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int]) -> dict[str, float]:
+    def update(
+        self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int], *, measure: bool = False
+    ) -> dict[str, float]:
         """Take one step.
 
         Args:
             losses: task -> a function that runs the forward pass and returns the mean loss of the task's batch.
             samples: task -> number of examples in the batch.
+            measure: whether ``diagnostics`` will be asked for; the step itself is the same.
 
         Returns:
             Each task's loss.
         """
 
     def diagnostics(self) -> Diagnostics | None:
-        """Return what the optimizer knows about the last step, or ``None`` if it keeps no such record."""
+        """Return what is known about the last step, which was measured, or ``None`` if there is nothing to know."""
         return None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A method without a language model, ready to rank.
+
+    Args:
+        scores: for each task that it serves, a function from B examples to (B, items), higher is better.
+        notes: sentences for the report.
+    """
+
+    scores: Mapping[str, Callable[[Sequence[Example]], Tensor]]
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -91,43 +115,19 @@ class Method:
         name: as on the command line.
         summary: one line for tables and help.
         settings: its settings class, whose ``method`` defaults to ``name``.
-        build: makes the updater; ``None`` for a method that trains nothing.
+        build: makes the updater; ``None`` for a method that trains no language model.
+        fit: makes the rankings of a method without any language model, from the settings, the data set and its training
+            examples; ``None`` for all others.
+        variant_of: the method whose section in a configuration file holds for this one too, so that the two differ in
+            what the variant's settings class changes and in nothing else.
     """
 
     name: str
     summary: str
     settings: type[Settings]
     build: Callable[[Setup[Any]], Updater] | None
-
-
-class MixedLossUpdater(Updater):
-    """Steps on the gradient of the mixed batch, the ordinary way to train on several tasks.
-
-    Each task's mean loss is weighted by its share of the examples, so the sum of the gradients is that of the mean
-    loss over all examples; only one task's activations are in memory at a time.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, notes: Sequence[str] = (), grad_clip: float | None = None
-    ) -> None:
-        super().__init__(optimizer, notes)
-        self._grad_clip = grad_clip
-
-    def update(self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int]) -> dict[str, float]:
-        """Take one step of the mixed batch."""
-        total = sum(samples.values())
-        values: dict[str, float] = {}
-        for task, compute in losses.items():
-            loss = compute()
-            (loss * (samples[task] / total)).backward()  # type: ignore[no-untyped-call]
-            values[task] = float(loss.detach())
-        if self._grad_clip is not None:
-            nn.utils.clip_grad_norm_(
-                [weight for group in self.optimizer.param_groups for weight in group["params"]], self._grad_clip
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return values
+    fit: Callable[[Any, Dataset, Sequence[Example]], Fitted] | None = None
+    variant_of: str | None = None
 
 
 def train_only(ranker: Ranker, trained: Iterable[nn.Parameter]) -> None:

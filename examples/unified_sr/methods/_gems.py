@@ -3,57 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
-from ..settings import Settings, setting
 from ._base import Diagnostics, Method, Setup, Updater, item_group, model_parameters, parameter_groups, train_only
+from ._conflict import cosines, mean_values
+from ._gems_settings import (
+    GemsHypergradientSettings,
+    GemsNoNullSettings,
+    GemsNoTaskSettings,
+    GemsPaperSettings,
+    GemsSettings,
+    GemsUniformSettings,
+)
+from ._mixed import MixedLossUpdater
 
 
-@dataclass(frozen=True, kw_only=True)
-class GemsSettings(Settings):
-    """The subspaces and what is protected from them; the defaults are those of the library."""
+class GramianKeeper:
+    """A surgery that changes nothing and keeps what it was shown, for the report."""
 
-    method: str = setting("gems", "name of the training method")
-    lr: float = setting(6e-4, "peak learning rate inside the subspaces", above=0)
-    rank: int = setting(128, "dimension of the shared subspace", minimum=1)
-    task_rank: int | None = setting(None, "dimension of each task's subspace; null takes half the rank", minimum=1)
-    update_proj_gap: int = setting(200, "steps between two refreshes of the subspaces", minimum=1)
-    scale: float = setting(1.0, "factor of the lifted update", above=0)
-    side: Literal["input", "output"] = setting("input", "side of the weights that subspaces and protection live on")
-    orthogonalize: Literal["none", "shared_first"] = setting("none", "whether task subspaces avoid the shared one")
-    gate: Literal["uniform", "heuristic"] = setting("heuristic", "how the task subspaces are weighted")
-    capture: Literal["auto", "fused", "generic"] = setting("auto", "how the layers' gradients are captured")
-    refresh: Literal["auto", "sketch", "svd"] = setting("auto", "what the bases are refreshed from")
-    protect: bool = setting(True, "whether to keep the updates inside the null space of general text")
-    energy: float | None = setting(0.95, "share of the general features' energy protected", above=0, maximum=1)
-    threshold: float | None = setting(None, "protect directions above this eigenvalue instead", minimum=0)
-    null_space_tokens: int = setting(8192, "tokens of general text that define the null space", minimum=16)
-    train_others: bool = setting(False, "whether norms, biases and the like are trained too, which nothing protects")
+    def __init__(self) -> None:
+        self.gramian: Tensor | None = None
 
-
-@dataclass(frozen=True, kw_only=True)
-class GemsPaperSettings(GemsSettings):
-    """The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size."""
-
-    method: str = setting("gems-paper", "name of the training method")
-    lr: float = setting(5e-4, "peak learning rate inside the subspaces", above=0)
-    warmup: float = setting(0.01, "share of the steps in which the learning rates rise", minimum=0, maximum=1)
-    rank: int = setting(1024, "dimension of the shared subspace", minimum=1)
-    side: Literal["input", "output"] = setting("output", "side of the weights that subspaces and protection live on")
-    energy: float | None = setting(None, "share of the general features' energy protected", above=0, maximum=1)
-    threshold: float | None = setting(2e-2, "protect directions above this eigenvalue", minimum=0)
+    def __call__(self, gramian: Tensor) -> Tensor:
+        """Keep the inner products of the tasks' gradients and return the weights of their sum."""
+        self.gramian = gramian.detach().clone()
+        return torch.ones(len(gramian), dtype=gramian.dtype, device=gramian.device)
 
 
 class GemsUpdater(Updater):
-    """Steps with a ``gradsub.GemsOptimizer``: one forward and backward pass per task."""
+    """Steps with a ``gradsub.GemsOptimizer``: one forward and backward pass per task.
 
-    def update(self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int]) -> dict[str, float]:
-        """Take one step from the tasks' separate gradients."""
+    Args:
+        optimizer: a ``GemsOptimizer``.
+        keeper: its surgery.
+        notes: sentences for the report.
+        grad_clip: the largest norm of each task's gradient; ``None`` does not clip.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, keeper: GramianKeeper, notes: list[str], grad_clip: float | None = None
+    ) -> None:
+        super().__init__(optimizer, notes)
+        self._keeper = keeper
+        self._grad_clip = grad_clip
+
+    def update(
+        self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int], *, measure: bool = False
+    ) -> dict[str, float]:
+        """Take one step from the tasks' separate gradients; the optimizer measures every step."""
         optimizer: Any = self.optimizer
         values: dict[str, float] = {}
         for task, compute in losses.items():
@@ -61,18 +63,28 @@ class GemsUpdater(Updater):
                 loss = compute()
                 loss.backward()  # type: ignore[no-untyped-call]
             values[task] = float(loss.detach())
+        if self._grad_clip is not None:
+            optimizer.clip_grad_norm_(self._grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         return values
 
     def diagnostics(self) -> Diagnostics:
         """Average the optimizer's report over the layers."""
-        report = self.optimizer.report()  # type: ignore[attr-defined]
+        optimizer: Any = self.optimizer
+        report, gramian = optimizer.report(), self._keeper.gramian
         layers = report.layers
+        smallest = mean_values({"|".join(pair): min(found) for pair, found in layer.angles.items()} for layer in layers)
+        alignment = mean_values(
+            {"|".join(pair): math.fsum(map(math.cos, found)) / len(found) for pair, found in layer.angles.items()}
+            for layer in layers
+        )
         return Diagnostics(
-            cosines=_mean({"|".join(pair): value for pair, value in layer.cosines.items()} for layer in layers),
-            gates=_mean(layer.gates for layer in layers),
-            energy=_mean(layer.energy for layer in layers),
+            cosine={} if gramian is None else cosines(gramian, optimizer.tasks),
+            cosines=mean_values({"|".join(pair): value for pair, value in layer.cosines.items()} for layer in layers),
+            angles={pair: {"mean_cosine": alignment[pair], "smallest": smallest[pair]} for pair in smallest},
+            gates=mean_values(layer.gates for layer in layers),
+            energy=mean_values(layer.energy for layer in layers),
             protected={layer.name: float(layer.protected_fraction) for layer in layers},
             full=report.to_dict(),
         )
@@ -95,9 +107,11 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         for group in parameter_groups(weights, settings)
     ]
     groups.append({**item_group(ranker, settings), "subspace": False})
+    keeper = GramianKeeper()
     optimizer = GemsOptimizer(
         AdamW(groups),
-        tasks=tuple(setup.tasks),
+        # Gradients of no task belong to the shared subspace alone: an optimizer without tasks has only that.
+        tasks=tuple(setup.tasks) if settings.task_subspaces else (),
         rank=settings.rank,
         task_rank=settings.task_rank,
         update_proj_gap=settings.update_proj_gap,
@@ -111,6 +125,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         seed=settings.seed,
         capture=settings.capture,
         refresh=settings.refresh,
+        surgery=keeper,
     )
     notes = ["Linear layers are trained inside the subspaces, the items' rows by plain AdamW."]
     if not settings.train_others:
@@ -118,7 +133,17 @@ def build(setup: Setup[GemsSettings]) -> Updater:
             "Norms, biases and all else that is no linear layer are frozen (`train_others: false`): no null space "
             "protects them, so training them would change the model's answers to general text."
         )
-    return GemsUpdater(optimizer, notes)
+    if not settings.protect:
+        notes.append("Nothing is protected (`protect: false`): the subspaces hold any direction of the gradients.")
+    if not settings.task_subspaces:
+        notes.append(
+            "No task has a subspace of its own (`task_subspaces: false`): the gradient of the mixed batch moves the "
+            "shared subspace alone, and the update is that of `gems` without the gated terms. The conflict of the "
+            "tasks is that of their whole gradients, which this variant has."
+        )
+        return MixedLossUpdater(optimizer, notes, settings.grad_clip)
+    notes.append(f"The task subspaces are weighted by the {settings.gate} gate.")
+    return GemsUpdater(optimizer, keeper, notes, settings.grad_clip)
 
 
 def _null_space(setup: Setup[GemsSettings]) -> Any:
@@ -138,14 +163,17 @@ def _null_space(setup: Setup[GemsSettings]) -> Any:
     return null_space
 
 
-def _mean(values: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    gathered: dict[str, list[float]] = {}
-    for mapping in values:
-        for key, value in mapping.items():
-            if math.isfinite(value):
-                gathered.setdefault(key, []).append(float(value))
-    return {key: math.fsum(found) / len(found) for key, found in gathered.items()}
-
-
 GEMS = Method("gems", "GEMS with the library's defaults (input side)", GemsSettings, build)
 GEMS_PAPER = Method("gems-paper", "GEMS as published (output side)", GemsPaperSettings, build)
+GEMS_NO_TASK = Method("gems-no-task", "GEMS without the task subspaces", GemsNoTaskSettings, build, variant_of="gems")
+GEMS_NO_NULL = Method("gems-no-null", "GEMS without the null space", GemsNoNullSettings, build, variant_of="gems")
+GEMS_UNIFORM = Method(
+    "gems-uniform", "GEMS with equal weights of the task subspaces", GemsUniformSettings, build, variant_of="gems"
+)
+GEMS_HYPERGRADIENT = Method(
+    "gems-hypergradient",
+    "GEMS with trained weights of the task subspaces",
+    GemsHypergradientSettings,
+    build,
+    variant_of="gems",
+)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch.optim import AdamW
 
 from ..settings import Settings, setting
-from ._base import Method, MixedLossUpdater, Setup, Updater, item_group, parameter_groups, train_only
+from ._base import Method, Setup, Updater, item_group, parameter_groups, train_only
+from ._mixed import MixedLossUpdater
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,10 @@ def build(setup: Setup[LoraSettings]) -> Updater:
     adapters = [weight for name, weight in setup.ranker.named_parameters() if "lora_" in name]
     train_only(setup.ranker, adapters)
     optimizer = AdamW([*parameter_groups(adapters, settings), item_group(setup.ranker, settings)])
-    note = f"Adapters of rank {settings.rank} on every linear layer are trained; all other weights are frozen."
+    note = (
+        f"Adapters of rank {settings.rank} on every linear layer are trained; all other weights are frozen. The "
+        "conflict of the tasks is that of the adapters' gradients."
+    )
     return MixedLossUpdater(optimizer, [note], settings.grad_clip)
 
 

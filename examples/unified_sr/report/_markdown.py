@@ -14,8 +14,9 @@ def write_report(folder: RunFolder) -> None:
     """Draw the plots and write ``report.md`` of a run whose other files are all there."""
     settings = read_yaml(folder.file(CONFIG))
     summary: dict[str, Any] = folder.read_json("run.json")
+    model = f" with {settings['model']}" if perplexities(folder) else ""
     sections = [
-        f"# {settings['method']} on {settings['data']} with {settings['model']}",
+        f"# {settings['method']} on {settings['data']}{model}",
         _result(folder, settings, summary),
         *_plots(folder),
         _sampled(folder, settings),
@@ -28,17 +29,16 @@ def write_report(folder: RunFolder) -> None:
 
 def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
     evaluated = ", ".join(f"{count} test examples of {task}" for task, count in summary["evaluated"].items())
-    old, new = perplexities(folder)
-    lines = [
-        "## Result",
-        "",
-        result_table(folder),
-        "",
-        f"Full ranking of the whole catalogue without the items the user had seen; {evaluated}. {settings['steps']} "
-        f"steps of {settings['batch_size']} examples per task, seed {settings['seed']}. Perplexity on "
-        f"{summary['perplexity_tokens']} held-out tokens of general text: {old:.2f} for the intact model, {new:.2f} "
-        f"after training ({change(old, new)}).",
-    ]
+    text = f"Full ranking of the whole catalogue without the items the user had seen; {evaluated}."
+    found = perplexities(folder)
+    if found is not None:
+        old, new = found
+        text += (
+            f" {settings['steps']} steps of {settings['batch_size']} examples per task, seed {settings['seed']}. "
+            f"Perplexity on {summary['perplexity_tokens']} held-out tokens of general text: {old:.2f} for the intact "
+            f"model, {new:.2f} after training ({change(old, new)})."
+        )
+    lines = ["## Result", "", result_table(folder), "", text]
     lines += ["", *(f"- {note}" for note in summary["notes"])] if summary["notes"] else []
     return "\n".join(lines)
 
@@ -51,6 +51,8 @@ def _plots(folder: RunFolder) -> list[str]:
 def _sampled(folder: RunFolder, settings: dict[str, Any]) -> str:
     cells = [["", "zero-shot", settings["method"]]]
     cells += [[f"{name} (sampled)", f"{old:.4f}", f"{new:.4f}"] for name, old, new in result_rows(folder, sampled=True)]
+    if perplexities(folder) is None:
+        cells = [[row[0], row[2]] for row in cells]
     return "\n".join(
         [
             f"## The same among 1 + {settings['negatives']} sampled items",
@@ -73,7 +75,8 @@ def _data(folder: RunFolder, summary: dict[str, Any]) -> str:
         f"events, density {statistics['density']:.3%}."
     )
     prompts = [f"- {task}: `{text}`" for task, text in summary["prompts"].items()]
-    return "\n".join(["## Data", "", head, "", markdown_table(cells), "", "Prompts look like this:", "", *prompts])
+    lines = ["## Data", "", head, "", markdown_table(cells)]
+    return "\n".join([*lines, "", "Prompts look like this:", "", *prompts] if prompts else lines)
 
 
 def _cost(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:

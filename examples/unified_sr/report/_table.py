@@ -11,20 +11,22 @@ Rows = list[tuple[str, float, float]]
 
 
 def result_rows(folder: RunFolder, *, sampled: bool = False) -> Rows:
-    """Return (name, zero-shot, final) of Hit@10 and NDCG@10 per task."""
+    """Return (name, zero-shot, final) of Hit@10 and NDCG@10 per task; where nothing was there before, final twice."""
     metrics: dict[str, Any] = folder.read_json(SAMPLED if sampled else METRICS)
     names = {"hit@10": "Hit@10", "ndcg@10": "NDCG@10"}
     return [
-        (f"{task} {label}", metrics["zero_shot"][task][key], values[key])
+        (f"{task} {label}", metrics["zero_shot"].get(task, values)[key], values[key])
         for task, values in metrics["final"].items()
         if task != "general"
         for key, label in names.items()
     ]
 
 
-def perplexities(folder: RunFolder) -> tuple[float, float]:
-    """Return perplexity on general text before and after training."""
+def perplexities(folder: RunFolder) -> tuple[float, float] | None:
+    """Return perplexity on general text before and after training; ``None`` if there is no language model."""
     metrics = folder.read_json(METRICS)
+    if "general" not in metrics["final"]:
+        return None
     return metrics["zero_shot"]["general"]["perplexity"], metrics["final"]["general"]["perplexity"]
 
 
@@ -45,11 +47,14 @@ def result_table(folder: RunFolder) -> str:
     that the null space was not fitted on.
     """
     method = read_yaml(folder.file(CONFIG))["method"]
-    cells = [["", "zero-shot", method, "change"]]
+    trained = folder.read_json(METRICS)["zero_shot"] and method != "zero-shot"
+    cells = [["", "zero-shot", method, "change"] if trained else ["", method]]
     cells += [[name, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"] for name, old, new in result_rows(folder)]
-    old, new = perplexities(folder)
-    cells.append(["general perplexity", f"{old:.2f}", f"{new:.2f}", change(old, new)])
-    return markdown_table([row[:2] for row in cells] if method == "zero-shot" else cells)
+    found = perplexities(folder)
+    if found is not None:
+        old, new = found
+        cells.append(["general perplexity", f"{old:.2f}", f"{new:.2f}", change(old, new)])
+    return markdown_table(cells if trained else [row[:2] for row in cells])
 
 
 def markdown_table(cells: list[list[str]]) -> str:

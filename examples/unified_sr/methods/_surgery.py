@@ -1,0 +1,64 @@
+"""Full fine-tuning with gradient surgery: AdamW on what PCGrad or CAGrad makes of the tasks' whole gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from ..settings import Settings, setting
+from ._adamw import full_fine_tuning
+from ._base import Method, Setup, Updater
+
+_ITEMS = (
+    "The items' rows, embedding and classifier of both tasks, take the plain gradient of the mixed batch, as in every "
+    "other method."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PCGradSettings(Settings):
+    """The rates of plain AdamW: without conflict the step is the same."""
+
+    method: str = setting("pcgrad", "name of the training method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CAGradSettings(Settings):
+    """The radius; the rates are those of plain AdamW, whose step it is with radius 0."""
+
+    method: str = setting("cagrad", "name of the training method")
+    radius: float = setting(0.5, "c of the paper: how far the step may leave the mean gradient", minimum=0)
+
+
+def build_pcgrad(setup: Setup[PCGradSettings]) -> Updater:
+    """Train all layers on the gradients without what opposes another task."""
+    from gradsub.surgery import pcgrad
+
+    note = "The tasks' gradients of all these weights, taken as one vector, are combined by PCGrad before AdamW. "
+    return full_fine_tuning(setup, [note + _ITEMS], pcgrad)
+
+
+def build_cagrad(setup: Setup[CAGradSettings]) -> Updater:
+    """Train all layers on the gradient near the mean that serves the worst-served task most."""
+    note = (
+        f"The tasks' gradients of all these weights, taken as one vector, are combined by CAGrad (c = "
+        f"{setup.settings.radius:g}) before AdamW. "
+    )
+    return full_fine_tuning(setup, [note + _ITEMS], partial(_cagrad_sum, radius=setup.settings.radius))
+
+
+def _cagrad_sum(gramian: Tensor, radius: float) -> Tensor:
+    """CAGrad's weights in the size of the tasks' sum, which is the gradient of the mixed batch, not of their mean."""
+    from gradsub.surgery import cagrad
+
+    return len(gramian) * cagrad(gramian, c=radius)
+
+
+PCGRAD = Method(
+    "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", PCGradSettings, build_pcgrad, variant_of="adamw"
+)
+CAGRAD = Method(
+    "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
+)

@@ -1,0 +1,101 @@
+"""The run of a method without a language model: fit, rank, write down; the same files as any other run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data import Dataset, Example
+from .environment import describe_environment
+from .evaluation import TaskResult, choose_examples, rank_catalogue
+from .methods import Method
+from .precision import Precision
+from .report import write_report
+from .run_folder import METRICS, SAMPLED, RunFolder
+from .settings import Settings
+from .training import tasks_to_train
+
+BATCH = 256
+"""Examples that are scored together."""
+
+
+def run_baseline(
+    folder: RunFolder,
+    settings: Settings,
+    method: Method,
+    dataset: Dataset,
+    phase: Callable[[str], AbstractContextManager[None]],
+    seconds: Mapping[str, float],
+) -> RunFolder:
+    """Carry out a run of a method with ``fit``.
+
+    Nothing is measured before, since there is no model before: ``zero_shot`` is empty in the metrics, and tasks that
+    the method cannot serve are in neither half.
+
+    Args:
+        folder: where results go.
+        settings: of the method.
+        method: has a ``fit``.
+        dataset: what to fit and rank.
+        phase: measures the time spent in a phase.
+        seconds: the times measured so far, and from ``phase``.
+
+    Raises:
+        ValueError: if the data has no test example of a task that the method serves.
+    """
+    if method.fit is None:
+        raise ValueError(f"the method {method.name!r} needs a language model: run it with run()")
+    tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
+    trained = tasks_to_train(settings.train_tasks, tasks)
+    with phase("preparation"):
+        fitted = method.fit(settings, dataset, [example for task in trained for example in dataset.train[task]])
+    test = {
+        task: choose_examples(dataset.test[task], settings.eval_users, settings.seed)
+        for task in tasks
+        if task in fitted.scores
+    }
+    if not test:
+        raise ValueError(f"{settings.data!r} has no test example of what {method.name!r} serves; pass other data")
+    folder.start(settings, describe_environment(settings.seed, Precision(torch.device("cpu"), None)))
+    folder.write_json("statistics.json", dataset.statistics())
+    folder.file("steps.jsonl").write_text("", encoding="utf-8")
+    results: dict[str, TaskResult] = {}
+    with phase("final evaluation"):
+        for task, examples in test.items():
+            scored = _batches(fitted.scores[task], examples)
+            results[task] = rank_catalogue(dataset, examples, scored, negatives=settings.negatives, seed=settings.seed)
+            folder.write_rankings(task, results[task], method.name)
+    folder.write_json(SAMPLED, {"zero_shot": {}, "final": {task: result.sampled for task, result in results.items()}})
+    folder.write_json("run.json", _summary(test, fitted.notes, seconds))
+    folder.write_json(METRICS, {"zero_shot": {}, "final": {task: result.metrics for task, result in results.items()}})
+    write_report(folder)
+    return folder
+
+
+def _batches(
+    scores: Callable[[Sequence[Example]], Tensor], examples: Sequence[Example]
+) -> Iterator[tuple[range, Tensor]]:
+    for start in range(0, len(examples), BATCH):
+        batch = range(start, min(start + BATCH, len(examples)))
+        yield batch, scores([examples[index] for index in batch])
+
+
+def _summary(
+    test: Mapping[str, Sequence[Example]], notes: Sequence[str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "tasks": list(test),
+        "evaluated": {task: len(examples) for task, examples in test.items()},
+        "prompts": {},
+        "perplexity_tokens": 0,
+        "trained_parameters": 0,
+        "notes": list(notes),
+        "throughput": {},
+        "seconds": dict(seconds),
+        "protected": {},
+        "layers": {},
+    }
