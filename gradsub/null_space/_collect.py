@@ -112,5 +112,6 @@ def _reshard(model: nn.Module) -> None:
     Whoever then asked for the model's parameters would get tensors whose memory is released later.
     """
     for module in model.modules():
-        if type(module).__name__.startswith("FSDP") and hasattr(module, "reshard"):
-            module.reshard()
+        reshard = getattr(module, "reshard", None)
+        if type(module).__name__.startswith("FSDP") and callable(reshard):
+            reshard()

@@ -1,0 +1,1 @@
+"""Short complete programs that show gradsub inside other libraries' training loops."""
