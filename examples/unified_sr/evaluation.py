@@ -61,6 +61,7 @@ class Evaluator:
         budget: tokens of a batch.
         negatives: of the sampled metrics.
         seed: of their draw.
+        compat: as in ``query_metrics``.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Evaluator:
         budget: int,
         negatives: int,
         seed: int,
+        compat: str = "none",
     ) -> None:
         self._dataset = dataset
         self._prompts = prompts
@@ -81,6 +83,7 @@ class Evaluator:
         self._budget = budget
         self._negatives = negatives
         self._seed = seed
+        self._compat = compat
 
     @torch.no_grad()
     def __call__(
@@ -112,8 +115,8 @@ class Evaluator:
             few = sampled_ranks(scores, targets, negatives)
             for row, example in enumerate(chosen):
                 rankings[example.qid] = [self._dataset.items[item].id for item in best[row]]
-                full[example.qid] = query_metrics(ranks[row], len(example.target))
-                sampled[example.qid] = query_metrics(few[row], len(example.target))
+                full[example.qid] = query_metrics(ranks[row], len(example.target), compat=self._compat)
+                sampled[example.qid] = query_metrics(few[row], len(example.target), compat=self._compat)
             progress(len(chosen))
         order = [example.qid for example in examples]
         return TaskResult(
