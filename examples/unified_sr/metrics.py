@@ -13,7 +13,7 @@ NDCG@5 = 0.34 and AP@5 = 0.20, not 1. Note that AP divides by R even where R > k
 
 ``compat="gems"`` adds ``gems_ndcg@k`` and ``gems_map@k``, whose denominators count only the relevant items *retrieved*
 within k, as in the code released with arXiv 2601.09496. They are never below the standard values, equal for NDCG only
-where nothing relevant is missed, and one click of five at rank 1 scores 1. Only for comparison with that code's numbers.
+where nothing relevant is missed, and one click of five at rank 1 scores 1: only to compare with that code's numbers.
 
 Sampled metrics rank the target among a few random negatives. They inflate every number and can reverse comparisons
 (Krichene and Rendle, KDD 2020): report them beside the full ranking, never instead of it.

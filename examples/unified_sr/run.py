@@ -18,12 +18,13 @@ from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
 from .environment import describe_environment
+from .estimates import MemoryEstimate, estimate_memory, format_duration, prompt_tokens, shape_of
 from .evaluation import Evaluator, TaskResult, choose_examples
 from .general_domain import general_batches, perplexity, token_windows
 from .general_text import load_general_text
 from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
-from .peak_memory import peak_memory, reset_peak_memory
+from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .precision import Precision, choose_precision
 from .report import write_report
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
@@ -32,6 +33,9 @@ from .training import History, plan_training, train
 
 VALIDATION_METRIC = "ndcg@10"
 """Its mean over the tasks decides when training ends early."""
+
+WARM_UP_STEPS = 3
+"""Steps after which one is taken for typical: the first ones allocate, and renew the subspaces."""
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
@@ -91,7 +95,6 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     checkpoint = Checkpoint(folder.file("checkpoint.pt"))
     clock = Clock()
     precision = choose_precision(settings)
-    reset_peak_memory(precision.device)
     with clock.phase("loading"):
         dataset = load_dataset(
             settings.data,
@@ -102,17 +105,33 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         say(format_statistics(dataset))
         text = load_general_text(settings.general_text)
         language_model = load_language_model(settings.model)
+        shape = shape_of(language_model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
     plan = plan_training(settings, parts.train)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
     say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
+    memory = estimate_memory(
+        settings,
+        shape,
+        items=len(dataset.items),
+        tokens=prompt_tokens(parts.train, lambda row: len(parts.prompts(row))),
+        autocast=precision.autocast is not None,
+        on_gpu=precision.device.type == "cuda",
+    )
+    free = free_memory(precision.device)
+    say(f"memory: {memory}, an estimate; {free / 2**30:.1f} GiB are free on {precision.device}")
+    if memory.total > free:
+        say("the estimate exceeds what is free: raise accumulation, set gradient_checkpointing, or lower batch_size")
     with clock.phase("zero-shot evaluation"):
         before = parts.measure("zero-shot")
     updater, history = None, History()
     stopping = parts.early_stopping(folder.file("best.pt"))
     after = before
     method = method_named(settings.method)
+    # Loading may take more than training, and would hide what a method takes.
+    reset_peak_memory(precision.device)
+    peak = peak_memory(precision.device)
     if method.build is not None and plan.steps > 0:
         with clock.phase("preparation"):
             torch.manual_seed(settings.seed)
@@ -129,7 +148,9 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
                 folder.file("steps.jsonl"),
                 checkpoint,
                 stopping=stopping,
+                watch=_Announcement(plan.steps, clock.seconds["zero-shot evaluation"], say),
             )
+        peak = peak_memory(precision.device)
         with clock.phase("final evaluation"):
             after = parts.measure(settings.method)
     else:
@@ -137,7 +158,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     for task, result in after.results.items():
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    folder.write_json("run.json", _summary(parts, updater, history, clock))
+    folder.write_json("run.json", _summary(parts, updater, history, clock, memory, peak))
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
     checkpoint.remove()
@@ -146,7 +167,35 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     return folder
 
 
-def _summary(parts: _Parts, updater: Updater | None, history: History, clock: Clock) -> dict[str, Any]:
+@dataclass
+class _Announcement:
+    """Says how long the run goes on, once it is known how long a step takes."""
+
+    steps: int
+    evaluation: float
+    say: Callable[[str], None]
+    seen: int = 0
+
+    def __call__(self, history: History) -> None:
+        self.seen += 1
+        left = self.steps - len(history.records)
+        if self.seen != WARM_UP_STEPS or left <= 0:
+            return
+        step = history.records[-1]["seconds"]
+        self.say(
+            f"time: about {format_duration(left * step)} for {left} further steps of {step:.2f} s, then about "
+            f"{format_duration(self.evaluation)} of evaluation, an estimate"
+        )
+
+
+def _summary(
+    parts: _Parts,
+    updater: Updater | None,
+    history: History,
+    clock: Clock,
+    memory: MemoryEstimate,
+    peak: dict[str, int | None],
+) -> dict[str, Any]:
     return {
         "tasks": list(parts.tasks),
         "evaluated": {task: len(parts.evaluated[task]) for task in parts.tasks},
@@ -160,7 +209,8 @@ def _summary(parts: _Parts, updater: Updater | None, history: History, clock: Cl
         "validation": history.validation,
         "throughput": history.throughput,
         "seconds": clock.seconds,
-        "peak_memory": peak_memory(parts.precision.device),
+        "peak_memory": peak,
+        "estimated_memory": memory.total,
         "protected": dict(history.last.protected) if history.last else {},
         # Diagnostics of a layer without a gradient are NaN, which JSON does not know.
         "layers": json.loads(json.dumps(history.last.full), parse_constant=lambda _: None) if history.last else {},
