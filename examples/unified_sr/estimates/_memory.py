@@ -155,4 +155,4 @@ def _activations(settings: Any, shape: ModelShape, items: int, tokens: Mapping[s
         per_token = per_token // max(1, shape.blocks) + shape.blocks * shape.width * FLOAT
     # Under autocast a layer's weight is kept in bfloat16 too, as long as a backward pass needs it.
     weights = FLOAT // 2 * sum(layer.weights for layer in shape.layers) if autocast else 0
-    return int(count * per_token) + weights + 3 * FLOAT * examples * items
+    return int(count * per_token + weights + 3 * FLOAT * examples * items)
