@@ -96,12 +96,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     clock = Clock()
     precision = choose_precision(settings)
     with clock.phase("loading"):
-        dataset = load_dataset(
-            settings.data,
-            min_user_events=settings.min_user_events,
-            min_item_events=settings.min_item_events,
-            max_history=settings.max_history,
-        )
+        dataset = load_data(settings)
         say(format_statistics(dataset))
         text = load_general_text(settings.general_text)
         language_model = load_language_model(settings.model)
@@ -165,6 +160,16 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     if stopping is not None:
         stopping.remove()
     return folder
+
+
+def load_data(settings: Settings) -> Dataset:
+    """Load the data of a run."""
+    return load_dataset(
+        settings.data,
+        min_user_events=settings.min_user_events,
+        min_item_events=settings.min_item_events,
+        max_history=settings.max_history,
+    )
 
 
 @dataclass

@@ -63,7 +63,7 @@ def test_weights_gradients_and_state_are_counted_exactly(method: str, model_fold
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
-    # The formula leaves out Adam's step counters, and counts what sketches remember, which layers this small do not use.
+    # The formula leaves out Adam's step counters, and counts what sketches remember: layers this small have none.
     assert found.optimizer == pytest.approx(held, rel=0.03 if method == "gems" else 0.01)
     if method != "gems":
         assert found.gradients == 4 * sum(w.numel() for w in ranker.parameters() if w.requires_grad)
