@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .compare import compare
 from .config import resolve
 from .grid import read_grid, run_grid
 from .methods import METHODS
@@ -25,6 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
     _add_grid(commands)
+    _add_compare(commands)
     return parser
 
 
@@ -75,6 +77,20 @@ def _add_grid(commands: Any) -> None:
     command.set_defaults(carry_out=_grid)
 
 
+def _add_compare(commands: Any) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="tables, tests and plots of finished runs",
+        description="Compare finished runs: mean and deviation over seeds, paired tests against the best baseline of "
+        "each task, quality against retention. Writes comparison.md, .tex, .json and plots.",
+    )
+    command.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folders of runs, or of a grid")
+    command.add_argument("--out", metavar="DIR", help="default: RUN_DIR/compare of the first one")
+    command.add_argument("--baseline", metavar="METHOD", help="what to test against; default: the best that is no GEMS")
+    command.add_argument("--metric", default="ndcg@10", help="that is tested and drawn (default: ndcg@10)")
+    command.set_defaults(carry_out=_compare)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -111,6 +127,17 @@ def _grid(options: argparse.Namespace) -> int:
     if not options.dry_run:
         print(f"{len(outcome.done)} runs finished, {len(outcome.failed)} failed; results in {out}")
     return 1 if outcome.failed else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    file = compare(
+        options.runs,
+        options.out or Path(options.runs[0]) / "compare",
+        baseline=options.baseline,
+        metric=options.metric,
+    )
+    print(f"{file.read_text(encoding='utf-8')}\nwritten to {file.parent}")
+    return 0
 
 
 def default_folder(settings: Settings) -> Path:

@@ -18,24 +18,22 @@ from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
 from .environment import describe_environment
-from .estimates import MemoryEstimate, estimate_memory, format_duration, prompt_tokens, shape_of
+from .estimates import MemoryEstimate, TimeNotice, estimate_memory, prompt_tokens, shape_of
 from .evaluation import Evaluator, TaskResult, choose_examples
 from .general_domain import general_batches, perplexity, token_windows
 from .general_text import load_general_text
 from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
+from .plan import plan_training
 from .precision import Precision, choose_precision
 from .report import write_report
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
-from .training import History, plan_training, train
+from .training import History, train
 
 VALIDATION_METRIC = "ndcg@10"
 """Its mean over the tasks decides when training ends early."""
-
-WARM_UP_STEPS = 3
-"""Steps after which one is taken for typical: the first ones allocate, and renew the subspaces."""
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
@@ -143,7 +141,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
                 folder.file("steps.jsonl"),
                 checkpoint,
                 stopping=stopping,
-                watch=_Announcement(plan.steps, clock.seconds["zero-shot evaluation"], say),
+                watch=TimeNotice(plan.steps, clock.seconds["zero-shot evaluation"], say),
             )
         peak = peak_memory(precision.device)
         with clock.phase("final evaluation"):
@@ -170,27 +168,6 @@ def load_data(settings: Settings) -> Dataset:
         min_item_events=settings.min_item_events,
         max_history=settings.max_history,
     )
-
-
-@dataclass
-class _Announcement:
-    """Says how long the run goes on, once it is known how long a step takes."""
-
-    steps: int
-    evaluation: float
-    say: Callable[[str], None]
-    seen: int = 0
-
-    def __call__(self, history: History) -> None:
-        self.seen += 1
-        left = self.steps - len(history.records)
-        if self.seen != WARM_UP_STEPS or left <= 0:
-            return
-        step = history.records[-1]["seconds"]
-        self.say(
-            f"time: about {format_duration(left * step)} for {left} further steps of {step:.2f} s, then about "
-            f"{format_duration(self.evaluation)} of evaluation, an estimate"
-        )
 
 
 def _summary(

@@ -20,6 +20,7 @@ from .early_stopping import EarlyStopping
 from .losses import TaskLoss, micro_batches
 from .methods import Diagnostics, Updater
 from .model import Collator, PromptBuilder, Ranker
+from .plan import plan_training
 from .precision import Precision
 from .settings import Settings
 
@@ -86,38 +87,6 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long training is.
-
-    Args:
-        steps: optimizer steps, if nothing ends it earlier.
-        per_epoch: steps in which the task with most examples is read once.
-    """
-
-    steps: int
-    per_epoch: int
-
-
-def plan_training(settings: Settings, examples: Mapping[str, Sequence[Example]]) -> Plan:
-    """Settle the number of steps.
-
-    Raises:
-        ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
-    """
-    if settings.early_stop is not None and settings.epochs is None:
-        raise ValueError(
-            f"early_stop={settings.early_stop} counts epochs, but epochs is null; set epochs to the most wanted"
-        )
-    if settings.accumulation > settings.batch_size:
-        raise ValueError(
-            f"accumulation={settings.accumulation} parts cannot be cut from batch_size={settings.batch_size} examples; "
-            "lower it"
-        )
-    per_epoch = max(math.ceil(len(rows) / settings.batch_size) for rows in examples.values())
-    return Plan(settings.steps if settings.epochs is None else settings.epochs * per_epoch, per_epoch)
 
 
 def train(

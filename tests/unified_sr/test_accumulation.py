@@ -16,8 +16,8 @@ from examples.unified_sr.early_stopping import EarlyStopping
 from examples.unified_sr.losses import TaskLoss, micro_batches
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
+from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision
-from examples.unified_sr.training import plan_training
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood", "steel", "lamp"))]
 ROWS = {

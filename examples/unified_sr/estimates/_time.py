@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..training import History
+
+TYPICAL_STEP = 3
+"""The step that is taken for typical: the first ones allocate, and find the subspaces."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,33 @@ class Cost:
             evaluations: how many there are; a method that trains nothing has one.
         """
         return self.fixed + steps * self.per_step + evaluations * queries * self.per_query
+
+
+@dataclass
+class TimeNotice:
+    """Says how long a run goes on, once it has seen how long a step takes.
+
+    Args:
+        steps: that are planned.
+        evaluation: seconds of the evaluation after them.
+        say: prints a line to the user.
+    """
+
+    steps: int
+    evaluation: float
+    say: Callable[[str], None]
+    _seen: int = 0
+
+    def __call__(self, history: History) -> None:
+        """Take notice of a step."""
+        self._seen += 1
+        left = self.steps - len(history.records)
+        if self._seen == TYPICAL_STEP and left > 0:
+            step = history.records[-1]["seconds"]
+            self.say(
+                f"time: about {format_duration(left * step)} for {left} further steps of {step:.2f} s, then about "
+                f"{format_duration(self.evaluation)} of evaluation, an estimate"
+            )
 
 
 def format_duration(seconds: float) -> str:

@@ -13,10 +13,10 @@ from typing import Any
 from ..data import Dataset, Example
 from ..estimates import Cost, ModelShape, estimate_memory, prompt_tokens, shape_of
 from ..model import describe_language_model
+from ..plan import plan_training
 from ..precision import choose_precision
 from ..run import load_data
 from ..settings import Settings
-from ..training import plan_training
 from ._jobs import Job
 from ._process import execute
 
