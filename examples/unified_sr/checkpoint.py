@@ -13,11 +13,43 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 
-class Checkpoint:
-    """The file of a training run's state.
+def write_whole(path: Path, content: Any, name: str) -> None:
+    """Put tensors into a file that is replaced as a whole or not at all.
 
     It is written beside its place, flushed to the disk, and only then put there, so a run that is killed while it
-    writes, or finds the disk full, leaves the earlier one as it was.
+    writes, or finds the disk full, leaves the earlier file as it was.
+
+    Args:
+        path: the file.
+        content: tensors in containers that ``torch.load(weights_only=True)`` reads.
+        name: how the error calls it.
+
+    Raises:
+        OSError: if it cannot be written, a full disk among other reasons; the earlier file is still there.
+    """
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        # torch reports a failed write as a RuntimeError of its archive writer.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(
+            f"the {name} could not be written to {str(path)!r} ({error}); the earlier one is unchanged. Make room and "
+            "start the same command again: it goes on from there"
+        ) from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_suffix(".partial")
+
+
+class Checkpoint:
+    """The file of a training run's state.
 
     Args:
         path: the file.
@@ -25,7 +57,6 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._partial = path.with_suffix(".partial")
 
     def save(
         self, step: int, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, history: dict[str, Any]
@@ -43,20 +74,7 @@ class Checkpoint:
             "history": history,
             "random": torch.get_rng_state(),
         }
-        try:
-            with self._partial.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            self._partial.replace(self.path)
-        except (OSError, RuntimeError) as error:
-            # torch reports a failed write as a RuntimeError of its archive writer.
-            with contextlib.suppress(OSError):
-                self._partial.unlink(missing_ok=True)
-            raise OSError(
-                f"the checkpoint after step {step} could not be written to {str(self.path)!r} ({error}); the earlier "
-                "one is unchanged. Make room and start the same command again: it goes on from there"
-            ) from error
+        write_whole(self.path, content, f"checkpoint after step {step}")
 
     def restore(self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> tuple[int, dict[str, Any]]:
         """Put weights, optimizer, schedule and random state back; return the step and the history, ``(0, {})`` if none.
@@ -64,7 +82,7 @@ class Checkpoint:
         Raises:
             ValueError: if the weights of the checkpoint are not those that are trained.
         """
-        self._partial.unlink(missing_ok=True)
+        _partial(self.path).unlink(missing_ok=True)
         if not self.path.is_file():
             return 0, {}
         content = torch.load(self.path, weights_only=True)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m examples.unified_sr run ...``."""
+"""The command line: ``python -m examples.unified_sr run|grid|compare ...``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+from .compare import compare
 from .config import resolve
+from .grid import read_grid, run_grid
 from .methods import METHODS
 from .report import result_table
 from .run import describe_result, run
@@ -21,6 +24,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(prog="python -m examples.unified_sr", description=DESCRIPTION)
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_run(commands)
+    _add_grid(commands)
+    _add_compare(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
     command = commands.add_parser(
         "run",
         help="train and evaluate one method",
@@ -37,24 +47,96 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--general-text", metavar="FILE", help="general-domain English; Python's own without it")
     command.add_argument("--out", metavar="RUN_DIR", help="default: runs/DATA/MODEL/METHOD/seed-SEED")
     command.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs")
-    return parser
+    command.set_defaults(carry_out=_run)
+
+
+def _add_grid(commands: Any) -> None:
+    command = commands.add_parser(
+        "grid",
+        help="train and evaluate many methods on many data sets and seeds",
+        description="Carry out all runs of a grid that are not finished. Each goes to OUT/DATA/METHOD/seed-SEED; its "
+        "learning rate is chosen on the validation split by trials in OUT/DATA/METHOD/lr-RATE.",
+    )
+    command.add_argument("--config", metavar="GRID.yaml", required=True, help="what to run; see configs/main.yaml")
+    command.add_argument("--out", metavar="DIR", help="default: runs/ and the name of GRID.yaml")
+    command.add_argument(
+        "--data", metavar="NAME=SOURCE", action="append", default=[], help="add a data set, or say where one lies"
+    )
+    command.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs", help="for all runs"
+    )
+    command.add_argument(
+        "--only",
+        metavar="PATTERN",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="run what matches, such as gems or 'movielens/*/seed-0', with its trials",
+    )
+    command.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    command.set_defaults(carry_out=_grid)
+
+
+def _add_compare(commands: Any) -> None:
+    command = commands.add_parser(
+        "compare",
+        help="tables, tests and plots of finished runs",
+        description="Compare finished runs: mean and deviation over seeds, paired tests against the best baseline of "
+        "each task, quality against retention. Writes comparison.md, .tex, .json and plots.",
+    )
+    command.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folders of runs, or of a grid")
+    command.add_argument("--out", metavar="DIR", help="default: RUN_DIR/compare of the first one")
+    command.add_argument("--baseline", metavar="METHOD", help="what to test against; default: the best that is no GEMS")
+    command.add_argument("--metric", default="ndcg@10", help="that is tested and drawn (default: ndcg@10)")
+    command.set_defaults(carry_out=_compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0, or 2 after an error that the user can mend, which is printed without a traceback.
+        0; 1 if some runs of a grid failed; 2 after an error that the user can mend, which is printed without a
+        traceback; 130 if it was interrupted.
     """
     options = build_parser().parse_args(arguments)
-    flags = {key: getattr(options, key) for key in ("data", "model", "method", "steps", "seed", "general_text")}
     try:
-        settings = resolve(file=options.config, pairs=options.pairs, flags=flags)
-        folder = run(settings, options.out or default_folder(settings))
+        return int(options.carry_out(options))
     except (FloatingPointError, OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    flags = {key: getattr(options, key) for key in ("data", "model", "method", "steps", "seed", "general_text")}
+    settings = resolve(file=options.config, pairs=options.pairs, flags=flags)
+    folder = run(settings, options.out or default_folder(settings))
     print(f"\n{result_table(folder)}\n\n{describe_result(folder)}")
+    return 0
+
+
+def _grid(options: argparse.Namespace) -> int:
+    grid = read_grid(options.config, data=options.data, pairs=options.pairs)
+    out = Path(options.out or Path("runs") / Path(options.config).stem)
+    try:
+        outcome = run_grid(grid, out, only=options.only, dry_run=options.dry_run)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    for name, reason in outcome.failed.items():
+        print(f"failed: {name}: {reason} (see {out / name}.log)", file=sys.stderr)
+    if not options.dry_run:
+        print(f"{len(outcome.done)} runs finished, {len(outcome.failed)} failed; results in {out}")
+    return 1 if outcome.failed else 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    file = compare(
+        options.runs,
+        options.out or Path(options.runs[0]) / "compare",
+        baseline=options.baseline,
+        metric=options.metric,
+    )
+    print(f"{file.read_text(encoding='utf-8')}\nwritten to {file.parent}")
     return 0
 
 

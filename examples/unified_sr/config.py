@@ -35,7 +35,7 @@ def resolve(
     """
     shared, sections = _read_file(file)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
-    set_values = dict(_parse_pair(pair) for pair in pairs)
+    set_values = parse_pairs(pairs)
     chosen = {**shared, **set_values, **given}.get("method", Settings.method)
     method = method_named(str(chosen))
     for name, section in sections.items():
@@ -46,7 +46,30 @@ def resolve(
             _checked_key(owner, key, value, f"{file}, section {SECTIONS}.{name}")
     own = {**_inherited(method, sections), **sections.get(method.name, {})}
     merged = {**shared, **own, **set_values, **given, "method": method.name}
-    return method.settings(**{key: _checked_key(method.settings, key, value) for key, value in merged.items()})
+    return build_settings(method.name, merged)
+
+
+def build_settings(method: str, values: Mapping[str, Any]) -> Settings:
+    """Return the settings of a method, all values checked.
+
+    Args:
+        method: its name.
+        values: by name; defaults fill the rest.
+
+    Raises:
+        ValueError: naming an unknown method or key, or a value of the wrong type or size.
+    """
+    owner = method_named(method).settings
+    return owner(**{key: _checked_key(owner, key, value) for key, value in {**values, "method": method}.items()})
+
+
+def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """Read texts ``key=value``, the value written as in YAML.
+
+    Raises:
+        ValueError: naming the text that is none.
+    """
+    return dict(_parse_pair(pair) for pair in pairs)
 
 
 def to_yaml(settings: Settings) -> str:

@@ -57,6 +57,7 @@ def rank_catalogue(
     *,
     negatives: int,
     seed: int,
+    compat: str = "none",
     progress: Callable[[int], object] = lambda done: None,
 ) -> TaskResult:
     """Turn scores of all items into rankings and metrics; items that the user had seen are left out.
@@ -67,6 +68,7 @@ def rank_catalogue(
         scored: batches that cover all examples once: their indices, and scores (batch, items), which are changed.
         negatives: of the sampled metrics.
         seed: of their draw.
+        compat: as in ``query_metrics``.
         progress: is called with the number of examples done in each batch.
     """
     rankings: dict[str, list[str]] = {}
@@ -84,8 +86,8 @@ def rank_catalogue(
         few = sampled_ranks(scores, targets, drawn)
         for row, example in enumerate(chosen):
             rankings[example.qid] = [dataset.items[item].id for item in best[row]]
-            full[example.qid] = query_metrics(ranks[row], len(example.target))
-            sampled[example.qid] = query_metrics(few[row], len(example.target))
+            full[example.qid] = query_metrics(ranks[row], len(example.target), compat=compat)
+            sampled[example.qid] = query_metrics(few[row], len(example.target), compat=compat)
         progress(len(chosen))
     order = [example.qid for example in examples]
     return TaskResult(
@@ -107,6 +109,7 @@ class Evaluator:
         budget: tokens of a batch.
         negatives: of the sampled metrics.
         seed: of their draw.
+        compat: as in ``query_metrics``.
     """
 
     def __init__(
@@ -119,6 +122,7 @@ class Evaluator:
         budget: int,
         negatives: int,
         seed: int,
+        compat: str = "none",
     ) -> None:
         self._dataset = dataset
         self._prompts = prompts
@@ -127,6 +131,7 @@ class Evaluator:
         self._budget = budget
         self._negatives = negatives
         self._seed = seed
+        self._compat = compat
 
     @torch.no_grad()
     def __call__(
@@ -147,6 +152,7 @@ class Evaluator:
             negatives=self._negatives,
             seed=self._seed,
             progress=progress,
+            compat=self._compat,
         )
 
     def _scored(self, ranker: Ranker, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:

@@ -11,6 +11,10 @@ The denominators count all R relevant items, retrieved or not, as trec_eval's do
 NDCG@5 = 0.34 and AP@5 = 0.20, not 1. Note that AP divides by R even where R > k. The names in brackets are those of
 ``ir_measures``, whose values on the written TREC files are the same.
 
+``compat="gems"`` adds ``gems_ndcg@k`` and ``gems_map@k``, whose denominators count only the relevant items *retrieved*
+within k, as in the code released with arXiv 2601.09496. They are never below the standard values, equal for NDCG only
+where nothing relevant is missed, and one click of five at rank 1 scores 1: only to compare with that code's numbers.
+
 Sampled metrics rank the target among a few random negatives. They inflate every number and can reverse comparisons
 (Krichene and Rendle, KDD 2020): report them beside the full ranking, never instead of it.
 """
@@ -88,7 +92,7 @@ def target_ranks(scores: torch.Tensor, targets: Sequence[Sequence[int]]) -> list
 
 
 def query_metrics(
-    ranks: Sequence[int], relevant: int | None = None, cutoffs: Sequence[int] = CUTOFFS
+    ranks: Sequence[int], relevant: int | None = None, cutoffs: Sequence[int] = CUTOFFS, compat: str = "none"
 ) -> dict[str, float]:
     """Return ``hit@k``, ``ndcg@k``, ``mrr@k`` and ``map@k`` of one query.
 
@@ -96,10 +100,11 @@ def query_metrics(
         ranks: the distinct ranks, from 1 and in any order, of those relevant items that were ranked.
         relevant: the number of relevant items, ranked or not; ``None`` means all of them were ranked.
         cutoffs: the depths k, each at least 1.
+        compat: ``"gems"`` adds ``gems_ndcg@k`` and ``gems_map@k``; ``"none"`` adds nothing.
 
     Raises:
-        ValueError: if a rank or cutoff is below 1, a rank occurs twice, there are more ranks than relevant items, or
-            nothing is relevant.
+        ValueError: if a rank or cutoff is below 1, a rank occurs twice, there are more ranks than relevant items,
+            nothing is relevant, or there is no such ``compat``.
 
     Example:
         >>> {name: round(value, 2) for name, value in query_metrics([1], relevant=5, cutoffs=[5]).items()}
@@ -112,6 +117,8 @@ def query_metrics(
         raise ValueError(f"ranks must be distinct and count from 1, got {list(ranks)}")
     if min(cutoffs, default=1) < 1:
         raise ValueError(f"cutoffs must be at least 1, got {list(cutoffs)}")
+    if compat not in ("none", "gems"):
+        raise ValueError(f"compat must be 'none' or 'gems', got {compat!r}")
     ordered = sorted(ranks)
     values: dict[str, float] = {}
     for k in cutoffs:
@@ -120,7 +127,12 @@ def query_metrics(
         values[f"hit@{k}"] = float(bool(within))
         values[f"ndcg@{k}"] = sum(map(_discount, within)) / ideal
         values[f"mrr@{k}"] = 1 / within[0] if within else 0.0
-        values[f"map@{k}"] = sum(count / rank for count, rank in enumerate(within, start=1)) / relevant
+        precisions = sum(count / rank for count, rank in enumerate(within, start=1))
+        values[f"map@{k}"] = precisions / relevant
+        if compat == "gems":
+            retrieved = sum(_discount(rank) for rank in range(1, len(within) + 1))
+            values[f"gems_ndcg@{k}"] = sum(map(_discount, within)) / retrieved if within else 0.0
+            values[f"gems_map@{k}"] = precisions / len(within) if within else 0.0
     return values
 
 

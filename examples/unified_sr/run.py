@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,16 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
+from .early_stopping import EarlyStopping
 from .environment import describe_environment
+from .estimates import MemoryEstimate, TimeNotice, estimate_memory, prompt_tokens, shape_of
 from .evaluation import Evaluator, TaskResult, choose_examples
 from .general_domain import general_batches, token_windows
 from .general_text import load_general_text
 from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
+from .peak_memory import free_memory, peak_memory, reset_peak_memory
+from .plan import plan_training
 from .precision import Precision, choose_precision
 from .report import write_report
 from .retention import General, Retention, retention_summary
@@ -28,6 +33,9 @@ from .run_baseline import run_baseline
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
 from .training import History, tasks_to_train, train
+
+VALIDATION_METRIC = "ndcg@10"
+"""Its mean over the tasks decides when training ends early."""
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
@@ -86,20 +94,9 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         say(f"{folder.path} holds this run unfinished: it goes on from the last checkpoint, if there is one")
     checkpoint = Checkpoint(folder.file("checkpoint.pt"))
     clock = Clock()
+    precision = choose_precision(settings)
     with clock.phase("loading"):
-        precision = choose_precision(settings)
-        dataset = load_dataset(
-            settings.data,
-            min_user_events=settings.min_user_events,
-            min_task_events=settings.min_task_events,
-            min_item_events=settings.min_item_events,
-            item_counts=settings.item_counts,
-            max_history=settings.max_history,
-            split=settings.split,
-            histories=settings.histories,
-            searches=settings.searches,
-            train_targets=settings.train_targets,
-        )
+        dataset = load_data(settings)
         say(format_statistics(dataset))
     method = method_named(settings.method)
     if method.fit is not None:
@@ -107,16 +104,35 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     with clock.phase("loading"):
         text = load_general_text(settings.general_text)
         language_model = load_language_model(settings.model)
+        shape = shape_of(language_model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
         trained = tasks_to_train(settings.train_tasks, parts.tasks)
+        train_examples = {task: parts.train[task] for task in trained}
+    plan = plan_training(settings, train_examples)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
-    say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.test[parts.tasks[0]][0])}")
+    say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
+    memory = estimate_memory(
+        settings,
+        shape,
+        items=len(dataset.items),
+        tokens=prompt_tokens(parts.train, lambda row: len(parts.prompts(row))),
+        autocast=precision.autocast is not None,
+        on_gpu=precision.device.type == "cuda",
+    )
+    free = free_memory(precision.device)
+    say(f"memory: {memory}, an estimate; {free / 2**30:.1f} GiB are free on {precision.device}")
+    if memory.total > free:
+        say("the estimate exceeds what is free: raise accumulation, set gradient_checkpointing, or lower batch_size")
     with clock.phase("zero-shot evaluation"):
         before = parts.measure("zero-shot")
     updater, history = None, History()
+    stopping = parts.early_stopping(folder.file("best.pt"))
     after, leak = before, {}
-    if method.build is not None and settings.steps > 0:
+    # Loading may take more than training, and would hide what a method takes.
+    reset_peak_memory(precision.device)
+    peak = peak_memory(precision.device)
+    if method.build is not None and plan.steps > 0:
         with clock.phase("preparation"):
             intact = parts.retention.intact_layers(parts.ranker.backbone)
             torch.manual_seed(settings.seed)
@@ -125,14 +141,17 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
             history = train(
                 parts.ranker,
                 updater,
-                {task: dataset.train[task] for task in trained},
+                train_examples,
                 parts.prompts,
                 parts.collate,
                 precision,
                 settings,
                 folder.file("steps.jsonl"),
                 checkpoint,
+                stopping=stopping,
+                watch=TimeNotice(plan.steps, clock.seconds["zero-shot evaluation"], say),
             )
+        peak = peak_memory(precision.device)
         with clock.phase("final evaluation"):
             after = parts.measure(settings.method)
             leak = intact.leak() if intact else {}
@@ -142,24 +161,53 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
     retained = retention_summary(before.general, after.general, leak)
-    folder.write_json("run.json", {**_summary(parts, updater, history, clock), **retained})
+    folder.write_json("run.json", {**_summary(parts, updater, history, clock, memory, peak), **retained})
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
     checkpoint.remove()
+    if stopping is not None:
+        stopping.remove()
     return folder
 
 
-def _summary(parts: _Parts, updater: Updater | None, history: History, clock: Clock) -> dict[str, Any]:
+def load_data(settings: Settings) -> Dataset:
+    """Load the data of a run."""
+    return load_dataset(
+        settings.data,
+        min_user_events=settings.min_user_events,
+        min_task_events=settings.min_task_events,
+        min_item_events=settings.min_item_events,
+        item_counts=settings.item_counts,
+        max_history=settings.max_history,
+        split=settings.split,
+        histories=settings.histories,
+        searches=settings.searches,
+        train_targets=settings.train_targets,
+    )
+
+
+def _summary(
+    parts: _Parts,
+    updater: Updater | None,
+    history: History,
+    clock: Clock,
+    memory: MemoryEstimate,
+    peak: dict[str, int | None],
+) -> dict[str, Any]:
     return {
         "tasks": list(parts.tasks),
-        "evaluated": {task: len(parts.test[task]) for task in parts.tasks},
-        "prompts": {task: parts.prompts.text(parts.test[task][0]) for task in parts.tasks},
+        "evaluated": {task: len(parts.evaluated[task]) for task in parts.tasks},
+        "prompts": {task: parts.prompts.text(parts.evaluated[task][0]) for task in parts.tasks},
         "trained_parameters": sum(weight.numel() for weight in parts.ranker.parameters() if weight.requires_grad)
         if updater
         else 0,
         "notes": list(updater.notes) if updater else [],
+        "steps": len(history.records),
+        "validation": history.validation,
         "throughput": history.throughput,
         "seconds": clock.seconds,
+        "peak_memory": peak,
+        "estimated_memory": memory.total,
         "protected": dict(history.last.protected) if history.last else {},
         # Diagnostics of a layer without a gradient are NaN, which JSON does not know.
         "layers": json.loads(json.dumps(history.last.full), parse_constant=lambda _: None) if history.last else {},
@@ -168,6 +216,7 @@ def _summary(parts: _Parts, updater: Updater | None, history: History, clock: Cl
 
 @dataclass
 class _Parts:
+    settings: Settings
     ranker: Ranker
     language_model: LanguageModel
     prompts: PromptBuilder
@@ -175,7 +224,9 @@ class _Parts:
     precision: Precision
     evaluator: Evaluator
     tasks: tuple[str, ...]
-    test: dict[str, list[Example]]
+    train: Mapping[str, Sequence[Example]]
+    valid: dict[str, list[Example]]
+    evaluated: dict[str, list[Example]]
     fit_windows: list[torch.Tensor]
     retention: Retention
 
@@ -188,9 +239,12 @@ class _Parts:
         text: tuple[str, str],
         precision: Precision,
     ) -> _Parts:
-        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
+        split = {"test": dataset.test, "valid": dataset.valid}[settings.eval_split]
+        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
         if not tasks:
-            raise ValueError(f"{settings.data!r} has no task with both training and test examples; pass more data")
+            raise ValueError(
+                f"{settings.data!r} has no task with both training and {settings.eval_split} examples; pass more data"
+            )
         ranker = Ranker(language_model, dataset.items).to(precision.device)
         tokenizer = language_model.tokenizer
         prompts = PromptBuilder(
@@ -200,6 +254,8 @@ class _Parts:
             max_history=settings.max_history,
             max_query_tokens=settings.max_query_tokens,
         )
+        if settings.gradient_checkpointing:
+            ranker.recompute_activations()
         collate = Collator(tokenizer.pad_token_id or 0)
         evaluator = Evaluator(
             dataset,
@@ -208,23 +264,54 @@ class _Parts:
             precision,
             budget=settings.eval_tokens,
             negatives=settings.negatives,
-            seed=settings.seed,
+            seed=settings.eval_seed,
+            compat=settings.compat,
         )
-        test = {task: choose_examples(dataset.test[task], settings.eval_users, settings.seed) for task in tasks}
+        train = {task: dataset.train[task] for task in tasks}
+        valid, evaluated = (
+            {task: choose_examples(examples[task], settings.eval_users, settings.eval_seed) for task in tasks}
+            for examples in (dataset.valid, split)
+        )
         wanted = getattr(settings, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
         retention = Retention(language_model, text[1], settings, precision.device)
-        return cls(ranker, language_model, prompts, collate, precision, evaluator, tasks, test, fit, retention)
+        return cls(
+            settings=settings,
+            ranker=ranker,
+            language_model=language_model,
+            prompts=prompts,
+            collate=collate,
+            precision=precision,
+            evaluator=evaluator,
+            tasks=tasks,
+            train=train,
+            valid=valid,
+            evaluated=evaluated,
+            fit_windows=fit,
+            retention=retention,
+        )
 
     def general(self) -> Iterator[Mapping[str, torch.Tensor]]:
         return general_batches(self.language_model, self.fit_windows, self.precision.device)
 
+    def early_stopping(self, path: Path) -> EarlyStopping | None:
+        if self.settings.early_stop is None:
+            return None
+        empty = [task for task in self.tasks if not self.valid[task]]
+        if empty:
+            raise ValueError(f"early_stop needs validation examples, but {empty} have none; set early_stop to null")
+        return EarlyStopping(path, self.settings.early_stop, self.validation)
+
+    def validation(self) -> float:
+        ranked = self.ranked(self.valid, "validation")
+        return math.fsum(result.metrics[VALIDATION_METRIC] for result in ranked.values()) / len(ranked)
+
+    def ranked(self, chosen: Mapping[str, list[Example]], name: str) -> dict[str, TaskResult]:
+        with tqdm(total=sum(map(len, chosen.values())), desc=f"ranking, {name}", unit="query") as bar:
+            return {task: self.evaluator(self.ranker, examples, bar.update) for task, examples in chosen.items()}
+
     def measure(self, name: str) -> Measured:
-        results: dict[str, TaskResult] = {}
-        with tqdm(total=sum(map(len, self.test.values())), desc=f"ranking, {name}", unit="query") as bar:
-            for task, examples in self.test.items():
-                results[task] = self.evaluator(self.ranker, examples, bar.update)
-        return Measured(results, self.retention.measure(name))
+        return Measured(self.ranked(self.evaluated, name), self.retention.measure(name))
 
 
 def describe_result(folder: RunFolder) -> str:

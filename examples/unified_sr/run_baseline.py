@@ -49,17 +49,20 @@ def run_baseline(
     """
     if method.fit is None:
         raise ValueError(f"the method {method.name!r} needs a language model: run it with run()")
-    tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
+    split = {"test": dataset.test, "valid": dataset.valid}[settings.eval_split]
+    tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
     trained = tasks_to_train(settings.train_tasks, tasks)
     with phase("preparation"):
         fitted = method.fit(settings, dataset, [example for task in trained for example in dataset.train[task]])
     test = {
-        task: choose_examples(dataset.test[task], settings.eval_users, settings.seed)
+        task: choose_examples(split[task], settings.eval_users, settings.eval_seed)
         for task in tasks
         if task in fitted.scores
     }
     if not test:
-        raise ValueError(f"{settings.data!r} has no test example of what {method.name!r} serves; pass other data")
+        raise ValueError(
+            f"{settings.data!r} has no {settings.eval_split} example of what {method.name!r} serves; pass other data"
+        )
     folder.start(settings, describe_environment(settings.seed, Precision(torch.device("cpu"), None)))
     folder.write_json("statistics.json", dataset.statistics())
     folder.file("steps.jsonl").write_text("", encoding="utf-8")
@@ -67,7 +70,14 @@ def run_baseline(
     with phase("final evaluation"):
         for task, examples in test.items():
             scored = _batches(fitted.scores[task], examples)
-            results[task] = rank_catalogue(dataset, examples, scored, negatives=settings.negatives, seed=settings.seed)
+            results[task] = rank_catalogue(
+                dataset,
+                examples,
+                scored,
+                negatives=settings.negatives,
+                seed=settings.eval_seed,
+                compat=settings.compat,
+            )
             folder.write_rankings(task, results[task], method.name)
     folder.write_json(SAMPLED, {"zero_shot": {}, "final": {task: result.sampled for task, result in results.items()}})
     folder.write_json("run.json", _summary(test, fitted.notes, seconds))

@@ -55,7 +55,12 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} holds another run's results, whose settings differ: "
                 f"{'; '.join(changed)}. Pass another folder with --out, or remove this one"
             )
-        return State.FINISHED if self.file(DONE).is_file() and self.file(METRICS).is_file() else State.UNFINISHED
+        return State.FINISHED if self.finished else State.UNFINISHED
+
+    @property
+    def finished(self) -> bool:
+        """Whether it holds all results of a run, whatever its settings."""
+        return self.file(DONE).is_file() and self.file(METRICS).is_file()
 
     def file(self, name: str) -> Path:
         """Return the path of one of its files."""

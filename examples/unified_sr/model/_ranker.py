@@ -70,6 +70,16 @@ class Ranker(nn.Module):
         """Return what every method trains: the items' rows."""
         return [self.embedding.new_rows] + ([] if self.output_rows is None else [self.output_rows])
 
+    def recompute_activations(self) -> None:
+        """In training, keep only each block's input and compute the rest again in the backward pass.
+
+        Raises:
+            ValueError: if the model cannot do that.
+        """
+        # The second name is that of transformers below 5.
+        enable = getattr(self.lm, "activation_checkpointing_enable", None) or self.lm.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
     def hidden(self, batch: Batch) -> Tensor:
         """Return (B, d): the hidden states from which the answers are predicted."""
         batch = batch.to(self.device)

@@ -28,13 +28,14 @@ def write_report(folder: RunFolder) -> None:
 
 
 def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
-    evaluated = ", ".join(f"{count} test examples of {task}" for task, count in summary["evaluated"].items())
+    split = {"test": "test", "valid": "validation"}[settings["eval_split"]]
+    evaluated = ", ".join(f"{count} {split} examples of {task}" for task, count in summary["evaluated"].items())
     text = f"Full ranking of the whole catalogue without the items the user had seen; {evaluated}."
     found = perplexities(folder)
     if found is not None:
         old, new = found
         text += (
-            f" {settings['steps']} steps of {settings['batch_size']} examples per task, seed {settings['seed']}. "
+            f" {summary['steps']} steps of {settings['batch_size']} examples per task, seed {settings['seed']}. "
             f"Perplexity on {summary['perplexity_tokens']} held-out tokens of general text: {old:.2f} for the intact "
             f"model, {new:.2f} after training ({change(old, new)})."
         )
@@ -92,6 +93,9 @@ def _cost(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) 
             f"examples/s, {throughput['tokens_per_second']:.0f} prompt tokens/s; {summary['trained_parameters']:,} "
             "trained weights."
         )
+    resident, device = summary["peak_memory"]["resident"], summary["peak_memory"]["device"]
+    on_device = "" if device is None else f", of tensors on the GPU {device / 2**30:.2f} GiB"
+    lines.append(f"Peak memory of the process: {resident / 2**30:.2f} GiB{on_device}.")
     versions = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     git = environment["git"]
     changed = " with uncommitted changes" if git["uncommitted_changes"] else ""

@@ -68,7 +68,7 @@ def _losses(figure: Any, records: list[Record]) -> None:
         axes.plot([], [], color=colour, linewidth=2, label=task)
     suffix = f" (bold: mean of the last {width} steps)" if width > 1 else ""
     axes.set(xlabel="step", ylabel=f"cross-entropy over the catalogue\n{suffix}".strip())
-    _finish(axes)
+    finish(axes)
 
 
 def _metrics(figure: Any, folder: RunFolder) -> None:
@@ -86,7 +86,7 @@ def _metrics(figure: Any, folder: RunFolder) -> None:
         axes.set_title(task, fontsize=11)
         highest = max(metrics[part][task][key] for part in ("zero_shot", "final") for key in names)
         axes.set_ylim(0, 1.25 * max(highest, 0.004))  # all values may be 0
-        _finish(axes, grid="y")
+        finish(axes, grid="y")
 
 
 def _cosines(figure: Any, reported: list[Record]) -> None:
@@ -99,7 +99,7 @@ def _cosines(figure: Any, reported: list[Record]) -> None:
         axes.plot(*zip(*found, strict=True), color=colour, marker="o", markersize=3, label=pair.replace("|", " and "))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set(xlabel="step", ylabel="cosine, mean over the layers\n(below 0: conflict)")
-    _finish(axes)
+    finish(axes)
 
 
 def _gates(figure: Any, reported: list[Record]) -> None:
@@ -109,7 +109,7 @@ def _gates(figure: Any, reported: list[Record]) -> None:
         found = [(r["step"], r["diagnostics"]["gates"][task]) for r in reported if task in r["diagnostics"]["gates"]]
         axes.plot(*zip(*found, strict=True), color=colour, marker="o", markersize=3, label=task)
     axes.set(xlabel="step", ylabel="gate, mean over the layers", ylim=(0, 1))
-    _finish(axes)
+    finish(axes)
 
 
 def _protected(figure: Any, protected: Mapping[str, float]) -> None:
@@ -143,10 +143,18 @@ def _smooth(values: np.ndarray[Any, Any], width: int) -> np.ndarray[Any, Any]:
     return smooth
 
 
-def _finish(axes: Any, grid: str = "both") -> None:
+def finish(axes: Any, grid: str = "both", legend: bool = True) -> None:
+    """Give axes the look that all plots share.
+
+    Args:
+        axes: of matplotlib.
+        grid: which lines the grid has: ``"x"``, ``"y"`` or ``"both"``.
+        legend: whether there is one.
+    """
     axes.grid(axis=grid, alpha=0.25)
     if axes.get_xlabel() == "step":
         axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    if legend:
+        axes.legend(frameon=False, fontsize=9)

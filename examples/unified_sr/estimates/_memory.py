@@ -1,0 +1,158 @@
+"""What a run takes at most in memory, by a formula for each family of methods; of the order of magnitude, not exact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gradsub.memory import layer_bytes
+
+from ..methods import method_named
+from ..settings import Settings
+from ._shape import Layer, ModelShape
+
+FLOAT = 4
+"""Bytes of a weight, a gradient and a moment: all are kept in fp32."""
+
+PROTECTED_SHARE = 0.5
+"""Directions of a layer that a null space is assumed to protect, which only general text can tell."""
+
+OVERHEAD = 5 * 2**28
+"""Bytes of Python, torch, libraries and what loading leaves behind, measured with SmolLM2 on a CPU."""
+
+SURGERY = ("pcgrad", "cagrad")
+"""Methods that hold a gradient per task beside the one they step on."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what holds them.
+
+    Args:
+        weights: of the model, with items and adapters.
+        gradients: at their most, before the step.
+        optimizer: moments, bases and what is remembered of the protected directions.
+        null_space: covariances of general text, from the preparation on.
+        activations: what one micro-batch keeps for its backward pass.
+        overhead: Python, torch and libraries.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    null_space: int
+    activations: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name.replace('_', ' ')} {value / 2**30:.2f}" for name, value in vars(self).items())
+        return f"about {self.total / 2**30:.1f} GiB ({parts})"
+
+
+def estimate_memory(
+    settings: Settings, shape: ModelShape, *, items: int, tokens: Mapping[str, float], autocast: bool, on_gpu: bool
+) -> MemoryEstimate:
+    """Estimate the peak of a run's training.
+
+    Args:
+        settings: of the run.
+        shape: of the model.
+        items: size of the catalogue.
+        tokens: task -> mean length of a prompt.
+        autocast: whether products are computed in bfloat16.
+        on_gpu: whether the memory is a GPU's, where Python takes none.
+    """
+    rows = items * shape.width * (1 if shape.tied else 2)
+    training = _training(settings, shape, len(tokens)) if method_named(settings.method).build else _NOTHING
+    trained_rows = rows if training is not _NOTHING else 0
+    return MemoryEstimate(
+        weights=FLOAT * (shape.weights + rows + training.adapters),
+        gradients=training.gradients + FLOAT * trained_rows,
+        optimizer=training.optimizer + 2 * FLOAT * trained_rows,
+        null_space=training.null_space,
+        activations=0 if training is _NOTHING else _activations(settings, shape, items, tokens, autocast),
+        overhead=0 if on_gpu else OVERHEAD,
+    )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """Bytes of gradients, optimizer and null space; weights that are added."""
+
+    gradients: int = 0
+    optimizer: int = 0
+    null_space: int = 0
+    adapters: int = 0
+
+
+_NOTHING = _Training()
+
+
+def _training(settings: Any, shape: ModelShape, tasks: int) -> _Training:
+    name = settings.method
+    trained = shape.others + sum(layer.weights for layer in shape.layers)
+    if name.startswith("gems"):
+        return _gems(settings, shape, tasks)
+    if name == "lora":
+        adapters = sum(settings.rank * (layer.out_features + layer.in_features) for layer in shape.layers)
+        return _Training(FLOAT * adapters, 2 * FLOAT * adapters, adapters=adapters)
+    if name == "galore":
+        low = sum(_galore(layer, settings.rank) for layer in shape.layers)
+        return _Training(FLOAT * trained, FLOAT * (low + 2 * shape.others))
+    gradients = tasks + 1 if name in SURGERY else 1
+    return _Training(gradients * FLOAT * trained, 2 * FLOAT * trained)
+
+
+def _gems(settings: Any, shape: ModelShape, tasks: int) -> _Training:
+    gradients = optimizer = null_space = 0
+    for layer in shape.layers:
+        d = layer.in_features if settings.side == "input" else layer.out_features
+        found = layer_bytes(
+            layer.out_features,
+            layer.in_features,
+            rank=settings.rank,
+            task_rank=settings.task_rank,
+            tasks=tasks,
+            side=settings.side,
+            protected=int(PROTECTED_SHARE * d) if settings.protect else 0,
+        )
+        gradients += found.captured + found.sketches
+        optimizer += found.state
+        null_space += 2 * FLOAT * d * d if settings.protect else 0  # sums of products are kept in float64
+    others = shape.others if settings.train_others else 0
+    return _Training(gradients + FLOAT * others, optimizer + 2 * FLOAT * others, null_space)
+
+
+def _galore(layer: Layer, rank: int) -> int:
+    """Numbers of a projection and of two moments inside it."""
+    short, long = sorted((layer.out_features, layer.in_features))
+    rank = min(rank, short)
+    return rank * short + 2 * rank * long
+
+
+def _activations(settings: Any, shape: ModelShape, items: int, tokens: Mapping[str, float], autocast: bool) -> int:
+    """What is kept for the backward pass, roughly inputs and outputs of every linear layer for every token.
+
+    Outputs stand for what norms, attention and activation functions keep. With GEMS on the input side, only the inputs'
+    coordinates in the subspaces are kept. The logits of the catalogue are kept three times: raw, in fp32, normalised.
+    """
+    examples = -(-settings.batch_size // settings.accumulation)
+    count = examples * max(tokens.values())
+    kept = None
+    if settings.method.startswith("gems") and settings.side == "input":
+        kept = settings.rank + (max(1, settings.rank // 2) if settings.task_rank is None else settings.task_rank)
+    read = [layer for layer in shape.layers if layer.per_token]
+    inputs = sum(layer.in_features if kept is None else min(layer.in_features, kept) for layer in read)
+    outputs = sum(layer.out_features for layer in read)
+    per_token = (inputs + outputs) * (FLOAT // 2 if autocast else FLOAT)
+    if settings.gradient_checkpointing:
+        per_token = per_token // max(1, shape.blocks) + shape.blocks * shape.width * FLOAT
+    # Under autocast a layer's weight is kept in bfloat16 too, as long as a backward pass needs it.
+    weights = FLOAT // 2 * sum(layer.weights for layer in shape.layers) if autocast else 0
+    return int(count * per_token + weights + 3 * FLOAT * examples * items)

@@ -1,0 +1,106 @@
+"""How long a run takes, from what another one took."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..training import History
+
+TYPICAL_STEP = 3
+"""The step that is taken for typical: the first ones allocate, and find the subspaces."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the parts of a run.
+
+    Args:
+        fixed: to load everything and to prepare the training.
+        per_step: of one training step.
+        per_query: of one evaluated example, with its share of the perplexity.
+    """
+
+    fixed: float
+    per_step: float
+    per_query: float
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> Cost:
+        """Read what a finished run took out of its ``run.json``."""
+        seconds: Mapping[str, float] = summary["seconds"]
+        evaluations = [seconds[name] for name in ("zero-shot evaluation", "final evaluation") if name in seconds]
+        queries = len(evaluations) * sum(summary["evaluated"].values())
+        return cls(
+            fixed=seconds.get("loading", 0.0) + seconds.get("preparation", 0.0),
+            per_step=summary["throughput"].get("seconds_per_step", 0.0),
+            per_query=sum(evaluations) / max(1, queries),
+        )
+
+    @classmethod
+    def typical(cls, costs: Iterable[Cost]) -> Cost:
+        """Return the median of each part.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        rows = [(cost.fixed, cost.per_step, cost.per_query) for cost in costs]
+        if not rows:
+            raise ValueError("costs is empty: nothing was measured yet")
+        return cls(*(statistics.median(column) for column in zip(*rows, strict=True)))
+
+    def seconds(self, *, steps: int, queries: int, evaluations: int = 2) -> float:
+        """Return what a run takes.
+
+        Args:
+            steps: of its training.
+            queries: examples of one evaluation, of all tasks.
+            evaluations: how many there are; a method that trains nothing has one.
+        """
+        return self.fixed + steps * self.per_step + evaluations * queries * self.per_query
+
+
+@dataclass
+class TimeNotice:
+    """Says how long a run goes on, once it has seen how long a step takes.
+
+    Args:
+        steps: that are planned.
+        evaluation: seconds of the evaluation after them.
+        say: prints a line to the user.
+    """
+
+    steps: int
+    evaluation: float
+    say: Callable[[str], None]
+    _seen: int = 0
+
+    def __call__(self, history: History) -> None:
+        """Take notice of a step."""
+        self._seen += 1
+        left = self.steps - len(history.records)
+        if self._seen == TYPICAL_STEP and left > 0:
+            step = history.records[-1]["seconds"]
+            self.say(
+                f"time: about {format_duration(left * step)} for {left} further steps of {step:.2f} s, then about "
+                f"{format_duration(self.evaluation)} of evaluation, an estimate"
+            )
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration in the unit that suits it.
+
+    Example:
+        >>> [format_duration(seconds) for seconds in (8, 200, 9000, 200000)]
+        ['8 s', '3 min', '2.5 h', '2.3 days']
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"

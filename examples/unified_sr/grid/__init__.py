@@ -1,0 +1,27 @@
+"""A grid of runs from one file: data sets x methods x seeds, each method with a learning rate chosen beforehand.
+
+``_config`` reads the file, ``_jobs`` lists the runs in order, ``_select`` chooses a rate from the trials on the
+validation split, ``_process`` carries out one run in a process of its own, ``_runner`` all of them.
+"""
+
+from __future__ import annotations
+
+from ._config import Entry, Grid, Selection, read_grid
+from ._jobs import Job, list_jobs, matching
+from ._runner import run_grid
+from ._select import SELECTION, Choice, Trial, choose
+
+__all__ = [
+    "SELECTION",
+    "Choice",
+    "Entry",
+    "Grid",
+    "Job",
+    "Selection",
+    "Trial",
+    "choose",
+    "list_jobs",
+    "matching",
+    "read_grid",
+    "run_grid",
+]

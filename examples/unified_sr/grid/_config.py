@@ -1,0 +1,193 @@
+"""The file of a grid: what is to be run; names of methods and settings are looked up only where they are used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import parse_pairs, read_yaml
+from ..metrics import CUTOFFS
+
+KEYS = ("data", "seeds", "settings", "select", "methods")
+ENTRY_KEYS = ("name", "method", "settings", "seeds", "rates")
+SELECT_KEYS = ("rates", "seed", "metric", "max_perplexity_increase", "settings")
+RESERVED = ("data", "method", "seed", "eval_split")
+"""Settings that the grid itself gives to each run."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of a grid.
+
+    Args:
+        name: of its folder.
+        method: whose settings these are.
+        settings: of its own.
+        seeds: of its runs.
+        rates: learning rates of its trials; with none, the method keeps the rate of its settings.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a learning rate is chosen: the one whose trial ranks the validation examples best.
+
+    Args:
+        seed: of the trials.
+        metric: whose mean over the tasks is compared.
+        max_perplexity_increase: share by which a trial may raise the perplexity of general text; ``None``: any.
+        settings: of the trials, over those of the method, such as fewer steps.
+    """
+
+    seed: int = 0
+    metric: str = "ndcg@10"
+    max_perplexity_increase: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be run.
+
+    Args:
+        data: name of a folder -> source of the data; ``None`` where the command line must give it.
+        settings: of all runs.
+        entries: the methods in order.
+        selection: how rates are chosen.
+        overrides: settings that win over all others.
+    """
+
+    data: Mapping[str, str | None]
+    settings: Mapping[str, Any]
+    entries: tuple[Entry, ...]
+    selection: Selection
+    overrides: Mapping[str, Any]
+
+
+def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str] = ()) -> Grid:
+    """Read a grid's file.
+
+    Args:
+        path: a YAML file with the keys ``data``, ``methods`` and optionally ``seeds``, ``settings`` and ``select``.
+        data: texts ``NAME=SOURCE`` that add to the file's ``data``, or replace it.
+        pairs: texts ``key=value``: settings that win over the file's.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: naming what is missing, unknown or of the wrong kind.
+    """
+    content = read_yaml(path)
+    where = f"the grid {str(path)!r}"
+    _check_keys(content, KEYS, where)
+    overrides = _settings(parse_pairs(pairs), "--set")
+    sources = {**_mapping(content.get("data"), f"data of {where}"), **_sources(data)}
+    if not sources or not all(isinstance(value, (str, type(None))) for value in sources.values()):
+        raise ValueError(f"data of {where} must map names to names of data sets or folders, got {sources!r}")
+    select = _mapping(content.get("select"), f"select of {where}")
+    _check_keys(select, SELECT_KEYS, f"select of {where}")
+    rates = _rates(select.get("rates", []), f"select of {where}")
+    seeds = _seeds(content.get("seeds", [0]), where)
+    found = content.get("methods")
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"methods of {where} must be a list of names and mappings, got {found!r}")
+    entries = tuple(_entry(item, seeds, rates, overrides, where) for item in found)
+    _check_unique([entry.name for entry in entries], f"methods of {where}")
+    settings = _settings(_mapping(content.get("settings"), f"settings of {where}"), f"settings of {where}")
+    return Grid(sources, settings, entries, _selection(select, where), overrides)
+
+
+def _entry(
+    item: Any, seeds: tuple[int, ...], rates: tuple[float, ...], overrides: Mapping[str, Any], grid: str
+) -> Entry:
+    content = {"method": item} if isinstance(item, str) else _mapping(item, f"an entry of methods of {grid}")
+    method = content.get("method", content.get("name"))
+    name = content.get("name", method)
+    where = f"the method {name!r} of {grid}"
+    _check_keys(content, ENTRY_KEYS, where)
+    if not isinstance(name, str) or not isinstance(method, str) or not name or "/" in name:
+        raise ValueError(f"{where} needs a name that is text without '/', got {content!r}")
+    settings = _settings(_mapping(content.get("settings"), f"settings of {where}"), where)
+    own = _rates(content["rates"], where) if "rates" in content else rates
+    # A rate that somebody fixed is not searched for.
+    fixed = "lr" in settings or "lr" in overrides
+    return Entry(name, method, settings, _seeds(content.get("seeds", list(seeds)), where), () if fixed else own)
+
+
+def _selection(content: Mapping[str, Any], grid: str) -> Selection:
+    chosen = {key: value for key, value in content.items() if key != "rates"}
+    selection = Selection(**{**chosen, "settings": _settings(chosen.get("settings") or {}, f"select of {grid}")})
+    metrics = [f"{name}@{k}" for name in ("hit", "ndcg", "mrr", "map") for k in CUTOFFS]
+    if selection.metric not in metrics:
+        raise ValueError(f"metric of select must be one of {', '.join(metrics)}, got {selection.metric!r}")
+    limit = selection.max_perplexity_increase
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 0):
+        raise ValueError(f"max_perplexity_increase of select must be null or a share such as 0.05, got {limit!r}")
+    _seeds([selection.seed], f"select of {grid}")
+    return selection
+
+
+def _settings(content: Any, where: str) -> dict[str, Any]:
+    settings = _mapping(content, f"settings of {where}")
+    for key in RESERVED:
+        if key in settings:
+            raise ValueError(f"{where} cannot set {key!r}: the grid gives it to each run")
+    return settings
+
+
+def _sources(pairs: Iterable[str]) -> dict[str, str]:
+    found = dict(pair.partition("=")[::2] for pair in pairs)
+    for name, source in found.items():
+        if not name or not source or "/" in name:
+            raise ValueError(f"--data takes NAME=SOURCE, such as shop=data/shop, got {name!r} and {source!r}")
+    return found
+
+
+def _seeds(value: Any, where: str) -> tuple[int, ...]:
+    whole = isinstance(value, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value)
+    if not whole or not value or min(value) < 0:
+        raise ValueError(f"seeds of {where} must be a list of whole numbers from 0, got {value!r}")
+    _check_unique(value, f"seeds of {where}")
+    return tuple(value)
+
+
+def _rates(value: Any, where: str) -> tuple[float, ...]:
+    try:
+        # YAML 1.1 reads 6e-4, without a dot, as text.
+        rates = tuple(float(rate) for rate in value) if isinstance(value, list) else (0.0,)
+    except (TypeError, ValueError):
+        rates = (0.0,)
+    if any(not 0 < rate < 1e6 for rate in rates):
+        raise ValueError(f"rates of {where} must be a list of learning rates above 0, got {value!r}")
+    _check_unique(rates, f"rates of {where}")
+    return tuple(sorted(rates))
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{where} must be a mapping, got {value!r}")
+    return dict(value)
+
+
+def _check_keys(content: Mapping[str, Any], known: Collection[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
+            raise ValueError(f"{where} has no key {key!r}; {hint}")
+
+
+def _check_unique(values: Collection[Any], where: str) -> None:
+    repeated = sorted({value for value in values if list(values).count(value) > 1})
+    if repeated:
+        raise ValueError(f"{where} hold {repeated} more than once; give each a name of its own")

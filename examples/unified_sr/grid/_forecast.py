@@ -1,0 +1,110 @@
+"""How long the runs that are left will take, and what each takes in memory: estimates, said as such."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data import Dataset, Example
+from ..estimates import Cost, ModelShape, estimate_memory, prompt_tokens, shape_of
+from ..model import describe_language_model
+from ..plan import plan_training
+from ..precision import choose_precision
+from ..run import load_data
+from ..settings import Settings
+from ._jobs import Job
+from ._process import execute
+
+PROBE = {"steps": 3, "epochs": None, "early_stop": None, "eval_users": 16, "perplexity_tokens": 16}
+"""The settings of a probe: little of everything. What perplexity takes is left out of its estimate."""
+
+
+@dataclass
+class Forecast:
+    """Learns from finished runs what further ones cost."""
+
+    costs: dict[tuple[str, str], list[Cost]] = field(default_factory=dict)
+    _probed: list[Cost] = field(default_factory=list)
+    _datasets: dict[Any, Dataset] = field(default_factory=dict)
+    _shapes: dict[str, ModelShape] = field(default_factory=dict)
+
+    def learn(self, job: Job, folder: Path) -> None:
+        """Take in what a finished run took."""
+        self.costs.setdefault((job.data, job.entry.name), []).append(_cost(folder))
+
+    def probe(self, job: Job) -> str | None:
+        """Measure a run of a few steps, whose results are thrown away; return why it failed, if it did."""
+        short = replace(job.settings(), **PROBE)  # type: ignore[arg-type]
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch, "probe")
+            failure = execute(short, folder, Path(scratch, "probe.log"), lambda: None)
+            if failure is None:
+                self._probed = [_cost(folder)]
+        return failure
+
+    def seconds(self, job: Job) -> float:
+        """Estimate how long a run takes; NaN as long as nothing was measured.
+
+        What the same method took on the same data counts first, then what any took on that data, then anything.
+        """
+        own = self.costs.get((job.data, job.entry.name), [])
+        near = [cost for (data, _), costs in self.costs.items() if data == job.data for cost in costs]
+        known = own or near or [cost for costs in self.costs.values() for cost in costs] or self._probed
+        if not known:
+            return math.nan
+        settings = job.settings()
+        dataset = self.dataset(settings)
+        split = dataset.valid if settings.eval_split == "valid" else dataset.test
+        queries = sum(min(settings.eval_users or len(rows), len(rows)) for rows in split.values())
+        if not job.trained:
+            return Cost.typical(known).seconds(steps=0, queries=queries, evaluations=1)
+        train = {task: rows for task, rows in dataset.train.items() if rows}
+        steps = plan_training(settings, train).steps
+        return Cost.typical(known).seconds(steps=steps, queries=queries)
+
+    def total(self, jobs: Iterable[Job]) -> float:
+        """Estimate the seconds of several runs together."""
+        return math.fsum(self.seconds(job) for job in jobs)
+
+    def memory(self, job: Job) -> str:
+        """Estimate what a run takes in memory, or say why that is not possible."""
+        settings = job.settings()
+        try:
+            if settings.model not in self._shapes:
+                self._shapes[settings.model] = shape_of(describe_language_model(settings.model))
+        except (OSError, ValueError) as error:
+            return f"unknown ({error})"
+        dataset = self.dataset(settings)
+        precision = choose_precision(settings)
+        train = {task: rows for task, rows in dataset.train.items() if rows}
+        return str(
+            estimate_memory(
+                settings,
+                self._shapes[settings.model],
+                items=len(dataset.items),
+                tokens=prompt_tokens(train, lambda row: _rough_length(row, settings.max_query_tokens)),
+                autocast=precision.autocast is not None,
+                on_gpu=precision.device.type == "cuda",
+            )
+        )
+
+    def dataset(self, settings: Settings) -> Dataset:
+        """Load a data set, once."""
+        key = (settings.data, settings.min_user_events, settings.min_item_events, settings.max_history)
+        if key not in self._datasets:
+            self._datasets[key] = load_data(settings)
+        return self._datasets[key]
+
+
+def _cost(folder: Path) -> Cost:
+    return Cost.of(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+
+
+def _rough_length(example: Example, most: int) -> int:
+    """Tokens of a prompt without a tokenizer: one an item, two a word of the query, and the fixed words."""
+    return 6 + len(example.history) + min(most, 2 * len(example.query.split()))

@@ -1,0 +1,146 @@
+"""The runs of a grid in the order in which they are carried out."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import build_settings
+from ..methods import method_named
+from ..run_folder import RunFolder, State
+from ..settings import Settings
+from ._config import Entry, Grid
+
+DIVERGED = "diverged.txt"
+"""The file that says why a run ended with a loss that is no number; such a run is not tried again."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Args:
+        grid: it belongs to.
+        data: name of the data set.
+        entry: the method.
+        seed: of the run.
+        rate: the learning rate of a trial; ``None`` for a run on the test split.
+    """
+
+    grid: Grid
+    data: str
+    entry: Entry
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder under that of the grid."""
+        return f"{self.data}/{self.entry.name}/{f'seed-{self.seed}' if self.rate is None else f'lr-{self.rate:g}'}"
+
+    @property
+    def selects(self) -> bool:
+        """Whether the run takes a rate that trials choose."""
+        return self.rate is None and bool(self.trials)
+
+    @property
+    def trained(self) -> bool:
+        """Whether its method trains anything: the method's name is looked up here, not when the file is read."""
+        return method_named(self.entry.method).build is not None
+
+    @property
+    def trials(self) -> list[Job]:
+        """The trials of its method on its data, if it has a rate."""
+        seed = self.grid.selection.seed
+        return [Job(self.grid, self.data, self.entry, seed, rate) for rate in self.entry.rates if self.trained]
+
+    def settings(self, rate: float | None = None) -> Settings:
+        """Return the settings of the run.
+
+        Args:
+            rate: that was chosen for it, if trials choose one.
+
+        Raises:
+            ValueError: if the data has no source, or a method or setting is wrong.
+        """
+        source = self.grid.data[self.data]
+        if source is None:
+            raise ValueError(f"the data {self.data!r} has no source; pass --data {self.data}=DIR, or leave it out")
+        trial = self.rate is not None
+        values = {
+            **self.grid.settings,
+            **self.entry.settings,
+            **(self.grid.selection.settings if trial else {}),
+            **self.grid.overrides,
+            "data": source,
+            "seed": self.seed,
+            "eval_split": "valid" if trial else "test",
+        }
+        chosen = self.rate if trial else rate
+        return build_settings(self.entry.method, values if chosen is None else {**values, "lr": chosen})
+
+    def folder(self, out: Path) -> RunFolder:
+        """Return where its results go."""
+        return RunFolder(out / self.name)
+
+    def log(self, out: Path) -> Path:
+        """Return the file with what it prints."""
+        return out / f"{self.name}.log"
+
+    def diverged(self, out: Path) -> str | None:
+        """Return why it diverged, if it did."""
+        file = self.folder(out).file(DIVERGED)
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else None
+
+
+def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
+    """List the runs: the first seed of every method on all data before the second one, trials before what needs them.
+
+    Args:
+        grid: the grid.
+        only: patterns, see ``matching``; trials of a run that matches belong to it. Without any, all runs are listed.
+
+    Raises:
+        ValueError: if a method is unknown, or nothing matches.
+    """
+    jobs: dict[str, Job] = {}
+    names: list[str] = []
+    for turn in range(max(len(entry.seeds) for entry in grid.entries)):
+        for data in grid.data:
+            for entry in grid.entries:
+                if turn >= len(entry.seeds):
+                    continue
+                main = Job(grid, data, entry, entry.seeds[turn])
+                names.append(main.name)
+                if matching(main.name, only):
+                    wanted = [*main.trials, main]
+                else:
+                    rated = [Job(grid, data, entry, grid.selection.seed, rate) for rate in entry.rates]
+                    wanted = [job for job in rated if matching(job.name, only) and job.trained]
+                jobs.update({job.name: job for job in wanted if job.name not in jobs})
+    if not jobs:
+        raise ValueError(f"--only {' '.join(only)} matches none of the runs {', '.join(names)}")
+    return list(jobs.values())
+
+
+def matching(name: str, patterns: Sequence[str]) -> bool:
+    """Tell whether a run is wanted: a pattern matches its whole name, or one part of it; no pattern matches all.
+
+    Example:
+        >>> [matching("movielens/gems/seed-0", [pattern]) for pattern in ("gems", "movie*", "*/seed-1", "lens")]
+        [True, True, False, False]
+    """
+    parts = [name, *name.split("/")]
+    return not patterns or any(fnmatch.fnmatchcase(part, pattern) for pattern in patterns for part in parts)
+
+
+def state_of(job: Job, settings: Settings, out: Path) -> State:
+    """Tell what a run's folder holds; a diverged trial is finished.
+
+    Raises:
+        FileExistsError: as ``RunFolder.check``.
+    """
+    state = job.folder(out).check(settings)
+    return State.FINISHED if state is State.UNFINISHED and job.diverged(out) is not None else state

@@ -1,0 +1,133 @@
+"""The learning rate of a method, chosen from trials on the validation split by one criterion for all methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..run_folder import METRICS, RunFolder
+from ..settings import Settings
+from ._config import Selection
+from ._jobs import Job
+
+SELECTION = "selection.json"
+"""The file beside a method's runs that says how its rate was chosen."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came out at one learning rate.
+
+    Args:
+        rate: the learning rate.
+        value: mean over the tasks of the metric on the validation split; ``None`` where training diverged.
+        perplexity_increase: share by which the perplexity of general text rose; ``None`` likewise.
+    """
+
+    rate: float
+    value: float | None = None
+    perplexity_increase: float | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen trial.
+
+    Args:
+        trial: with its rate.
+        within_limit: whether it keeps to the limit of the perplexity; always true where there is none.
+        at_edge: whether the smallest or largest rate was chosen, so that a better one may lie outside.
+    """
+
+    trial: Trial
+    within_limit: bool
+    at_edge: bool
+
+
+def choose(trials: Sequence[Trial], max_perplexity_increase: float | None = None) -> Choice:
+    """Choose the best trial among those within the limit; of equals the smaller rate.
+
+    Where none keeps to the limit, the one that raises perplexity least is chosen.
+
+    Args:
+        trials: at different rates.
+        max_perplexity_increase: the limit; ``None`` for no limit.
+
+    Raises:
+        ValueError: if training diverged at every rate, or there is no trial.
+    """
+    finished = sorted((trial for trial in trials if trial.value is not None), key=lambda trial: trial.rate)
+    if not finished:
+        raise ValueError(f"no trial came to a result at the rates {[trial.rate for trial in trials]}; add smaller ones")
+    limit = math.inf if max_perplexity_increase is None else max_perplexity_increase
+    allowed = [trial for trial in finished if _increase(trial) <= limit]
+    best = max(allowed, key=lambda trial: trial.value or 0.0) if allowed else min(finished, key=_increase)
+    rates = sorted(trial.rate for trial in trials)
+    return Choice(best, bool(allowed), len(rates) > 1 and best.rate in (rates[0], rates[-1]))
+
+
+def choose_rate(job: Job, out: Path) -> Choice:
+    """Choose the rate of a run from its trials.
+
+    Args:
+        job: a run whose trials are all finished.
+        out: the folder of the grid.
+
+    Raises:
+        ValueError: as ``choose``.
+    """
+    return choose(_trials(job, out), job.grid.selection.max_perplexity_increase)
+
+
+def record_choice(job: Job, out: Path, choice: Choice) -> None:
+    """Write down how the rate of a run was chosen, and from what."""
+    trials = _trials(job, out)
+    folder = RunFolder((out / job.name).parent)
+    folder.write_json(SELECTION, _record(job.grid.selection, job.trials[0].settings(), trials, choice))
+
+
+def _trials(job: Job, out: Path) -> list[Trial]:
+    return [_read(trial, job.grid.selection, out) for trial in job.trials]
+
+
+def _read(job: Job, selection: Selection, out: Path) -> Trial:
+    assert job.rate is not None
+    if job.diverged(out) is not None:
+        return Trial(job.rate)
+    metrics = job.folder(out).read_json(METRICS)
+    tasks = [values for task, values in metrics["final"].items() if task != "general"]
+    before, after = (metrics[part]["general"]["perplexity"] for part in ("zero_shot", "final"))
+    return Trial(job.rate, math.fsum(task[selection.metric] for task in tasks) / len(tasks), after / before - 1)
+
+
+def _record(selection: Selection, settings: Settings, trials: Sequence[Trial], choice: Choice) -> dict[str, Any]:
+    limit = selection.max_perplexity_increase
+    criterion = f"largest mean over the tasks of {selection.metric} on the validation split"
+    if limit is not None:
+        criterion += f", among the rates that raise the perplexity of general text by at most {100 * limit:g} %"
+    return {
+        "criterion": criterion,
+        "metric": selection.metric,
+        "max_perplexity_increase": limit,
+        "budget": {
+            "trials": len(trials),
+            "steps": settings.steps if settings.epochs is None else None,
+            "epochs": settings.epochs,
+            "seed": settings.seed,
+            "examples per task": settings.eval_users or "all",
+        },
+        "trials": [
+            {"lr": trial.rate, "value": trial.value, "perplexity_increase": trial.perplexity_increase}
+            for trial in trials
+        ],
+        "lr": choice.trial.rate,
+        "within_limit": choice.within_limit,
+        "at_edge": choice.at_edge,
+    }
+
+
+def _increase(trial: Trial) -> float:
+    return math.inf if trial.perplexity_increase is None else trial.perplexity_increase

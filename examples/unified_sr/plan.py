@@ -1,0 +1,42 @@
+"""How many steps a training takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .data import Example
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long training is.
+
+    Args:
+        steps: optimizer steps, if nothing ends it earlier.
+        per_epoch: steps in which the task with most examples is read once.
+    """
+
+    steps: int
+    per_epoch: int
+
+
+def plan_training(settings: Settings, examples: Mapping[str, Sequence[Example]]) -> Plan:
+    """Settle the number of steps.
+
+    Raises:
+        ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
+    """
+    if settings.early_stop is not None and settings.epochs is None:
+        raise ValueError(
+            f"early_stop={settings.early_stop} counts epochs, but epochs is null; set epochs to the most wanted"
+        )
+    if settings.accumulation > settings.batch_size:
+        raise ValueError(
+            f"accumulation={settings.accumulation} parts cannot be cut from batch_size={settings.batch_size} examples; "
+            "lower it"
+        )
+    per_epoch = max(math.ceil(len(rows) / settings.batch_size) for rows in examples.values())
+    return Plan(settings.steps if settings.epochs is None else settings.epochs * per_epoch, per_epoch)
