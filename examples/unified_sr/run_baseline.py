@@ -13,12 +13,14 @@ from .data import Dataset, Example
 from .environment import describe_environment
 from .evaluation import TaskResult, choose_examples, rank_catalogue
 from .methods import Method
+from .peak_memory import peak_memory, reset_peak_memory
 from .precision import Precision
 from .report import write_report
 from .run_folder import METRICS, SAMPLED, RunFolder
 from .settings import Settings
 from .training import tasks_to_train
 
+_CPU = torch.device("cpu")
 BATCH = 256
 """Examples that are scored together."""
 
@@ -52,6 +54,7 @@ def run_baseline(
     split = {"test": dataset.test, "valid": dataset.valid}[settings.eval_split]
     tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
     trained = tasks_to_train(settings.train_tasks, tasks)
+    reset_peak_memory(_CPU)
     with phase("preparation"):
         fitted = method.fit(settings, dataset, [example for task in trained for example in dataset.train[task]])
     test = {
@@ -63,7 +66,7 @@ def run_baseline(
         raise ValueError(
             f"{settings.data!r} has no {settings.eval_split} example of what {method.name!r} serves; pass other data"
         )
-    folder.start(settings, describe_environment(settings.seed, Precision(torch.device("cpu"), None)))
+    folder.start(settings, describe_environment(settings.seed, Precision(_CPU, None)))
     folder.write_json("statistics.json", dataset.statistics())
     folder.file("steps.jsonl").write_text("", encoding="utf-8")
     results: dict[str, TaskResult] = {}
@@ -80,7 +83,7 @@ def run_baseline(
             )
             folder.write_rankings(task, results[task], method.name)
     folder.write_json(SAMPLED, {"zero_shot": {}, "final": {task: result.sampled for task, result in results.items()}})
-    folder.write_json("run.json", _summary(test, fitted.notes, seconds))
+    folder.write_json("run.json", {**_summary(test, fitted.notes, seconds), "peak_memory": peak_memory(_CPU)})
     folder.write_json(METRICS, {"zero_shot": {}, "final": {task: result.metrics for task, result in results.items()}})
     write_report(folder)
     return folder
