@@ -116,13 +116,13 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         settings,
         shape,
         items=len(dataset.items),
-        tokens=prompt_tokens(parts.train, lambda row: len(parts.prompts(row))),
+        tokens=prompt_tokens(train_examples, lambda row: len(parts.prompts(row))),
         autocast=precision.autocast is not None,
         on_gpu=precision.device.type == "cuda",
     )
     free = free_memory(precision.device)
     say(f"memory: {memory}, an estimate; {free / 2**30:.1f} GiB are free on {precision.device}")
-    if memory.total > free:
+    if memory.further > free:
         say("the estimate exceeds what is free: raise accumulation, set gradient_checkpointing, or lower batch_size")
     with clock.phase("zero-shot evaluation"):
         before = parts.measure("zero-shot")
@@ -170,20 +170,16 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     return folder
 
 
+DATA_SETTINGS = (
+    *("min_user_events", "min_task_events", "min_item_events", "item_counts", "max_history"),
+    *("split", "histories", "searches", "train_targets"),
+)
+"""Settings that, with ``data``, decide what the data set is."""
+
+
 def load_data(settings: Settings) -> Dataset:
     """Load the data of a run."""
-    return load_dataset(
-        settings.data,
-        min_user_events=settings.min_user_events,
-        min_task_events=settings.min_task_events,
-        min_item_events=settings.min_item_events,
-        item_counts=settings.item_counts,
-        max_history=settings.max_history,
-        split=settings.split,
-        histories=settings.histories,
-        searches=settings.searches,
-        train_targets=settings.train_targets,
-    )
+    return load_dataset(settings.data, **{name: getattr(settings, name) for name in DATA_SETTINGS})
 
 
 def _summary(

@@ -13,8 +13,9 @@ from ..config import read_yaml
 from ..run_folder import CONFIG, METRICS, SAMPLED, RunFolder
 
 EVALUATION = (
-    *("min_user_events", "min_item_events", "eval_users", "eval_seed", "negatives"),
-    *("perplexity_tokens", "perplexity_window", "general_text"),
+    *("min_user_events", "min_task_events", "min_item_events", "item_counts", "split", "histories", "searches"),
+    *("eval_users", "eval_seed", "negatives", "perplexity_tokens", "perplexity_window", "general_text"),
+    *("multiple_choice", "multiple_choice_questions"),
 )
 """Settings in which runs must agree for their numbers to mean the same."""
 

@@ -21,9 +21,6 @@ PROTECTED_SHARE = 0.5
 OVERHEAD = 5 * 2**28
 """Bytes of Python, torch, libraries and what loading leaves behind, measured with SmolLM2 on a CPU."""
 
-SURGERY = ("pcgrad", "cagrad")
-"""Methods that hold a gradient per task beside the one they step on."""
-
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -34,6 +31,7 @@ class MemoryEstimate:
         gradients: at their most, before the step.
         optimizer: moments, bases and what is remembered of the protected directions.
         null_space: covariances of general text, from the preparation on.
+        intact: the layers before training and what they read, by which their leak is measured; on the CPU.
         activations: what one micro-batch keeps for its backward pass.
         overhead: Python, torch and libraries.
     """
@@ -42,8 +40,14 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     null_space: int
+    intact: int
     activations: int
     overhead: int
+
+    @property
+    def further(self) -> int:
+        """What a process still takes when everything is loaded."""
+        return self.total - self.weights - self.overhead
 
     @property
     def total(self) -> int:
@@ -73,9 +77,10 @@ def estimate_memory(
     trained_rows = rows if training is not _NOTHING else 0
     return MemoryEstimate(
         weights=FLOAT * (shape.weights + rows + training.adapters),
-        gradients=training.gradients + FLOAT * trained_rows,
+        gradients=training.gradients + len(tokens) * FLOAT * trained_rows,
         optimizer=training.optimizer + 2 * FLOAT * trained_rows,
         null_space=training.null_space,
+        intact=0 if on_gpu or training is _NOTHING else _intact(settings, shape),
         activations=0 if training is _NOTHING else _activations(settings, shape, items, tokens, autocast),
         overhead=0 if on_gpu else OVERHEAD,
     )
@@ -95,18 +100,18 @@ _NOTHING = _Training()
 
 
 def _training(settings: Any, shape: ModelShape, tasks: int) -> _Training:
+    """What a family of methods holds. In steps that are measured, as the first one is, tasks' gradients are apart."""
     name = settings.method
     trained = shape.others + sum(layer.weights for layer in shape.layers)
     if name.startswith("gems"):
         return _gems(settings, shape, tasks)
     if name == "lora":
         adapters = sum(settings.rank * (layer.out_features + layer.in_features) for layer in shape.layers)
-        return _Training(FLOAT * adapters, 2 * FLOAT * adapters, adapters=adapters)
+        return _Training(tasks * FLOAT * adapters, 2 * FLOAT * adapters, adapters=adapters)
     if name == "galore":
         low = sum(_galore(layer, settings.rank) for layer in shape.layers)
-        return _Training(FLOAT * trained, FLOAT * (low + 2 * shape.others))
-    gradients = tasks + 1 if name in SURGERY else 1
-    return _Training(gradients * FLOAT * trained, 2 * FLOAT * trained)
+        return _Training(tasks * FLOAT * trained, FLOAT * (low + 2 * shape.others))
+    return _Training(tasks * FLOAT * trained, 2 * FLOAT * trained)
 
 
 def _gems(settings: Any, shape: ModelShape, tasks: int) -> _Training:
@@ -118,15 +123,23 @@ def _gems(settings: Any, shape: ModelShape, tasks: int) -> _Training:
             layer.in_features,
             rank=settings.rank,
             task_rank=settings.task_rank,
-            tasks=tasks,
+            tasks=tasks if settings.task_subspaces else 0,
             side=settings.side,
             protected=int(PROTECTED_SHARE * d) if settings.protect else 0,
         )
-        gradients += found.captured + found.sketches
+        # Without task subspaces the tasks' whole gradients are what there is.
+        whole = 0 if settings.task_subspaces else tasks * FLOAT * layer.weights
+        gradients += found.captured + found.sketches + whole
         optimizer += found.state
         null_space += 2 * FLOAT * d * d if settings.protect else 0  # sums of products are kept in float64
     others = shape.others if settings.train_others else 0
     return _Training(gradients + FLOAT * others, optimizer + 2 * FLOAT * others, null_space)
+
+
+def _intact(settings: Settings, shape: ModelShape) -> int:
+    if not settings.leak_tokens:
+        return 0
+    return FLOAT * sum(layer.weights + settings.leak_tokens * layer.in_features for layer in shape.layers)
 
 
 def _galore(layer: Layer, rank: int) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..data import Dataset, Example
 from ..estimates import Cost, ModelShape, estimate_memory, prompt_tokens, shape_of
+from ..methods import method_named
 from ..model import describe_language_model
 from ..plan import plan_training
 from ..precision import choose_precision
-from ..run import load_data
+from ..run import DATA_SETTINGS, load_data
 from ..settings import Settings
+from ..training import tasks_to_train
 from ._jobs import Job
 from ._process import execute
 
@@ -53,6 +55,8 @@ class Forecast:
         What the same method took on the same data counts first, then what any took on that data, then anything.
         """
         own = self.costs.get((job.data, job.entry.name), [])
+        if not own and method_named(job.entry.method).fit is not None:
+            return 0.0  # without a language model, it is over before anything could be estimated
         near = [cost for (data, _), costs in self.costs.items() if data == job.data for cost in costs]
         known = own or near or [cost for costs in self.costs.values() for cost in costs] or self._probed
         if not known:
@@ -63,7 +67,7 @@ class Forecast:
         queries = sum(min(settings.eval_users or len(rows), len(rows)) for rows in split.values())
         if not job.trained:
             return Cost.typical(known).seconds(steps=0, queries=queries, evaluations=1)
-        train = {task: rows for task, rows in dataset.train.items() if rows}
+        train = _trained(dataset, settings)
         steps = plan_training(settings, train).steps
         return Cost.typical(known).seconds(steps=steps, queries=queries)
 
@@ -74,6 +78,8 @@ class Forecast:
     def memory(self, job: Job) -> str:
         """Estimate what a run takes in memory, or say why that is not possible."""
         settings = job.settings()
+        if method_named(settings.method).fit is not None:
+            return "little: there is no language model"
         try:
             if settings.model not in self._shapes:
                 self._shapes[settings.model] = shape_of(describe_language_model(settings.model))
@@ -81,7 +87,7 @@ class Forecast:
             return f"unknown ({error})"
         dataset = self.dataset(settings)
         precision = choose_precision(settings)
-        train = {task: rows for task, rows in dataset.train.items() if rows}
+        train = _trained(dataset, settings)
         return str(
             estimate_memory(
                 settings,
@@ -95,10 +101,15 @@ class Forecast:
 
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""
-        key = (settings.data, settings.min_user_events, settings.min_item_events, settings.max_history)
+        key = (settings.data, *(getattr(settings, name) for name in DATA_SETTINGS))
         if key not in self._datasets:
             self._datasets[key] = load_data(settings)
         return self._datasets[key]
+
+
+def _trained(dataset: Dataset, settings: Settings) -> dict[str, Sequence[Example]]:
+    tasks = tasks_to_train(settings.train_tasks, [task for task in dataset.tasks if dataset.train[task]])
+    return {task: dataset.train[task] for task in tasks}
 
 
 def _cost(folder: Path) -> Cost:
