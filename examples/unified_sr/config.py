@@ -44,8 +44,7 @@ def resolve(
             if key in ("method", "data", "model", "seed"):
                 raise ValueError(f"{key!r} cannot be set in the section {SECTIONS}.{name} of {file}; set it at the top")
             _checked_key(owner, key, value, f"{file}, section {SECTIONS}.{name}")
-    own = {**_inherited(method, sections), **sections.get(method.name, {})}
-    merged = {**shared, **own, **set_values, **given, "method": method.name}
+    merged = {**shared, **section_of(method, sections), **set_values, **given, "method": method.name}
     return build_settings(method.name, merged)
 
 
@@ -109,14 +108,22 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _inherited(method: Method, sections: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings of the method of which this one is a variant, as far as the variant does not differ in them."""
+def section_of(method: Method, sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings that hold for one method: its section over that of the method of which it is a variant.
+
+    Where a variant differs from its original, the original's section does not count.
+
+    Args:
+        method: the method.
+        sections: method -> its settings.
+    """
+    own = dict(sections.get(method.name, {}))
     if method.variant_of is None:
-        return {}
+        return own
     original = {item.name: item.default for item in fields(METHODS[method.variant_of].settings)}
     variant = {item.name: item.default for item in fields(method.settings)}
     section = sections.get(method.variant_of, {})
-    return {key: value for key, value in section.items() if variant[key] == original[key]}
+    return {**{key: value for key, value in section.items() if variant.get(key) == original.get(key)}, **own}
 
 
 def _read_file(file: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import parse_pairs, read_yaml
+from ..config import SECTIONS, parse_pairs, read_yaml
 from ..metrics import CUTOFFS
 
 KEYS = ("data", "seeds", "settings", "select", "methods")
@@ -27,7 +28,7 @@ class Entry:
         method: whose settings these are.
         settings: of its own.
         seeds: of its runs.
-        rates: learning rates of its trials; with none, the method keeps the rate of its settings.
+        rates: learning rates of its trials; with none, or where settings name ``lr``, the method keeps its rate.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Grid:
     Args:
         data: name of a folder -> source of the data; ``None`` where the command line must give it.
         settings: of all runs.
+        sections: method -> settings of this method, and of its variants.
         entries: the methods in order.
         selection: how rates are chosen.
         overrides: settings that win over all others.
@@ -68,6 +70,7 @@ class Grid:
 
     data: Mapping[str, str | None]
     settings: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]]
     entries: tuple[Entry, ...]
     selection: Selection
     overrides: Mapping[str, Any]
@@ -78,6 +81,7 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
 
     Args:
         path: a YAML file with the keys ``data``, ``methods`` and optionally ``seeds``, ``settings`` and ``select``.
+            ``settings`` are those of the runs and may hold sections for single methods, as the file of a run.
         data: texts ``NAME=SOURCE`` that add to the file's ``data``, or replace it.
         pairs: texts ``key=value``: settings that win over the file's.
 
@@ -99,15 +103,18 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
     found = content.get("methods")
     if not isinstance(found, list) or not found:
         raise ValueError(f"methods of {where} must be a list of names and mappings, got {found!r}")
-    entries = tuple(_entry(item, seeds, rates, overrides, where) for item in found)
+    entries = tuple(_entry(item, seeds, rates, where) for item in found)
     _check_unique([entry.name for entry in entries], f"methods of {where}")
-    settings = _settings(_mapping(content.get("settings"), f"settings of {where}"), f"settings of {where}")
-    return Grid(sources, settings, entries, _selection(select, where), overrides)
+    shared = _mapping(content.get("settings"), f"settings of {where}")
+    sections = {
+        name: _settings(section, f"settings.{SECTIONS}.{name} of {where}")
+        for name, section in _mapping(shared.pop(SECTIONS, None), f"settings.{SECTIONS} of {where}").items()
+    }
+    settings = _settings(shared, f"settings of {where}")
+    return Grid(sources, settings, sections, entries, _selection(select, where), overrides)
 
 
-def _entry(
-    item: Any, seeds: tuple[int, ...], rates: tuple[float, ...], overrides: Mapping[str, Any], grid: str
-) -> Entry:
+def _entry(item: Any, seeds: tuple[int, ...], rates: tuple[float, ...], grid: str) -> Entry:
     content = {"method": item} if isinstance(item, str) else _mapping(item, f"an entry of methods of {grid}")
     method = content.get("method", content.get("name"))
     name = content.get("name", method)
@@ -117,9 +124,7 @@ def _entry(
         raise ValueError(f"{where} needs a name that is text without '/', got {content!r}")
     settings = _settings(_mapping(content.get("settings"), f"settings of {where}"), where)
     own = _rates(content["rates"], where) if "rates" in content else rates
-    # A rate that somebody fixed is not searched for.
-    fixed = "lr" in settings or "lr" in overrides
-    return Entry(name, method, settings, _seeds(content.get("seeds", list(seeds)), where), () if fixed else own)
+    return Entry(name, method, settings, _seeds(content.get("seeds", list(seeds)), where), own)
 
 
 def _selection(content: Mapping[str, Any], grid: str) -> Selection:
@@ -165,7 +170,7 @@ def _rates(value: Any, where: str) -> tuple[float, ...]:
         rates = tuple(float(rate) for rate in value) if isinstance(value, list) else (0.0,)
     except (TypeError, ValueError):
         rates = (0.0,)
-    if any(not 0 < rate < 1e6 for rate in rates):
+    if any(not 0 < rate < math.inf for rate in rates):
         raise ValueError(f"rates of {where} must be a list of learning rates above 0, got {value!r}")
     _check_unique(rates, f"rates of {where}")
     return tuple(sorted(rates))

@@ -88,16 +88,15 @@ class Forecast:
         dataset = self.dataset(settings)
         precision = choose_precision(settings)
         train = _trained(dataset, settings)
-        return str(
-            estimate_memory(
-                settings,
-                self._shapes[settings.model],
-                items=len(dataset.items),
-                tokens=prompt_tokens(train, lambda row: _rough_length(row, settings.max_query_tokens)),
-                autocast=precision.autocast is not None,
-                on_gpu=precision.device.type == "cuda",
-            )
+        found = estimate_memory(
+            settings,
+            self._shapes[settings.model],
+            items=len(dataset.items),
+            tokens=prompt_tokens(train, lambda row: _rough_length(row, settings.max_query_tokens)),
+            autocast=precision.autocast is not None,
+            on_gpu=precision.device.type == "cuda",
         )
+        return f"{found}, an estimate"
 
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""

@@ -6,8 +6,9 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..config import build_settings
+from ..config import build_settings, section_of
 from ..methods import method_named
 from ..run_folder import RunFolder, State
 from ..settings import Settings
@@ -52,9 +53,10 @@ class Job:
 
     @property
     def trials(self) -> list[Job]:
-        """The trials of its method on its data, if it has a rate."""
-        seed = self.grid.selection.seed
-        return [Job(self.grid, self.data, self.entry, seed, rate) for rate in self.entry.rates if self.trained]
+        """The trials of its method on its data, if it has a rate and nobody has fixed it."""
+        if not self.trained or "lr" in self._given():
+            return []
+        return [Job(self.grid, self.data, self.entry, self.grid.selection.seed, rate) for rate in self.entry.rates]
 
     def settings(self, rate: float | None = None) -> Settings:
         """Return the settings of the run.
@@ -69,17 +71,19 @@ class Job:
         if source is None:
             raise ValueError(f"the data {self.data!r} has no source; pass --data {self.data}=DIR, or leave it out")
         trial = self.rate is not None
-        values = {
-            **self.grid.settings,
-            **self.entry.settings,
-            **(self.grid.selection.settings if trial else {}),
-            **self.grid.overrides,
-            "data": source,
-            "seed": self.seed,
-            "eval_split": "valid" if trial else "test",
-        }
+        values = {**self._given(), "data": source, "seed": self.seed, "eval_split": "valid" if trial else "test"}
         chosen = self.rate if trial else rate
         return build_settings(self.entry.method, values if chosen is None else {**values, "lr": chosen})
+
+    def _given(self) -> dict[str, Any]:
+        """What the file and the command line say, later ones winning."""
+        return {
+            **self.grid.settings,
+            **section_of(method_named(self.entry.method), self.grid.sections),
+            **self.entry.settings,
+            **(self.grid.selection.settings if self.rate is not None else {}),
+            **self.grid.overrides,
+        }
 
     def folder(self, out: Path) -> RunFolder:
         """Return where its results go."""
@@ -118,7 +122,7 @@ def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
                     wanted = [*main.trials, main]
                 else:
                     rated = [Job(grid, data, entry, grid.selection.seed, rate) for rate in entry.rates]
-                    wanted = [job for job in rated if matching(job.name, only) and job.trained]
+                    wanted = [job for job in rated if matching(job.name, only) and job in job.trials]
                 jobs.update({job.name: job for job in wanted if job.name not in jobs})
     if not jobs:
         raise ValueError(f"--only {' '.join(only)} matches none of the runs {', '.join(names)}")

@@ -38,7 +38,7 @@ def execute(settings: Settings, folder: Path, log: Path, watch: Callable[[], obj
     methods = multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if "forkserver" in methods:
-        context.set_forkserver_preload([f"{_PACKAGE}.grid", "transformers.modeling_utils"])
+        context.set_forkserver_preload([f"{_PACKAGE}.grid", "transformers.modeling_utils", "matplotlib.figure"])
     log.parent.mkdir(parents=True, exist_ok=True)
     process = context.Process(target=_run, args=(settings, str(folder), str(log)), daemon=True)
     process.start()

@@ -72,8 +72,12 @@ def run_grid(
         _probe(left, forecast, say)
     seconds = forecast.total(left)
     if left:
-        known = "unknown until a run has finished" if math.isnan(seconds) else f"about {format_duration(seconds)}"
-        say(f"time: {known} for the {len(left)} runs left, an estimate")
+        known = (
+            "unknown until a run has finished"
+            if math.isnan(seconds)
+            else f"about {format_duration(seconds)}, an estimate"
+        )
+        say(f"time for the {len(left)} runs left: {known}")
     return Outcome() if dry_run else _Runner(out, jobs, forecast).run()
 
 
@@ -95,7 +99,7 @@ def _say_memory(jobs: Sequence[Job], forecast: Forecast, say: Say) -> None:
         kind = (job.data, job.entry.name)
         if kind not in shown:
             shown.add(kind)
-            say(f"memory of {'/'.join(kind)}: {forecast.memory(job)}, an estimate")
+            say(f"memory of {'/'.join(kind)}: {forecast.memory(job)}")
 
 
 def _probe(jobs: Sequence[Job], forecast: Forecast, say: Say) -> None:
@@ -165,7 +169,7 @@ class _Runner:
 
     def _show(self, job: Job, bar: Any, total: float, started: float) -> None:
         steps = job.folder(self._out).file("steps.jsonl")
-        taken = sum(1 for _ in steps.open("rb")) if steps.is_file() else 0
+        taken = steps.read_bytes().count(b"\n") if steps.is_file() else 0
         left = max(0.0, total - (time.monotonic() - started))
-        about = "" if math.isnan(left) else f", about {format_duration(left)} left"
+        about = "" if math.isnan(total) else f", about {format_duration(left)} left"
         bar.set_postfix_str(f"{job.name} step {taken}{about}")

@@ -1,0 +1,168 @@
+"""A grid really runs: it chooses rates, skips what is done, survives failures and goes on after it was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from examples.unified_sr.cli import main
+
+SMALL = {
+    "batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "eval_tokens": 512, "min_user_events": 3,
+    "leak_tokens": 0, "steps": 3,
+}  # fmt: skip
+METHODS: list[Any] = ["bm25", "adamw"]
+
+
+def command(folder: Path, model: str, data: str, *more: str, **changes: Any) -> list[str]:
+    content = {
+        "data": {"shop": None},
+        "seeds": [0, 1],
+        "settings": {**SMALL, "model": model},
+        "select": {"rates": [1e-4, 1e-2, 1e30], "settings": {"warmup": 0.0}},
+        "methods": METHODS,
+        **changes,
+    }
+    file = folder / "grid.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return ["grid", "--config", str(file), "--data", f"shop={data}", "--out", str(folder / "out"), *more]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grid")
+    assert main(command(folder, llama_folder, data_folder)) == 0
+    return folder / "out" / "shop"
+
+
+def test_every_run_has_its_folder(finished: Path) -> None:
+    folders = sorted(str(path.parent.relative_to(finished)) for path in finished.rglob("report.md"))
+    names = ["adamw/lr-0.0001", "adamw/lr-0.01", "adamw/seed-0", "adamw/seed-1", "bm25/seed-0", "bm25/seed-1"]
+    assert folders == names
+    assert "training" in (finished / "adamw" / "seed-0.log").read_text(encoding="utf-8")
+
+
+def test_the_rate_is_the_best_one_on_the_validation_split(finished: Path) -> None:
+    selection = read(finished / "adamw" / "selection.json")
+    values = {}
+    for trial in selection["trials"]:
+        folder = finished / "adamw" / f"lr-{trial['lr']:g}"
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        assert (config["eval_split"], config["lr"], config["seed"]) == ("valid", trial["lr"], 0)
+        if trial["value"] is None:
+            assert "the loss of the task" in (folder / "diverged.txt").read_text(encoding="utf-8")
+            continue
+        final = read(folder / "metrics.json")["final"]
+        assert trial["value"] == pytest.approx((final["rec"]["ndcg@10"] + final["search"]["ndcg@10"]) / 2)
+        values[trial["lr"]] = trial["value"]
+    assert list(values) == [1e-4, 1e-2], "the third rate diverges"
+    assert selection["lr"] == max(values, key=lambda rate: values[rate])
+    assert selection["budget"] == {"trials": 3, "steps": 3, "epochs": None, "seed": 0, "examples per task": "all"}
+    assert "validation split" in selection["criterion"]
+    for seed in (0, 1):
+        config = yaml.safe_load((finished / "adamw" / f"seed-{seed}" / "config.yaml").read_text(encoding="utf-8"))
+        assert (config["lr"], config["seed"], config["eval_split"]) == (selection["lr"], seed, "test")
+
+
+def test_what_is_finished_is_not_touched(
+    finished: Path, llama_folder: str, data_folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "selection.json"}
+    assert main(command(finished.parent.parent, llama_folder, data_folder)) == 0
+    out = capfd.readouterr().out
+    assert "7 runs in" in out
+    assert "7 finished" in out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "selection.json"} == before
+
+
+def test_other_settings_are_an_error_before_anything_runs(
+    finished: Path, llama_folder: str, data_folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(finished.rglob("*"))
+    line = command(finished.parent.parent, llama_folder, data_folder, "--set", "max_history=3")
+    assert main(line) == 2
+    assert "max_history: 10 -> 3" in capfd.readouterr().err
+    assert sorted(finished.rglob("*")) == before
+
+
+def test_a_dry_run_says_what_is_left_and_how_long_it_takes(
+    finished: Path, llama_folder: str, data_folder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = {"methods": [*METHODS, {"name": "slow", "method": "adamw", "rates": [], "settings": {"steps": 5000}}]}
+    line = command(finished.parent.parent, llama_folder, data_folder, "--dry-run", **more)
+    assert main(line) == 0
+    out = capfd.readouterr().out
+    assert "shop/slow/seed-1: nothing" in out
+    assert "shop/adamw/seed-0: a finished run with the same settings" in out
+    assert "memory of shop/slow: about 1.3 GiB" in out
+    assert "time for the 2 runs left: about" in out
+    assert "min, an estimate" in out, "10,000 steps of a hundredth of a second or more"
+    assert not (finished / "slow").exists()
+
+
+def test_a_failure_stops_only_what_depends_on_it(
+    llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"name": "broken", "method": "adamw", "settings": {"general_text": "none.txt"}, "rates": [1e-3]}
+    line = command(tmp_path, llama_folder, data_folder, methods=[broken, "bm25"], seeds=[0])
+    assert main(line) == 1
+    out, err = capfd.readouterr()
+    assert "1 runs finished, 2 failed" in out
+    assert "failed: shop/broken/lr-0.001: FileNotFoundError" in err
+    assert "none.txt" in err
+    assert "its learning rate cannot be chosen, because shop/broken/lr-0.001 did not finish" in err
+    assert (tmp_path / "out" / "shop" / "bm25" / "seed-0" / "report.md").is_file()
+
+
+def test_a_run_that_diverges_is_not_tried_again(
+    llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wild = {"name": "wild", "method": "adamw", "settings": {"lr": 1e30, "warmup": 0.0}}
+    line = command(tmp_path, llama_folder, data_folder, methods=[wild], seeds=[0])
+    log = tmp_path / "out" / "shop" / "wild" / "seed-0.log"
+    for _ in range(2):
+        assert main(line) == 1
+        assert "Lower lr and item_lr" in capfd.readouterr().err
+        size = log.stat().st_size
+    assert log.stat().st_size == size
+
+
+def test_a_killed_grid_goes_on(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
+    own = {"name": "adamw", "rates": [], "settings": {"steps": 60, "checkpoint_every": 1}}
+    line = command(tmp_path, llama_folder, data_folder, methods=[own], seeds=[0])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "examples.unified_sr", *line],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment,
+    )  # fmt: skip
+    folder = tmp_path / "out" / "shop" / "adamw" / "seed-0"
+    steps = folder / "steps.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if steps.is_file() and len(steps.read_text().splitlines()) >= 5:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(0.5)  # the run notices that its grid is gone
+    taken = len(steps.read_text().splitlines())
+    time.sleep(0.5)
+    assert len(steps.read_text().splitlines()) == taken < 60, "the run went on without its grid"
+    assert main(line) == 0
+    seconds = [json.loads(row)["seconds"] for row in steps.read_text().splitlines()]
+    assert len(seconds) == 60
+    assert "unfinished: it goes on" in folder.with_name("seed-0.log").read_text(encoding="utf-8")
+    assert not list(folder.glob("checkpoint*"))

@@ -1,0 +1,143 @@
+"""A grid's file, the order of its runs, and the rule by which a learning rate is chosen."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.unified_sr.grid import Trial, _jobs, choose, list_jobs, matching, read_grid
+
+FILE = """
+data: {films: movielens-100k, shop: null}
+seeds: [3, 1]
+settings:
+  steps: 7
+  methods: {gems: {rank: 4, energy: 0.9}, lora: {lr: 1e-3}}
+select: {rates: [1e-2, 1.0e-4], seed: 5, settings: {steps: 2}}
+methods:
+  - zero-shot
+  - name: small
+    method: gems
+    settings: {rank: 2}
+    seeds: [1]
+  - gems-no-null
+  - lora
+  - not-there-yet
+"""
+
+
+def written(folder: Path, text: str = FILE) -> Path:
+    path = folder / "grid.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_order_is_that_of_the_file_one_seed_after_the_other(tmp_path: Path) -> None:
+    text = FILE.replace("  - not-there-yet\n", "")
+    names = [job.name for job in list_jobs(read_grid(written(tmp_path, text), data=["shop=here"]))]
+    trials = ["lr-0.0001", "lr-0.01"]
+    first = [
+        *("films/zero-shot/seed-3", *(f"films/small/{rate}" for rate in trials), "films/small/seed-1"),
+        *(*(f"films/gems-no-null/{rate}" for rate in trials), "films/gems-no-null/seed-3", "films/lora/seed-3"),
+    ]
+    second = ["films/zero-shot/seed-1", "films/gems-no-null/seed-1", "films/lora/seed-1"]
+    everywhere = [
+        name.replace("films", data) for part in (first, second) for data in ("films", "shop") for name in part
+    ]
+    assert names == everywhere
+
+
+def test_settings_come_from_all_places_in_order(tmp_path: Path) -> None:
+    grid = read_grid(written(tmp_path), pairs=["batch_size=3"])
+    jobs = {job.name: job for job in list_jobs(grid, ["films/small/*", "gems-no-null", "films/lora/*"])}
+    trial = jobs["films/small/lr-0.01"].settings()
+    assert (trial.steps, trial.seed, trial.lr, trial.eval_split, trial.batch_size) == (2, 5, 0.01, "valid", 3)
+    main = jobs["films/small/seed-1"].settings(0.01)
+    assert (main.steps, main.seed, main.lr, main.eval_split) == (7, 1, 0.01, "test")
+    assert (main.rank, main.energy) == (2, 0.9)  # type: ignore[attr-defined]
+    variant = jobs["films/gems-no-null/seed-3"].settings()
+    assert (variant.rank, variant.protect) == (4, False)  # type: ignore[attr-defined]
+    assert jobs["films/lora/seed-3"].settings().lr == 1e-3, "a rate that is fixed is not searched for"
+    assert not jobs["films/lora/seed-3"].selects
+
+
+def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
+    grid = read_grid(written(tmp_path))
+    assert [job.name for job in list_jobs(grid, ["films/small/seed-1"])][-1] == "films/small/seed-1"
+    with pytest.raises(ValueError, match="there is no method 'not-there-yet'"):
+        list_jobs(grid)
+    with pytest.raises(ValueError, match=r"--only nothing matches none of the runs films/zero-shot/seed-3"):
+        list_jobs(grid, ["nothing"])
+    (job,) = list_jobs(grid, ["shop/zero-shot/seed-1"])
+    with pytest.raises(ValueError, match="the data 'shop' has no source; pass --data shop=DIR"):
+        job.settings()
+    assert [job.name for job in list_jobs(grid, ["films/small/lr-0.01"])] == ["films/small/lr-0.01"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [3, 1]", "seeds: 3", "seeds of .* must be a list of whole numbers from 0, got 3"),
+        ("seeds: [3, 1]", "seeds: [3, 3]", r"hold \[3\] more than once"),
+        ("seeds: [3, 1]", "sedes: [3, 1]", "no key 'sedes'; did you mean 'seeds'?"),
+        ("rates: [1e-2, 1.0e-4]", "rates: [0]", r"rates of .* must be a list of learning rates above 0, got \[0\]"),
+        ("rates: [1e-2, 1.0e-4]", "rates: fast", "rates of .* must be a list of learning rates above 0, got 'fast'"),
+        ("seed: 5", "metric: speed", "metric of select must be one of hit@5"),
+        ("seed: 5", "max_perplexity_increase: -1", "must be null or a share such as 0.05, got -1"),
+        ("  steps: 7", "  seed: 7", "cannot set 'seed': the grid gives it to each run"),
+        ("{rank: 2}", "[rank]", "settings of the method 'small' .* must be a mapping"),
+        ("- lora", "- gems-no-null", r"hold \['gems-no-null'\] more than once"),
+        ("- lora", "- {name: a/b, method: lora}", "needs a name that is text without '/'"),
+        ("- lora", "- {name: lora, rate: [1]}", "no key 'rate'; did you mean 'rates'?"),
+        ("data: {films: movielens-100k, shop: null}", "data: [films]", "data of .* must be a mapping"),
+        ("methods:\n", "methods: {}\nother:\n", "no key 'other'"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert old in FILE
+    with pytest.raises(ValueError, match=message):
+        read_grid(written(tmp_path, FILE.replace(old, new, 1)))
+
+
+def test_other_errors(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    with pytest.raises(ValueError, match="--data takes NAME=SOURCE"):
+        read_grid(path, data=["shop"])
+    with pytest.raises(ValueError, match="--set cannot set 'data'"):
+        read_grid(path, pairs=["data=x"])
+    with pytest.raises(ValueError, match="must be a list of names and mappings, got None"):
+        read_grid(written(tmp_path, "data: {a: b}\n"))
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        read_grid(tmp_path / "none.yaml")
+    assert doctest.testmod(_jobs).failed == 0
+    assert matching("a/b/seed-0", []) is True
+
+
+VALUES = st.one_of(st.none(), st.floats(0, 1))
+
+
+@given(st.lists(st.tuples(VALUES, st.floats(-0.5, 2)), min_size=1, max_size=6), st.one_of(st.none(), st.floats(0, 1)))
+def test_the_best_rate_within_the_limit_is_chosen(found: list[tuple[float | None, float]], limit: float | None) -> None:
+    trials = [
+        Trial(10.0**-number, value, None if value is None else increase)
+        for number, (value, increase) in enumerate(found)
+    ]
+    finished = [trial for trial in trials if trial.value is not None]
+    if not finished:
+        with pytest.raises(ValueError, match="no trial came to a result"):
+            choose(trials, limit)
+        return
+    choice = choose(trials, limit)
+    allowed = [trial for trial in finished if limit is None or trial.perplexity_increase <= limit]  # type: ignore[operator]
+    assert choice.within_limit == bool(allowed)
+    if allowed:
+        best = max(trial.value for trial in allowed)  # type: ignore[type-var]
+        assert choice.trial.rate == min(trial.rate for trial in allowed if trial.value == best)
+    else:
+        assert choice.trial.perplexity_increase == min(trial.perplexity_increase for trial in finished)  # type: ignore[type-var]
+    edges = {trials[0].rate, trials[-1].rate}
+    assert choice.at_edge == (len(trials) > 1 and choice.trial.rate in edges)
