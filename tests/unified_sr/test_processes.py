@@ -16,22 +16,31 @@ from examples.unified_sr.processes import Processes, current
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def start(processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = (
+    *("accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"),
+    *("--dynamo_backend", "no", "--main_process_port", "0", "--num_processes"),
+)
+
+
+def start(command_line: tuple[str, ...], processes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = ["-m", *command_line, str(processes)]
     command = [sys.executable, *launcher, "-m", "examples.unified_sr", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize("method", ["gems", "adamw"])
-def test_two_processes_measure_what_one_does(method: str, data_folder: str, llama_folder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "launcher"), [("gems", TORCHRUN), ("adamw", ACCELERATE)], ids=["gems", "adamw"])
+def test_two_processes_measure_what_one_does(
+    method: str, launcher: tuple[str, ...], data_folder: str, llama_folder: str, tmp_path: Path
+) -> None:
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
         sizes = ["steps=6", "batch_size=8", "perplexity_tokens=200", "perplexity_window=64"]
         options = ["--method", method, "--data", data_folder, "--model", llama_folder, "--out", str(out)]
         own = ["rank=6", "update_proj_gap=3", "null_space_tokens=600"] if method == "gems" else []
-        done = start(processes, "run", *options, "--set", *sizes, *own, "autocast=none", "checkpoint_every=2")
+        done = start(launcher, processes, "run", *options, "--set", *sizes, *own, "autocast=none", "checkpoint_every=2")
         assert done.returncode == 0, done.stderr[-3000:]
         found[processes] = {
             name: json.loads((out / name).read_text()) for name in ("metrics.json", "metrics.sampled.json")
