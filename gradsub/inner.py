@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-__all__ = ["Inner", "check_wrappable", "decays_decoupled", "decoupled_shrinkage"]
+__all__ = ["Inner", "check_elementwise", "check_wrappable", "decays_decoupled", "decoupled_shrinkage"]
 
 # torch's optimizers that add weight decay to the gradient (L2) unless a flag in the group says otherwise.
 _COUPLED_DECAY = frozenset(
@@ -18,6 +18,7 @@ _COUPLED_DECAY = frozenset(
 )
 _TRUST_RATIO = ("lamb", "lars")
 _REEVALUATES = ("sam", "lbfgs")
+_WHOLE_MATRICES = ("muon", "adafactor", "shampoo", "soap", "came", "galore")
 _POSITION = ("prodigy", "madgrad", "dowg", "cocob")
 
 
@@ -57,6 +58,20 @@ def check_wrappable(base: Optimizer) -> None:
                 f"base={name} already has state from earlier steps, and its moments belong to whole weights: wrap a "
                 "fresh optimizer, and resume with GemsOptimizer.load_state_dict"
             )
+
+
+def check_elementwise(base: Optimizer, layer: str) -> None:
+    """Refuse an optimizer that looks at whole matrices, for a layer of which each rank has some rows.
+
+    Raises:
+        ValueError: naming the optimizer and the layer.
+    """
+    kinds = [cls.__name__.lower() for cls in type(base).__mro__]
+    if any(word in kind for kind in kinds for word in _WHOLE_MATRICES):
+        raise ValueError(
+            f"base={type(base).__name__} looks at whole matrices, but {layer} is sharded and each rank steps its own "
+            'rows: wrap an elementwise optimizer such as torch.optim.AdamW, or pass side="output"'
+        )
 
 
 def decays_decoupled(base: Optimizer, group: Mapping[str, Any]) -> bool:

@@ -31,7 +31,7 @@ from gradsub.capture import (
 )
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
-from gradsub.inner import Inner, check_wrappable
+from gradsub.inner import Inner, check_elementwise, check_wrappable
 from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
@@ -112,7 +112,8 @@ class GemsOptimizer(Optimizer):
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, re-evaluates its closure or uses a trust ratio; a
-            parameter is complex; ``null_space`` does not fit the layers or the side.
+            parameter is complex; ``null_space`` does not fit the layers or the side; a weight is sharded otherwise than
+            by rows, or ``base`` looks at whole matrices where each rank has some rows.
 
     Example:
         >>> import torch
@@ -202,7 +203,7 @@ class GemsOptimizer(Optimizer):
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
         self._capture = GenericCapture(self._bank, self._layout.name, self._witness.joined)
         self._fused = FusedCapture(self._bank, self._capture)
-        found = [self._lay_out(group, position) for position, group in enumerate(self.param_groups)]
+        found = [self._lay_out(base, group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
         # Nothing can be refused any more: only now is the base optimizer taken over.
         self._inner = Inner(base)
@@ -492,15 +493,19 @@ class GemsOptimizer(Optimizer):
             return  # called by torch's constructor: the groups are adopted together once everything is there
         group = self.param_groups[-1]
         try:
-            layers = self._lay_out(group, len(self.param_groups) - 1)
+            layers = self._lay_out(self._inner.base, group, len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
         self._adopt(group, layers)
 
-    def _lay_out(self, group: dict[str, Any], position: int) -> list[Layer]:
+    def _lay_out(self, base: Optimizer, group: dict[str, Any], position: int) -> list[Layer]:
         settings.check_group(group)
-        return self._layout.add_group(group, position)
+        layers = self._layout.add_group(group, position)
+        for layer in layers:
+            if layer.splits_coordinates:
+                check_elementwise(base, layer.name)
+        return layers
 
     def _adopt(self, group: dict[str, Any], layers: list[Layer]) -> None:
         proxies: dict[Tensor, Tensor] = {}

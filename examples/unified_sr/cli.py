@@ -13,6 +13,7 @@ from .compare import compare
 from .config import resolve
 from .grid import read_grid, run_grid
 from .methods import METHODS
+from .processes import joined, launched
 from .report import result_table
 from .run import describe_result, run
 from .settings import Settings
@@ -109,12 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     flags = {key: getattr(options, key) for key in ("data", "model", "method", "steps", "seed", "general_text")}
     settings = resolve(file=options.config, pairs=options.pairs, flags=flags)
-    folder = run(settings, options.out or default_folder(settings))
-    print(f"\n{result_table(folder)}\n\n{describe_result(folder)}")
+    with joined() as processes:
+        folder = run(settings, options.out or default_folder(settings))
+        if processes.first:
+            print(f"\n{result_table(folder)}\n\n{describe_result(folder)}")
     return 0
 
 
 def _grid(options: argparse.Namespace) -> int:
+    if launched():
+        raise ValueError("grid runs on one process: start it without a launcher, or each run by torchrun")
     grid = read_grid(options.config, data=options.data, pairs=options.pairs)
     out = Path(options.out or Path("runs") / Path(options.config).stem)
     try:

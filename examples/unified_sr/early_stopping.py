@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .checkpoint import write_whole
+from .processes import current
 
 
 class EarlyStopping:
@@ -36,13 +37,14 @@ class EarlyStopping:
             OSError: if the weights cannot be written.
         """
         best = max(range(len(values)), key=lambda epoch: (values[epoch], -epoch))
-        if best == len(values) - 1:
+        if best == len(values) - 1 and current().first:
             weights = {name: weight.detach() for name, weight in _trained(model).items()}
             write_whole(self.path, weights, f"weights of epoch {len(values)}")
         return len(values) - 1 - best >= self.patience
 
     def restore_best(self, model: nn.Module) -> None:
         """Give the model the best weights."""
+        current().wait()
         kept = torch.load(self.path, weights_only=True)
         with torch.no_grad():
             for name, weight in _trained(model).items():
@@ -50,7 +52,8 @@ class EarlyStopping:
 
     def remove(self) -> None:
         """Delete the kept weights: the run is finished."""
-        self.path.unlink(missing_ok=True)
+        if current().first:
+            self.path.unlink(missing_ok=True)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

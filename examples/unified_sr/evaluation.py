@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,16 @@ class TaskResult:
     relevant: Mapping[str, list[str]]
     per_query: Mapping[str, dict[str, float]]
     sampled_per_query: Mapping[str, dict[str, float]]
+
+    @classmethod
+    def joined(cls, parts: Sequence[TaskResult], order: Sequence[str]) -> TaskResult:
+        """Bring the results of different examples together, in the order of these qids."""
+
+        def merged(name: str) -> dict[str, Any]:
+            found = {qid: value for part in parts for qid, value in getattr(part, name).items()}
+            return {qid: found[qid] for qid in order}
+
+        return cls(**{item.name: merged(item.name) for item in fields(cls)})
 
     @property
     def metrics(self) -> dict[str, float]:

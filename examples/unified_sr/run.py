@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .plan import plan_training
 from .precision import Precision, choose_precision
+from .processes import current
 from .report import write_report
 from .retention import General, Retention, retention_summary
 from .run_baseline import run_baseline
@@ -79,20 +81,29 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
 
     Args:
         settings: the resolved settings.
-        out: the run folder; see ``RunFolder.check``.
+        out: the run folder; see ``RunFolder.check``. Of several processes the first one writes it, and all read it.
         say: prints a line to the user.
 
     Returns:
         The folder with all results.
     """
-    folder = RunFolder(out)
-    state = folder.check(settings)
+    processes = current()
+    if not processes.first:
+        # Everything is written once; what this process would write as well goes where nobody looks.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            return _run(settings, RunFolder(out), RunFolder(elsewhere), lambda line: None)
+    return _run(settings, RunFolder(out), RunFolder(out), say)
+
+
+def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable[[str], None]) -> RunFolder:
+    processes = current()
+    state = processes.of_first(lambda: shared.check(settings))
     if state is State.FINISHED:
         say(f"{folder.path} holds this very run, finished: its results are reused (remove the folder to run again)")
         return folder
     if state is State.UNFINISHED:
         say(f"{folder.path} holds this run unfinished: it goes on from the last checkpoint, if there is one")
-    checkpoint = Checkpoint(folder.file("checkpoint.pt"))
+    checkpoint = Checkpoint(shared.file("checkpoint.pt"))
     clock = Clock()
     precision = choose_precision(settings)
     with clock.phase("loading"):
@@ -100,6 +111,8 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
         say(format_statistics(dataset))
     method = method_named(settings.method)
     if method.fit is not None:
+        if not processes.first:
+            return folder  # nothing to share out
         return run_baseline(folder, settings, method, dataset, clock.phase, clock.seconds)
     with clock.phase("loading"):
         text = load_general_text(settings.general_text)
@@ -127,7 +140,7 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     with clock.phase("zero-shot evaluation"):
         before = parts.measure("zero-shot")
     updater, history = None, History()
-    stopping = parts.early_stopping(folder.file("best.pt"))
+    stopping = parts.early_stopping(shared.file("best.pt"))
     after, leak = before, {}
     # Loading may take more than training, and would hide what a method takes.
     reset_peak_memory(precision.device)
@@ -164,7 +177,8 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     folder.write_json("run.json", {**_summary(parts, updater, history, clock, memory, peak), **retained})
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
-    checkpoint.remove()
+    if processes.first:
+        checkpoint.remove()
     if stopping is not None:
         stopping.remove()
     return folder
@@ -303,8 +317,16 @@ class _Parts:
         return math.fsum(result.metrics[VALIDATION_METRIC] for result in ranked.values()) / len(ranked)
 
     def ranked(self, chosen: Mapping[str, list[Example]], name: str) -> dict[str, TaskResult]:
-        with tqdm(total=sum(map(len, chosen.values())), desc=f"ranking, {name}", unit="query") as bar:
-            return {task: self.evaluator(self.ranker, examples, bar.update) for task, examples in chosen.items()}
+        processes = current()
+        mine = {task: examples[processes.index :: processes.count] for task, examples in chosen.items()}
+        total = sum(map(len, mine.values()))
+        with tqdm(total=total, desc=f"ranking, {name}", unit="query", disable=not processes.first) as bar:
+            found = {task: self.evaluator(self.ranker, examples, bar.update) for task, examples in mine.items()}
+        gathered = processes.gather(found)
+        return {
+            task: TaskResult.joined([each[task] for each in gathered], [example.qid for example in examples])
+            for task, examples in chosen.items()
+        }
 
     def measure(self, name: str) -> Measured:
         return Measured(self.ranked(self.evaluated, name), self.retention.measure(name))

@@ -22,6 +22,7 @@ from .methods import Diagnostics, Updater
 from .model import Collator, PromptBuilder, Ranker
 from .plan import plan_training
 from .precision import Precision
+from .processes import current
 from .settings import Settings
 
 
@@ -141,6 +142,8 @@ def train(
         FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
     """
     streams = {task: example_batches(rows, settings.batch_size, settings.seed, task) for task, rows in examples.items()}
+    processes = current()
+    processes.check_batch(settings.batch_size, settings.accumulation)
     plan = plan_training(settings, examples)
     schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.warmup))
     done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
@@ -151,21 +154,22 @@ def train(
     ranker.train()
     with (
         log.open("w", encoding="utf-8") as file,
-        tqdm(total=plan.steps, initial=done, desc="training", unit="step") as bar,
+        tqdm(total=plan.steps, initial=done, desc="training", unit="step", disable=not processes.first) as bar,
     ):
         file.writelines(json.dumps(record) + "\n" for record in history.records)
         for step in range(done + 1, plan.steps + 1):
             start = time.perf_counter()
             parts = {
-                task: micro_batches(next(stream), settings.accumulation, prompts, collate)
+                task: micro_batches(processes.part(next(stream)), settings.accumulation, prompts, collate)
                 for task, stream in streams.items()
             }
             reported = step % settings.report_every == 0 or step in (1, plan.steps)
             losses = updater.update(
                 {task: TaskLoss(ranker, task, batches, precision) for task, batches in parts.items()},
-                dict.fromkeys(parts, settings.batch_size),
+                dict.fromkeys(parts, settings.batch_size // processes.count),
                 measure=reported,
             )
+            losses = processes.average(losses)
             rates = {str(group["name"]): float(group["lr"]) for group in updater.optimizer.param_groups}
             schedule.step()
             seconds = time.perf_counter() - start
@@ -191,7 +195,7 @@ def train(
             watch(history)
             if stopping is not None and epoch_ends and stopping.over(history.validation, ranker):
                 break
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0:
+            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and processes.first:
                 checkpoint.save(step, ranker, updater.optimizer, schedule, history.state())
     if stopping is not None:
         stopping.restore_best(ranker)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from gradsub import GemsOptimizer, NullSpace
 from tests.distributed.launch import launch
@@ -133,6 +133,25 @@ def test_no_rank_holds_or_sends_anything_of_the_weights_size(tmp_path: Path) -> 
         assert sent == 200 * (3 + 64) + 1
         assert {shape for shape in shapes if 300 in shape} == set()
         assert (150, 3) in shapes
+
+
+def _refused(rank: int) -> str:
+    model = nn.Sequential(nn.Linear(8, 6, bias=False))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    options = {"tasks": TASKS, "rank": 2, "model": model}
+    with pytest.raises(ValueError, match="looks at whole matrices, but 0 is sharded"):
+        GemsOptimizer(torch.optim.Adafactor(model.parameters()), **options)
+    with pytest.raises(ValueError, match="no rank has one"):
+        GemsOptimizer(torch.optim.AdamW(model.parameters()), refresh="svd", **options)
+    by_column = nn.Sequential(nn.Linear(8, 6, bias=False))
+    fully_shard(by_column, mesh=init_device_mesh("cpu", (2,)), shard_placement_fn=lambda parameter: Shard(1))
+    with pytest.raises(ValueError, match="subspace=False"):
+        GemsOptimizer(torch.optim.AdamW(by_column.parameters()), tasks=TASKS, rank=2, model=by_column)
+    return "refused"
+
+
+def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
+    assert launch(_refused, 2, tmp_path) == ["refused", "refused"]
 
 
 def _saved(rank: int, ranks: int, folder: str, world: World) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsub import GemsOptimizer
 from gradsub.memory import layer_bytes
+from gradsub.subspace import Layer
 from gradsub.update import _add_batched
 
 from .worlds import gems, model_of, null_space_of, train
@@ -179,7 +180,10 @@ def test_the_batched_lift_is_the_lift_of_each(axis, most):
         weight + (step @ basis.mT if axis == 1 else basis @ step)
         for weight, step, basis in zip(weights, steps, bases, strict=True)
     ]
-    _add_batched(weights, steps, bases, axis, most)
+    layers = [Layer(f"{i}", nn.Parameter(weight), i, axis, (3,)) for i, weight in enumerate(weights)]
+    with torch.no_grad():
+        _add_batched(layers, steps, bases, most)
+    weights = [layer.parameter for layer in layers]
     for weight, wanted in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight, wanted)
 

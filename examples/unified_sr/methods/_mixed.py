@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..processes import current
 from ._base import Diagnostics, Updater
 from ._conflict import cosines, gramians, mean_cosines
 
@@ -60,11 +61,14 @@ class MixedLossUpdater(Updater):
             (loss * (samples[task] / total)).backward()  # type: ignore[no-untyped-call]
             values[task] = float(loss.detach())
             if apart:
+                _average(weights)
                 parts[task] = [weight.grad for weight in weights]
                 _give(weights, [None] * len(weights))
         self._found = None
         if apart:
             self._combine(parts, measure)
+        else:
+            _average(weights)
         if self._grad_clip is not None:
             nn.utils.clip_grad_norm_(weights, self._grad_clip)
         self.optimizer.step()
@@ -87,6 +91,11 @@ class MixedLossUpdater(Updater):
         columns = list(zip(*parts.values(), strict=True))
         _give(self._layers, [_sum(column, factors) for column in columns[:count]])
         _give(self._items, [_sum(column, plain) for column in columns[count:]])
+
+
+def _average(weights: Sequence[nn.Parameter]) -> None:
+    """The gradients of all processes' examples, of which each has as many."""
+    current().average_(weight.grad for weight in weights if weight.grad is not None)
 
 
 def _weights(groups: Iterable[Mapping[str, Any]]) -> list[nn.Parameter]:
