@@ -52,6 +52,7 @@ def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int
         alike[
             groups[layer],
             layer.shape,
+            layer.whole_shape,  # ranks whose rows differ have to form the same blocks
             layer.axis,
             layer.widths,
             layer.shards is None,

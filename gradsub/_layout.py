@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsub.capture import can_fuse
 from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, is_distributed, shards_of
+from gradsub.subspace import Layer, Shards, is_distributed, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -70,6 +70,7 @@ class Layout:
         self._seen: dict[Tensor, tuple[int, ...]] = {}
         self._count = 0
         self._warned: set[str] = set()
+        self._shards: Shards | None = None
         if model is not None:
             self._targets = _targets(model, target_modules)
             self._names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
@@ -120,6 +121,8 @@ class Layout:
             axis = 1 - axis
         most = _smaller_side(parameter)
         task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
+        shards = shards_of(parameter, self.name(parameter))
+        self._check_mesh(parameter, shards)
         layer = Layer(
             name=target.names[0] if target else self.name(parameter).removesuffix(".weight"),
             parameter=parameter,
@@ -127,7 +130,7 @@ class Layout:
             axis=axis,
             widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
             sketched=self._sketched(parameter),
-            shards=shards_of(parameter, self.name(parameter)),
+            shards=shards,
         )
         if not protecting:
             return layer
@@ -139,6 +142,16 @@ class Layout:
         layer.protected = protected
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
+
+    def _check_mesh(self, parameter: Tensor, shards: Shards | None) -> None:
+        if shards is None or shards.group is None:
+            return
+        if self._shards is not None and self._shards.group is not shards.group:
+            raise ValueError(
+                f"{self.name(parameter)} is sharded over other ranks than the layers before it: shard all decomposed "
+                "weights along one dimension of one mesh, or give this one subspace=False"
+            )
+        self._shards = shards
 
     def _sketched(self, parameter: Tensor) -> bool:
         """Whether bases come from sketches: by default where the whole gradient is not there, and not cheap either."""

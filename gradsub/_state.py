@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradsub._measure import PREVIOUS_STEP
 from gradsub.inner import Inner
-from gradsub.subspace import Layer, is_distributed
+from gradsub.subspace import Layer, is_distributed, shards_of
 from gradsub.update import ANCHOR, MASTER, PROTECTED
 
 INNER = "inner."
@@ -113,8 +113,27 @@ def show_shards(
 def take_shards(
     saved: dict[str, Any], groups: Sequence[Mapping[str, Any]], layers: Mapping[Tensor, Layer]
 ) -> dict[str, Any]:
-    """The inverse of `show_shards`; whole matrices, saved where nothing was sharded, are cut to this rank's rows."""
+    """The inverse of `show_shards`; whole tensors, saved where nothing was sharded, are cut to this rank's rows.
+
+    Raises:
+        ValueError: the state is sharded and the parameter is not.
+    """
     saved = _copied(saved)
+    order = [index for group in saved["param_groups"] for index in group["params"]]
+    for index, parameter in zip(order, group_parameters(groups), strict=False):
+        held = saved["state"].get(index, {})
+        if not is_distributed(parameter):
+            if any(isinstance(value, Tensor) and is_distributed(value) for value in held.values()):
+                raise ValueError(
+                    f"state_dict: the state of parameter {index} is sharded, the parameter is not: load it through "
+                    "torch.distributed.checkpoint, or save it with StateDictOptions(full_state_dict=True)"
+                )
+        elif parameter not in layers:
+            shards = shards_of(parameter, f"parameter {index}")
+            assert shards is not None
+            for key, value in held.items():
+                if isinstance(value, Tensor) and not is_distributed(value) and value.shape == parameter.shape:
+                    held[key] = shards.wrap(shards.unwrap(value).clone())
     for layer, held in _sharded(saved, groups, layers):
         assert layer.shards is not None
         for key, value in held.items():

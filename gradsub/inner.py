@@ -18,7 +18,10 @@ _COUPLED_DECAY = frozenset(
 )
 _TRUST_RATIO = ("lamb", "lars")
 _REEVALUATES = ("sam", "lbfgs")
-_WHOLE_MATRICES = ("muon", "adafactor", "shampoo", "soap", "came", "galore")
+_WHOLE_MATRICES = (
+    *("muon", "adafactor", "shampoo", "soap", "came", "galore", "novograd", "sm3", "lomo", "adammini", "kron", "psgd"),
+    *("scion", "apollo", "dion", "nero", "fromage", "adalite"),
+)
 _POSITION = ("prodigy", "madgrad", "dowg", "cocob")
 
 

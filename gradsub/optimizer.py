@@ -201,7 +201,8 @@ class GemsOptimizer(Optimizer):
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
-        self._capture = GenericCapture(self._bank, self._layout.name, self._witness.joined)
+        outside = partial(_arrived_outside, self._witness, self._exchange)
+        self._capture = GenericCapture(self._bank, self._layout.name, outside)
         self._fused = FusedCapture(self._bank, self._capture)
         found = [self._lay_out(base, group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
@@ -286,9 +287,11 @@ class GemsOptimizer(Optimizer):
         self._task_open = True
         self._capture.open(MIXED if len(parts) > 1 else parts[0].task)
         self._fused.open(parts)
+        seen, arrived = dict(self._losses), True
         try:
             with self._exchange.quiet():
                 yield
+            arrived = self._capture.arrived or self._losses.keys() == seen.keys() or not self._exchange.sharded
         finally:
             self._fused.close()
             if self._capture.close():
@@ -297,6 +300,8 @@ class GemsOptimizer(Optimizer):
                 self._mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
                 self._bear_witness()
             self._task_open = False
+        if not arrived:
+            self._exchange.check_arrived()
 
     def backward(
         self,
@@ -418,22 +423,25 @@ class GemsOptimizer(Optimizer):
             RuntimeError: the ranks start from different weights.
         """
         with torch.no_grad():
-            self._reduce(merge=self._stepper.sums)
+            self._reduce(merge=False)  # clipping may follow, and is by task
         self._witness.refresh()
         self._bear_witness()
 
     def _reduce(self, merge: bool) -> None:
         """Make of this rank's gradients, samples and losses those of all ranks."""
+        carrier = self._witness.carrier
         agreed = self._exchange.reduce(
             self._capture.gradients,
             self._samples,
             self._mixed_samples,
             self._losses,
             self._scale,
-            self._witness.carrier,
+            carrier,
             merge,
         )
         if agreed is not None:
+            if carrier is not None and any(parameter is carrier for parameter in agreed.outside):
+                self._witness.joined(carrier)  # another rank has a gradient there
             self._samples, self._mixed_samples = agreed.samples, agreed.mixed
             self._losses, self._scale = agreed.losses, agreed.scale
 
@@ -592,6 +600,11 @@ class GemsOptimizer(Optimizer):
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
         self._fused.remove()
         self._capture.remove()
+
+
+def _arrived_outside(witness: ScaleWitness, exchange: Exchange, parameter: Tensor) -> None:
+    exchange.check_open()
+    witness.joined(parameter)
 
 
 def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

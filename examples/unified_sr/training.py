@@ -25,6 +25,8 @@ from .precision import Precision
 from .processes import current
 from .settings import Settings
 
+_TOKENS = "(tokens)"
+
 
 @dataclass
 class History:
@@ -169,7 +171,9 @@ def train(
                 dict.fromkeys(parts, settings.batch_size // processes.count),
                 measure=reported,
             )
-            losses = processes.average(losses)
+            tokens = sum(int(batch.attention_mask.sum()) for batches in parts.values() for batch in batches)
+            losses = processes.average({**losses, _TOKENS: tokens})
+            history.tokens += round(losses.pop(_TOKENS) * processes.count)
             rates = {str(group["name"]): float(group["lr"]) for group in updater.optimizer.param_groups}
             schedule.step()
             seconds = time.perf_counter() - start
@@ -189,7 +193,6 @@ def train(
             history.records.append(record)
             history.seconds += seconds
             history.examples += settings.batch_size * len(parts)
-            history.tokens += sum(int(batch.attention_mask.sum()) for batches in parts.values() for batch in batches)
             bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
             bar.update()
             watch(history)

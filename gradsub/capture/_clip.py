@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsub.capture._captured import Captured
-from gradsub.subspace import Layer, is_distributed
+from gradsub.subspace import Layer, sharded_over
 
 
 def scale_captured(held: Mapping[Tensor, Captured], factor: Tensor) -> None:
@@ -35,7 +35,7 @@ def clip_captured(
     here, everywhere = [torch.zeros(())], [torch.zeros(())]
     for parameter, captured in held.items():
         layer = layers.get(parameter)
-        split = is_distributed(parameter)
+        split = bool(sharded_over(parameter))
         if layer is not None:
             split = layer.splits_coordinates and captured.squared_norm is None
         (here if split else everywhere).append(captured.norm_known())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -67,7 +68,9 @@ class GenericCapture:
         self._open, self._arrived = task, False
         for parameter in self.watched:
             if parameter.grad is not None:
-                self._set_aside.append((parameter, parameter.grad))
+                # A view may lie in a reducer's bucket, which the backward passes in here would overwrite.
+                kept = parameter.grad.clone() if parameter.grad._is_view() else parameter.grad
+                self._set_aside.append((parameter, kept))
                 parameter.grad = None
 
     def close(self) -> bool:
@@ -81,8 +84,9 @@ class GenericCapture:
 
     def _drop_foreign(self) -> None:
         """Clear what is in ``p.grad`` though all that autograd brought was taken: a data-parallel reducer's zeros."""
-        if not self._handles:
-            return  # given back: gradients stay where they are
+        reducer = dist.is_available() and dist.is_initialized()
+        if not reducer or not self._handles:
+            return  # somebody wants it there, or the parameters were given back
         waiting = {id(parameter) for parameter in self._unhooked}
         foreign = [p for p in self.watched if p.grad is not None and id(p) not in waiting]
         for parameter in foreign:
@@ -95,6 +99,11 @@ class GenericCapture:
                 "model as model= and run the forward pass inside of optimizer.task, or both under its no_sync()",
                 stacklevel=5,
             )
+
+    @property
+    def arrived(self) -> bool:
+        """Whether any gradient arrived since `open`."""
+        return self._arrived
 
     def clear(self) -> None:
         """Forget what was captured."""

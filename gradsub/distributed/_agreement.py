@@ -25,6 +25,7 @@ class Agreement:
         losses: by task, sum_r n_k^r L_k^r / N_k over the ranks that saw a loss.
         present: by task, `MIXED` and `OUTSIDE`: the positions of the parameters that have such a gradient on any rank.
         scale: the loss scale (0-dim), or None if no rank saw one.
+        outside: the parameters of ``present[OUTSIDE]``.
     """
 
     samples: dict[int, float]
@@ -33,6 +34,7 @@ class Agreement:
     losses: dict[int, Tensor]
     present: dict[int, list[int]]
     scale: Tensor | None
+    outside: list[Tensor]
 
 
 def agree(
@@ -85,14 +87,15 @@ def agree(
     held = host[2 * tasks + 2 :]
     sums = summed[numbers.numel() :]
     width = len(parameters)
+    present = {
+        key: [place for place in range(width) if held[row * width + place]] for row, key in enumerate([*keys, OUTSIDE])
+    }
     return Agreement(
         samples={task: totals[task] for task in range(tasks) if totals[task]},
         mixed=totals[tasks],
         weights={key: counts[i] / totals[i] for i, key in enumerate(keys) if totals[i]},
         losses={task: sums[task] / seen_by_all[task] for task in range(tasks) if seen_by_all[task]},
-        present={
-            key: [place for place in range(width) if held[row * width + place]]
-            for row, key in enumerate([*keys, OUTSIDE])
-        },
+        present=present,
         scale=(sums[tasks] / scales).to(torch.float32) if scales else None,
+        outside=[parameters[place] for place in present[OUTSIDE]],
     )

@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gradsub.capture import MIXED
@@ -12,7 +14,7 @@ from gradsub.distributed._ranks import Ranks
 from gradsub.distributed._reduction import Gradients, complete_sharded, merge_plain, reduce_captured, reduce_outside
 from gradsub.distributed._replicas import check_replicas
 from gradsub.distributed._wrapped import data_parallel, without_sync
-from gradsub.subspace import Layer, SubspaceBank, is_distributed
+from gradsub.subspace import Layer, SubspaceBank, is_distributed, sharded_over
 
 
 class Exchange:
@@ -69,14 +71,49 @@ class Exchange:
                 "call optimizer.reduce() after the last backward pass, before scaler.unscale_() and scaler.step()"
             )
 
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks hold different parts of a weight."""
+        return any(is_distributed(parameter) for parameter in self._parameters)
+
     def in_common(self, values: Tensor) -> Tensor:
-        """Sums over the ranks of what each computed from its rows of sharded weights; else the values themselves."""
-        shards = next((layer.shards for layer in self._layers.values() if layer.shards is not None), None)
-        if shards is None:
+        """Sums over the ranks of what each computed from its parts of sharded weights; else the values themselves.
+
+        Raises:
+            RuntimeError: the weights are sharded over different ranks.
+        """
+        groups: list[Any] = []
+        for parameter in self._parameters:
+            groups += [group for group in sharded_over(parameter) if all(group is not other for other in groups)]
+        if not groups:
             return values
+        if len(groups) > 1:
+            raise RuntimeError(
+                "weights are sharded over different ranks, so their gradients have no common norm and no common check: "
+                'shard all along one dimension of one mesh, or pass nonfinite="ignore" and do not clip'
+            )
         values = values.clone()
-        shards.sum_([values])
+        dist.all_reduce(values, group=groups[0])
         return values
+
+    def check_arrived(self) -> None:
+        """Raise: a task's backward pass left nothing although the weights are sharded."""
+        raise RuntimeError(
+            "no gradient arrived in a task whose backward pass ran: fully_shard kept it back, and would hand it to the "
+            "next task; leave gradient synchronisation on (set_requires_gradient_sync(True)), also when accumulating"
+        )
+
+    def check_open(self) -> None:
+        """Raise if gradients arrive from outside tasks that the ranks would not average any more.
+
+        Raises:
+            RuntimeError: the gradients of this step were summed already.
+        """
+        if self._done and self._model is None and self._ranks.size > 1:
+            raise RuntimeError(
+                "a backward pass after the ranks have summed this step's gradients (by reduce() or clip_grad_norm_()): "
+                "call it before, or call step() or zero_grad() first"
+            )
 
     def reset(self) -> None:
         """The step is over."""
@@ -106,8 +143,14 @@ class Exchange:
         Returns:
             what all ranks have; None if this rank is alone, or if it is done already.
         """
-        if self._done or self._ranks.size == 1:
+        if self._done:
             return None
+        if self._ranks.size == 1:
+            self._done = self.sharded
+            complete_sharded(self._layers, gradients)
+            return None
+        if self.sharded:
+            self._check_alike({**samples, MIXED: mixed})
         complete_sharded(self._layers, gradients)
         everything = list(self._parameters)
         parameters = [parameter for parameter in everything if not is_distributed(parameter)]
@@ -116,6 +159,12 @@ class Exchange:
             self._checked = True
         averaged = self._model is None
         outside = [p for p in parameters if p.grad is not None and p is not aside] if averaged else []
+        for parameter in outside:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {self._names(parameter)} is sparse, and sparse gradients are not summed over "
+                    "ranks: build the embedding with sparse=False"
+                )
         agreement = agree(
             self._ranks,
             everything[0].device,
@@ -133,3 +182,15 @@ class Exchange:
         reduce_outside(self._ranks, parameters, agreement)
         self._done = True
         return agreement
+
+    def _check_alike(self, samples: Mapping[int, float]) -> None:
+        """`fully_shard` weighs the ranks equally, which is right for equal numbers of samples only."""
+        counts = [samples.get(task, 0.0) for task in (*range(self._tasks), MIXED)]
+        device = next(iter(self._parameters)).device
+        least, greatest = self._ranks.extremes(torch.tensor(counts, dtype=torch.float32).to(device))
+        if not torch.equal(least, greatest):
+            raise RuntimeError(
+                "under fully_shard every rank needs the same number of samples of every task, since it averages the "
+                f"ranks with equal weights; this rank has {counts[:-1]} of tasks 0 to {self._tasks - 1} and "
+                f"{counts[-1]} in mixed batches"
+            )

@@ -70,7 +70,11 @@ class Ranks:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A process group means nothing in another process: what is read there takes that process's default group.
+        if self._group is not None:
+            raise TypeError(
+                "an optimizer with a process_group of its own cannot be pickled, since the group means nothing "
+                "elsewhere: save its state_dict()"
+            )
         return Ranks, ()
 
 

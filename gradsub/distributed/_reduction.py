@@ -109,7 +109,7 @@ def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> No
     for _, held in sorted(gradients.items()):
         for parameter, captured in held.items():
             layer = layers.get(parameter)
-            if layer is None or layer.shards is None:
+            if layer is None or layer.shards is None or layer.shards.group is None:
                 continue
             shards = layer.shards
             whole = [] if layer.splits_coordinates else [captured.shared, captured.own]

@@ -16,7 +16,7 @@ from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import read, write
 from gradsub.null_space._protection import Protection, extend, protect
-from gradsub.null_space._ranks import deal_out, gather
+from gradsub.null_space._ranks import Deal, gather
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics, accumulation_dtype
@@ -137,6 +137,7 @@ class NullSpace:
         Raises:
             ValueError: no layer matches, there is no batch, or a feature is NaN or Inf (the layer is named); or
                 ``shard`` is true and the ranks have different batches.
+            RuntimeError: another rank failed.
         """
         ranks = Ranks(process_group)
         if ranks.size == 1:
@@ -144,10 +145,13 @@ class NullSpace:
                 raise ValueError(_NO_BATCH)
             return self
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        mine = deal_out(ranks, batches, device) if shard else ((batch, True) for batch in batches)
-        increment = NullSpace(**self._settings())
-        increment._collect(model, mine, target_modules)
-        increment._shared = gather(ranks, increment._shared, device)
+        deal = Deal(ranks, batches, device) if shard else None
+        increment, failure = NullSpace(**self._settings()), None
+        try:
+            increment._collect(model, ((batch, True) for batch in batches) if deal is None else deal, target_modules)
+        except Exception as error:
+            failure = error
+        increment._shared = gather(ranks, increment._shared, device, None if deal is None else deal.count, failure)
         if not len(increment):
             raise ValueError(_NO_BATCH)
         return self.merge(increment)

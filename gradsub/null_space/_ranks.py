@@ -13,35 +13,50 @@ from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics
 
+_DIFFERENT = (
+    "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, or shard=False if "
+    "every rank has batches of its own"
+)
 
-def deal_out(ranks: Ranks, batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+
+class Deal:
     """This rank's batches, every ``ranks.size``-th of all, and whether each counts.
 
     Where the last round has too few for all, the other ranks run a batch that does not count: the forward pass of a
     sharded model needs every rank.
 
-    Raises:
-        ValueError: the ranks were given different batches.
+    Args:
+        ranks: the ranks.
+        batches: the same on every rank.
+        device: where the ranks compare them.
     """
-    batches = iter(batches)
-    first = True
-    while held := list(itertools.islice(batches, ranks.size)):
-        if first:
-            least, greatest = ranks.extremes(torch.tensor(_fingerprint(held), dtype=torch.float32, device=device))
-            if not torch.equal(least, greatest):
-                raise ValueError(
-                    "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, "
-                    "or shard=False if every rank has batches of its own"
-                )
-            first = False
-        mine = ranks.index < len(held)
-        yield held[ranks.index if mine else 0], mine
+
+    def __init__(self, ranks: Ranks, batches: Iterable[Any], device: torch.device) -> None:
+        self._ranks, self._batches, self._device = ranks, batches, device
+        self.count = 0
+
+    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+        """The batches.
+
+        Raises:
+            ValueError: on every rank, if the first ones differ.
+        """
+        ranks, batches = self._ranks, iter(self._batches)
+        held = list(itertools.islice(batches, ranks.size))
+        least, greatest = ranks.extremes(torch.tensor(_fingerprint(held), dtype=torch.float32, device=self._device))
+        if not torch.equal(least, greatest):
+            raise ValueError(_DIFFERENT)
+        while held:
+            self.count += len(held)
+            mine = ranks.index < len(held)
+            yield held[ranks.index if mine else 0], mine
+            held = list(itertools.islice(batches, ranks.size))
 
 
-def _fingerprint(value: Any) -> list[float]:
-    """The number of tensors, and the sum over their entries."""
+def _fingerprint(value: list[Any]) -> list[float]:
+    """The number of batches and of tensors, and the sum over their entries."""
     tensors = list(_tensors(value))
-    return [float(len(tensors)), sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors)]
+    return [float(len(value)), float(len(tensors)), sum(float(tensor.sum(dtype=torch.float64)) for tensor in tensors)]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -55,18 +70,30 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def gather(ranks: Ranks, mine: SharedStatistics, device: torch.device) -> SharedStatistics:
+def gather(
+    ranks: Ranks, mine: SharedStatistics, device: torch.device, dealt: int | None, error: Exception | None
+) -> SharedStatistics:
     """The statistics of all ranks' features, the same bits on every rank.
 
     Covariances are summed; sketches are merged in the order of the ranks. A rank that has seen nothing takes part.
 
+    Args:
+        ranks: the ranks.
+        mine: what this one has seen.
+        device: where the statistics are.
+        dealt: how many batches were dealt out, if they were; the same on every rank.
+        error: what ended this rank's part early; it is raised here, and the other ranks learn of it.
+
     Raises:
-        RuntimeError: the ranks have seen features of different layers, or of different widths.
+        RuntimeError: the ranks have seen features of different layers, or of different widths; or another one failed.
+        ValueError: the ranks were given different numbers of batches.
     """
     distinct = mine.distinct()
     firsts = {id(statistics): name for name, statistics in distinct.items()}
     described = ranks.gather(
         {
+            "error": None if error is None else f"{type(error).__name__}: {error}",
+            "dealt": dealt,
             "layers": {name: firsts[id(statistics)] for name, statistics in mine.by_name.items()},
             "states": {
                 name: {**each.state(), "shape": tuple(each.tensor.shape), "dtype": each.tensor.dtype}
@@ -74,6 +101,13 @@ def gather(ranks: Ranks, mine: SharedStatistics, device: torch.device) -> Shared
             },
         }
     )
+    if error is not None:
+        raise error
+    for rank, each in enumerate(described):
+        if each["error"] is not None:
+            raise RuntimeError(f"rank {rank} could not collect its part: {each['error']}")
+    if len({each["dealt"] for each in described}) > 1:
+        raise ValueError(f"{_DIFFERENT}; the numbers of batches are {[each['dealt'] for each in described]}")
     present = [rank for rank, each in enumerate(described) if each["layers"]]
     layers = described[present[0]]["layers"] if present else {}
     for rank in present:

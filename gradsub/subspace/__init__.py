@@ -5,7 +5,7 @@ from gradsub.subspace._basis import dominant_basis, lift, project
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._moments import MOMENT_RULES, carry_moments
 from gradsub.subspace._schedule import sketch_size
-from gradsub.subspace._shards import Shards, is_distributed, local, shards_of
+from gradsub.subspace._shards import Shards, is_distributed, local, sharded_over, shards_of
 
 __all__ = [
     "MOMENT_RULES",
@@ -20,6 +20,7 @@ __all__ = [
     "lift",
     "local",
     "project",
+    "sharded_over",
     "shards_of",
     "sketch_size",
 ]

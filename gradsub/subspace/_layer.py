@@ -88,7 +88,7 @@ class Layer:
     @property
     def splits_coordinates(self) -> bool:
         """Whether each rank has its own rows of the coordinates; if not, its projections are parts of a sum."""
-        return self.shards is not None and self.axis == 1
+        return self.shards is not None and self.shards.group is not None and self.axis == 1
 
     def total(self, projected: Tensor) -> Tensor:
         """Coordinates from this rank's projection; waits for the other ranks where it is a part of a sum."""

@@ -62,6 +62,14 @@ def is_distributed(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def sharded_over(tensor: Tensor) -> list[Any]:
+    """The groups of ranks that hold different parts of a tensor; none of one that is whole everywhere."""
+    if not is_distributed(tensor):
+        return []
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return [mesh.get_group(dim) for dim, placement in enumerate(placements) if not placement.is_replicate()]
+
+
 def local(tensor: Tensor) -> Tensor:
     """What of a tensor is on this rank; shares its memory."""
     found: Tensor = tensor.detach().to_local() if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
