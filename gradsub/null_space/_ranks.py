@@ -14,8 +14,8 @@ from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics
 
 _DIFFERENT = (
-    "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, or shard=False if "
-    "every rank has batches of its own"
+    "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, or shard=False "
+    "if every rank has batches of its own"
 )
 
 
@@ -43,7 +43,9 @@ class Deal:
         """
         ranks, batches = self._ranks, iter(self._batches)
         held = list(itertools.islice(batches, ranks.size))
-        least, greatest = ranks.extremes(torch.tensor(_fingerprint(held), dtype=torch.float32, device=self._device))
+        least, greatest = ranks.extremes(
+            torch.tensor(_fingerprint(held), dtype=torch.float32, device=self._device).nan_to_num()
+        )
         if not torch.equal(least, greatest):
             raise ValueError(_DIFFERENT)
         while held:

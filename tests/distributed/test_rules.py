@@ -65,6 +65,8 @@ def _alone(rank: int) -> dict[str, Tensor]:
     model, optimizer = build(World(), 2, process_group=groups[rank])
     for step in range(3):
         step_once(World(), model, optimizer, step, rank, 2)
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(optimizer)
     return result(model, optimizer)
 
 
