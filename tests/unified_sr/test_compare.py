@@ -239,13 +239,15 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "`energy`: gems 0.95, half_protected 0.5" in text
     assert "### rec: MRR@10 against adamw" in text
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
-    assert rows[1] == "gems", "the best first"
+    assert rows[1:6] == ["gems", "adamw", "lora", "half_protected", "bm25"], "the best first, then what serves one task"
     numbers = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["movielens-100k"]
     found = numbers["methods"]["gems"]["full"]["rec"]["mrr@10"]
     assert found["runs"] == 2
     assert numbers["tests"]["search"][0]["baseline"] == "lora"
     assert main(["compare", str(tmp_path / "runs"), "--out", str(out), "--baseline", "none"]) == 2
     assert "there is no method 'none'" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "runs"), "--out", str(out), "--metric", "ndgc@10"]) == 2
+    assert "no run has the metric 'ndgc@10'; there are hit@5" in capsys.readouterr().err
 
 
 def test_latex_is_escaped_and_every_row_has_all_columns(tmp_path: Path) -> None:

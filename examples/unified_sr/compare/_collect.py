@@ -155,6 +155,11 @@ def groups_of(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
+def tasks_of(groups: Sequence[Group]) -> list[str]:
+    """Return all tasks that any method has ranked."""
+    return list(dict.fromkeys(task for group in groups for run in group.runs for task in run.tasks))
+
+
 def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "seed"}
 

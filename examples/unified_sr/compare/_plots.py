@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import COLOURS, finish
-from ._collect import Group, Run
+from ._collect import Group, Run, tasks_of
 from ._statistics import mean_and_deviation
 from ._tables import perplexity_change
 
@@ -47,12 +47,10 @@ def draw(groups: Sequence[Group], trials: Sequence[Run], metric: str, folder: Pa
     return drawn
 
 
-def score(run: Run, task: str | None, metric: str) -> float | None:
-    """Return a run's metric of a task, or its mean over all tasks; ``None`` if it was not measured."""
+def score(run: Run, tasks: Sequence[str], metric: str) -> float | None:
+    """Return the mean of a run's metric over some tasks; ``None`` if it was not measured for all of them."""
     final: Mapping[str, Mapping[str, float]] = run.metrics["final"]
-    if task is not None:
-        return final.get(task, {}).get(metric)
-    values = [final[name].get(metric) for name in run.tasks]
+    values = [final.get(task, {}).get(metric) for task in tasks]
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
 
@@ -64,16 +62,16 @@ def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
 
 
 def _retention(figure: Any, groups: Sequence[Group], metric: str) -> bool:
-    tasks = list(dict.fromkeys(task for group in groups for run in group.runs for task in run.tasks))
-    views: list[str | None] = [*tasks, None] if len(tasks) > 1 else list(tasks)
+    tasks = tasks_of(groups)
+    views = {task: [task] for task in tasks} | ({"mean of the tasks": tasks} if len(tasks) > 1 else {})
     figure.set_size_inches(3.6 * len(views) + 2.2, 4.2)
     looks = _looks(groups)
     panels = figure.subplots(1, len(views), squeeze=False)[0]
     handles: dict[str, Any] = {}
-    for axes, task in zip(panels, views, strict=True):
+    for axes, (title, shown) in zip(panels, views.items(), strict=True):
         for group in groups:
             colour, marker = looks[group.label]
-            found = _mean([score(run, task, metric) for run in group.runs])
+            found = _mean([score(run, shown, metric) for run in group.runs])
             change = _mean([perplexity_change(run) for run in group.runs])
             if found is None:
                 continue
@@ -87,7 +85,7 @@ def _retention(figure: Any, groups: Sequence[Group], metric: str) -> bool:
         if max(map(abs, axes.get_xlim())) > 10:
             axes.set_xscale("symlog", linthresh=1)
         axes.set(xlabel="change of perplexity, %", ylabel=metric)
-        axes.set_title(task or "mean of the tasks", fontsize=11)
+        axes.set_title(title, fontsize=11)
         finish(axes, legend=False)
     figure.legend(list(handles.values()), list(handles), loc="outside right center", frameon=False, fontsize=8)
     return bool(handles)
@@ -116,12 +114,12 @@ def _cosine(figure: Any, groups: Sequence[Group]) -> bool:
 def _rates(figure: Any, groups: Sequence[Group], trials: Sequence[Run], metric: str) -> bool:
     axes = figure.subplots()
     looks = _looks(groups)
-    chosen = {group.label: group.lr for group in groups}
+    chosen, tasks = {group.label: group.lr for group in groups}, tasks_of(groups)
     for label, (colour, marker) in looks.items():
         found = [
             (float(run.settings["lr"]), value)
             for run in trials
-            if run.folder.path.parent.name == label and (value := score(run, None, metric)) is not None
+            if run.folder.path.parent.name == label and (value := score(run, tasks, metric)) is not None
         ]
         if not found:
             continue

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ._collect import Group, Run
+from ._collect import Group, Run, tasks_of
 from ._significance import Significance
 from ._statistics import mean_and_deviation
 
@@ -79,7 +79,7 @@ def tables_of(groups: Sequence[Group], tests: dict[str, list[Significance]], met
         tests: task -> comparisons with its baseline.
         metric: that was tested.
     """
-    tasks = list(dict.fromkeys(task for group in groups for run in group.runs for task in run.tasks))
+    tasks = tasks_of(groups)
     spread = "Mean and standard deviation over the seeds; a dash is a value that was not measured."
     ranking = _table(
         "Full ranking",

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ._collect import Group, Run, collect, groups_of
+from ._collect import Group, Run, collect, groups_of, tasks_of
 from ._plots import draw, score
 from ._render import latex_table, markdown
 from ._significance import Significance, significance
@@ -50,12 +50,15 @@ def compare(
     tested = [run for run in runs if run.settings.get("eval_split", "test") == "test"]
     if not tested:
         raise ValueError("all finished runs were evaluated on the validation split; a comparison needs the test split")
+    known = list(dict.fromkeys(name for run in tested for task in run.tasks for name in run.metrics["final"][task]))
+    if metric not in known:
+        raise ValueError(f"no run has the metric {metric!r}; there are {', '.join(known)}")
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     text, tex, numbers = ["# Comparison"], [r"% \usepackage{booktabs}"], {}
     for data in dict.fromkeys(str(run.settings["data"]) for run in tested):
         groups = _sorted(groups_of([run for run in tested if run.settings["data"] == data]), metric)
-        tasks = list(dict.fromkeys(task for group in groups for run in group.runs for task in run.tasks))
+        tasks = tasks_of(groups)
         tests = {task: significance(groups, task, metric, baseline) for task in tasks}
         trials = [run for run in runs if run not in tested and run.settings["data"] == data]
         tables = tables_of(groups, tests, metric)
@@ -76,10 +79,11 @@ def compare(
 
 
 def _sorted(groups: Sequence[Group], metric: str) -> list[Group]:
-    """The best first."""
+    """The best first, and last what does not serve all tasks."""
+    tasks = tasks_of(groups)
 
     def mean(group: Group) -> float:
-        values = [value for run in group.runs if (value := score(run, None, metric)) is not None]
+        values = [value for run in group.runs if (value := score(run, tasks, metric)) is not None]
         return mean_and_deviation(values)[0] if values else float("-inf")
 
     return sorted(groups, key=mean, reverse=True)
