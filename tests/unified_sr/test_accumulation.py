@@ -25,7 +25,7 @@ ROWS = {
     "search": [Example("search", "u", (), "old " * n + ITEMS[n].title, (n,), 0.0, f"s{n}") for n in range(5)],
 }
 FP32 = Precision(torch.device("cpu"), None)
-SMALL = ["batch_size=4", "perplexity_tokens=256", "perplexity_window=64", "eval_tokens=512", "min_user_events=3"]
+SMALL = ["batch_size=4", "perplexity_tokens=256", "perplexity_window=64", "leak_tokens=0", "min_user_events=3"]
 
 
 @pytest.fixture(params=["llama", "t5"])
