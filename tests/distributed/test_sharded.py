@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from gradsub import GemsOptimizer, NullSpace
+from gradsub import GemsOptimizer
 from tests.distributed.launch import launch
-from tests.distributed.worlds import TASKS, Net, World, batch, build_model
+from tests.distributed.worlds import TASKS, Net, World, batch, build
 
 WORLDS = [
     World(refresh="sketch"),
@@ -37,35 +37,6 @@ def sharded(model: Net, ranks: int) -> nn.Module:
     for module in (model.first, model.second):
         fully_shard(module, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def build(world: World, ranks: int) -> tuple[nn.Module, GemsOptimizer]:
-    model: nn.Module = build_model()
-    if ranks > 1:
-        model = sharded(model, ranks)
-    null_space = None
-    if world.protect:
-        null_space = NullSpace(side=world.side, max_rank=3)
-        null_space.collect(model, [batch(999, 0)[0]])
-    base = (
-        torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-        if world.base == "adamw"
-        else torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1)
-    )
-    return model, GemsOptimizer(
-        base,
-        tasks=TASKS,
-        rank=3,
-        task_rank=2,
-        update_proj_gap=8,
-        side=world.side,
-        gate=world.gate,
-        null_space=null_space,
-        model=model,
-        surgery=world.surgery,
-        capture=world.capture,
-        refresh=world.refresh,
-    )
 
 
 def train(world: World, model: nn.Module, optimizer: GemsOptimizer, rank: int, ranks: int, steps: range) -> None:
@@ -91,7 +62,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def _trained(rank: int, ranks: int) -> list[dict[str, Tensor]]:
     found = []
     for world in WORLDS:
-        model, optimizer = build(world, ranks)
+        model, optimizer = build(world, ranks, sharded)
         train(world, model, optimizer, rank, ranks, range(20))
         found.append(weights(model))
     return found
@@ -155,7 +126,7 @@ def test_what_cannot_be_sharded_is_refused(tmp_path: Path) -> None:
 
 
 def _saved(rank: int, ranks: int, folder: str, world: World) -> dict[str, Tensor]:
-    model, optimizer = build(world, ranks)
+    model, optimizer = build(world, ranks, sharded)
     train(world, model, optimizer, rank, ranks, range(10))
     weights_now, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights_now, "optimizer": state}, checkpoint_id=folder)
@@ -164,7 +135,7 @@ def _saved(rank: int, ranks: int, folder: str, world: World) -> dict[str, Tensor
 
 
 def _resumed(rank: int, ranks: int, folder: str, world: World) -> dict[str, Tensor]:
-    model, optimizer = build(world, ranks)
+    model, optimizer = build(world, ranks, sharded)
     weights_now, state = get_state_dict(model, optimizer)
     read = {"model": weights_now, "optimizer": state}
     dcp.load(read, checkpoint_id=folder)

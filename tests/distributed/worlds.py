@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,8 +70,12 @@ def share(step: int, task: int, rank: int, ranks: int, *, idle: bool) -> slice:
     return slice(cuts[rank], cuts[rank + 1])
 
 
-def build(world: World, ranks: int, **more: Any) -> tuple[nn.Module, GemsOptimizer]:
+def build(
+    world: World, ranks: int, shard: Callable[[Net, int], nn.Module] | None = None, **more: Any
+) -> tuple[nn.Module, GemsOptimizer]:
     model: nn.Module = build_model()
+    if shard is not None and ranks > 1:
+        model = shard(model, ranks)
     null_space = None
     if world.protect:
         null_space = NullSpace(side=world.side, max_rank=3)
@@ -78,7 +83,7 @@ def build(world: World, ranks: int, **more: Any) -> tuple[nn.Module, GemsOptimiz
     wrapped = DistributedDataParallel(model) if world.ddp and ranks > 1 else model
     kinds = {
         "adamw": lambda: torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1),
-        "sgd": lambda: torch.optim.SGD(wrapped.parameters(), lr=1e-2, momentum=0.9),
+        "sgd": lambda: torch.optim.SGD(wrapped.parameters(), lr=1e-2, momentum=0.9, weight_decay=0.1),
     }
     optimizer = GemsOptimizer(
         kinds[world.base](),
