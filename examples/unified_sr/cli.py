@@ -58,7 +58,9 @@ def _add_grid(commands: Any) -> None:
         description="Carry out all runs of a grid that are not finished. Each goes to OUT/DATA/METHOD/seed-SEED; its "
         "learning rate is chosen on the validation split by trials in OUT/DATA/METHOD/lr-RATE.",
     )
-    command.add_argument("--config", metavar="GRID.yaml", required=True, help="what to run; see configs/main.yaml")
+    command.add_argument(
+        "--config", metavar="GRID.yaml", required=True, help="what to run; see configs/grids/main.yaml"
+    )
     command.add_argument("--out", metavar="DIR", help="default: runs/ and the name of GRID.yaml")
     command.add_argument(
         "--data", metavar="NAME=SOURCE", action="append", default=[], help="add a data set, or say where one lies"

@@ -130,7 +130,10 @@ def _read_file(file: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[
     content = read_yaml(file) if file is not None else {}
     sections = content.pop(SECTIONS, None) or {}
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        raise ValueError(f"{SECTIONS} in {file} must hold one mapping of settings per method name, got {sections!r}")
+        hint = "; a list of methods is for the command grid" if isinstance(sections, list) else ""
+        raise ValueError(
+            f"{SECTIONS} in {file} must hold one mapping of settings per method name, got {sections!r}{hint}"
+        )
     return content, sections
 
 

@@ -55,7 +55,7 @@ def test_two_steps_of_a_miniature(
 
 
 def test_the_whole_comparison_has_every_method(tmp_path: Path) -> None:
-    grid = read_grid(CONFIGS / "main.yaml", data=[f"amazon-industrial={tmp_path}"])
+    grid = read_grid(CONFIGS / "grids" / "main.yaml", data=[f"amazon-industrial={tmp_path}"])
     assert {entry.method for entry in grid.entries} == set(METHODS)
     jobs = list_jobs(grid)
     assert len({job.name for job in jobs}) == len(jobs)
