@@ -179,7 +179,7 @@ class Exchange:
         if merge and parameters:
             agreement = merge_plain(gradients, parameters, self._layers, agreement)
         reduce_captured(self._ranks, self._bank, parameters, self._layers, gradients, agreement)
-        reduce_outside(self._ranks, parameters, agreement)
+        reduce_outside(self._ranks, agreement)
         self._done = True
         return agreement
 

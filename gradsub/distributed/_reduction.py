@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -104,7 +104,7 @@ def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> No
 
     The gradient itself is that of all ranks' data already: ``fully_shard`` has averaged it.
     """
-    parts: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    parts: list[Tensor] = []
     shards = None
     for _, held in sorted(gradients.items()):
         for parameter, captured in held.items():
@@ -113,16 +113,21 @@ def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> No
                 continue
             shards = layer.shards
             whole = [] if layer.splits_coordinates else [captured.shared, captured.own]
-            for part in (captured.sketch, captured.squared_norm, *whole):
-                if part is not None:
-                    parts.setdefault((part.dtype, part.device), []).append(part)
-    if shards is None:
-        return
-    flats = [torch.cat([part.reshape(-1) for part in found]) for found in parts.values()]
-    shards.sum_(flats)
-    for flat, found in zip(flats, parts.values(), strict=True):
-        for part, view in zip(found, torch.split(flat, [part.numel() for part in found]), strict=True):
-            part.copy_(view.view(part.shape))
+            parts += [part for part in (captured.sketch, captured.squared_norm, *whole) if part is not None]
+    if shards is not None:
+        _sum_flat(parts, shards.sum_)
+
+
+def _sum_flat(tensors: Sequence[Tensor], sum_: Callable[[Iterable[Tensor]], None]) -> None:
+    """Replace tensors by their sums over ranks, all of one dtype and device in one message."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    flats = [torch.cat([tensor.reshape(-1) for tensor in alike]) for alike in kinds.values()]
+    sum_(flats)
+    for flat, alike in zip(flats, kinds.values(), strict=True):
+        for tensor, view in zip(alike, torch.split(flat, [each.numel() for each in alike]), strict=True):
+            tensor.copy_(view.view(tensor.shape))
 
 
 def merge_plain(
@@ -161,18 +166,13 @@ def merge_plain(
     )
 
 
-def reduce_outside(ranks: Ranks, parameters: Sequence[Tensor], agreement: Agreement) -> None:
+def reduce_outside(ranks: Ranks, agreement: Agreement) -> None:
     """Average ``p.grad`` over the ranks, in place, as data parallelism does; a rank without one counts as zero."""
-    places = agreement.present[OUTSIDE]
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for place in places:
-        parameter = parameters[place]
+    found = []
+    for parameter in agreement.outside:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        kinds.setdefault((parameter.dtype, parameter.device), []).append(parameter.grad)
-    flats = [torch.cat([gradient.reshape(-1) for gradient in found]) for found in kinds.values()]
-    ranks.sum_(flats)
-    for flat, found in zip(flats, kinds.values(), strict=True):
-        flat /= ranks.size
-        for gradient, view in zip(found, torch.split(flat, [each.numel() for each in found]), strict=True):
-            gradient.copy_(view.view(gradient.shape))
+        found.append(parameter.grad)
+    _sum_flat(found, ranks.sum_)
+    for gradient in found:
+        gradient /= ranks.size
