@@ -169,7 +169,6 @@ class Inner:
             groups: the outer groups' current hyper-parameters, in order; what the base optimizer changes in its own
                 (a schedule-free optimizer counts there) is written back to them.
             gradients: of proxies; a proxy without one is not stepped. Plain parameters carry theirs in ``.grad``.
-
             starts: where a proxy starts, if not at zero.
 
         Returns:

@@ -287,21 +287,21 @@ class GemsOptimizer(Optimizer):
         self._task_open = True
         self._capture.open(MIXED if len(parts) > 1 else parts[0].task)
         self._fused.open(parts)
-        seen, arrived = dict(self._losses), True
+        seen = set(self._losses)
         try:
             with self._exchange.quiet():
                 yield
-            arrived = self._capture.arrived or self._losses.keys() == seen.keys() or not self._exchange.sharded
         finally:
             self._fused.close()
-            if self._capture.close():
+            arrived = self._capture.close()
+            if arrived:
                 for task, count in samples.items():
                     self._samples[task] = self._samples.get(task, 0.0) + count
                 self._mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
                 self._bear_witness()
             self._task_open = False
-        if not arrived:
-            self._exchange.check_arrived()
+        if not arrived and self._losses.keys() != seen:
+            self._exchange.check_nothing_kept_back()
 
     def backward(
         self,

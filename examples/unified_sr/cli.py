@@ -40,7 +40,7 @@ def _add_run(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--config", metavar="FILE.yaml", help="settings; see configs/")
-    command.add_argument("--data", metavar="NAME_OR_DIR", help="movielens-100k, or a folder with RecBole atomic files")
+    command.add_argument("--data", metavar="NAME_OR_DIR", help="movielens-100k, or a folder; see data/README.md")
     command.add_argument("--model", metavar="NAME_OR_PATH", help="smollm2-135m, a hub name, or a local folder")
     command.add_argument("--method", help=", ".join(METHODS))
     command.add_argument("--steps", type=int, help="optimizer steps")

@@ -52,8 +52,7 @@ class EarlyStopping:
 
     def remove(self) -> None:
         """Delete the kept weights: the run is finished."""
-        if current().first:
-            self.path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

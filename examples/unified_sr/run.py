@@ -170,6 +170,8 @@ def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable
             leak = intact.leak() if intact else {}
     else:
         folder.file("steps.jsonl").write_text("", encoding="utf-8")
+    if not processes.first:
+        return folder  # the first one writes, and takes away what is done with
     for task, result in after.results.items():
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
@@ -177,8 +179,7 @@ def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable
     folder.write_json("run.json", {**_summary(parts, updater, history, clock, memory, peak), **retained})
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
-    if processes.first:
-        checkpoint.remove()
+    checkpoint.remove()
     if stopping is not None:
         stopping.remove()
     return folder

@@ -100,11 +100,6 @@ class GenericCapture:
                 stacklevel=5,
             )
 
-    @property
-    def arrived(self) -> bool:
-        """Whether any gradient arrived since `open`."""
-        return self._arrived
-
     def clear(self) -> None:
         """Forget what was captured."""
         self.gradients.clear()

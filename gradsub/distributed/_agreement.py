@@ -2,16 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from gradsub.capture import MIXED, Captured
 from gradsub.distributed._ranks import Ranks
-
-# In the place of a task: gradients of backward passes outside any task, which lie in ``p.grad``.
-OUTSIDE: Final = -2
 
 
 @dataclass(frozen=True)
@@ -23,9 +19,9 @@ class Agreement:
         mixed: the same for rows of mixed batches; all samples once the tasks' gradients are merged.
         weights: by task and for `MIXED`, this rank's n_k^r / N_k: what its mean gradient counts in that of all.
         losses: by task, sum_r n_k^r L_k^r / N_k over the ranks that saw a loss.
-        present: by task, `MIXED` and `OUTSIDE`: the positions of the parameters that have such a gradient on any rank.
+        present: by task and for `MIXED`: the positions of the parameters that have such a gradient on any rank.
+        outside: the parameters that have a gradient from outside any task, in ``p.grad``, on any rank.
         scale: the loss scale (0-dim), or None if no rank saw one.
-        outside: the parameters of ``present[OUTSIDE]``.
     """
 
     samples: dict[int, float]
@@ -33,8 +29,8 @@ class Agreement:
     weights: dict[int, float]
     losses: dict[int, Tensor]
     present: dict[int, list[int]]
-    scale: Tensor | None
     outside: list[Tensor]
+    scale: Tensor | None
 
 
 def agree(
@@ -87,15 +83,16 @@ def agree(
     held = host[2 * tasks + 2 :]
     sums = summed[numbers.numel() :]
     width = len(parameters)
-    present = {
-        key: [place for place in range(width) if held[row * width + place]] for row, key in enumerate([*keys, OUTSIDE])
-    }
+    # By task, for mixed batches, and last for what came from outside: who has what.
+    *present, from_outside = (
+        [place for place in range(width) if held[row * width + place]] for row in range(len(keys) + 1)
+    )
     return Agreement(
         samples={task: totals[task] for task in range(tasks) if totals[task]},
         mixed=totals[tasks],
         weights={key: counts[i] / totals[i] for i, key in enumerate(keys) if totals[i]},
         losses={task: sums[task] / seen_by_all[task] for task in range(tasks) if seen_by_all[task]},
-        present=present,
+        present=dict(zip(keys, present, strict=True)),
+        outside=[parameters[place] for place in from_outside],
         scale=(sums[tasks] / scales).to(torch.float32) if scales else None,
-        outside=[parameters[place] for place in present[OUTSIDE]],
     )

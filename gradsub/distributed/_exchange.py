@@ -1,19 +1,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from gradsub._sums import sum_over
 from gradsub.capture import MIXED
 from gradsub.distributed._agreement import Agreement, agree
 from gradsub.distributed._ranks import Ranks
 from gradsub.distributed._reduction import Gradients, complete_sharded, merge_plain, reduce_captured, reduce_outside
 from gradsub.distributed._replicas import check_replicas
-from gradsub.distributed._wrapped import data_parallel, without_sync
+from gradsub.distributed._wrapped import data_parallel
 from gradsub.subspace import Layer, SubspaceBank, is_distributed, sharded_over
 
 
@@ -30,7 +30,7 @@ class Exchange:
     def __init__(self, process_group: Any, model: nn.Module | None, tasks: int, names: Callable[[Tensor], str]) -> None:
         self._ranks = Ranks(process_group)
         self._tasks = tasks
-        self._model = model if data_parallel(model) is not None else None
+        self._wrapper = data_parallel(model)
         self._names = names
         self._checked = False
         self._done = False
@@ -38,11 +38,6 @@ class Exchange:
     def connect(self, bank: SubspaceBank, layers: Mapping[Tensor, Layer], parameters: Iterable[Tensor]) -> None:
         """Tell where the bases and the parameters are."""
         self._bank, self._layers, self._parameters = bank, layers, parameters
-
-    @property
-    def size(self) -> int:
-        """How many ranks there are."""
-        return self._ranks.size
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -56,7 +51,7 @@ class Exchange:
                 "a task after the ranks have summed this step's gradients (by reduce() or clip_grad_norm_()): call "
                 "step() or zero_grad() first"
             )
-        with without_sync(self._model):
+        with nullcontext() if self._wrapper is None else self._wrapper.no_sync():
             yield
 
     def check_unscaled(self, factor: Tensor) -> None:
@@ -93,15 +88,17 @@ class Exchange:
                 'shard all along one dimension of one mesh, or pass nonfinite="ignore" and do not clip'
             )
         values = values.clone()
-        dist.all_reduce(values, group=groups[0])
+        sum_over(groups[0], [values])
         return values
 
-    def check_arrived(self) -> None:
-        """Raise: a task's backward pass left nothing although the weights are sharded."""
-        raise RuntimeError(
-            "no gradient arrived in a task whose backward pass ran: fully_shard kept it back, and would hand it to the "
-            "next task; leave gradient synchronisation on (set_requires_gradient_sync(True)), also when accumulating"
-        )
+    def check_nothing_kept_back(self) -> None:
+        """Raise if weights are sharded, once a task's backward pass has left no gradient."""
+        if self.sharded:
+            raise RuntimeError(
+                "no gradient arrived in a task whose backward pass ran: fully_shard kept it back, and would hand it to "
+                "the next task; leave gradient synchronisation on (set_requires_gradient_sync(True)), also when "
+                "accumulating"
+            )
 
     def check_open(self) -> None:
         """Raise if gradients arrive from outside tasks that the ranks would not average any more.
@@ -109,7 +106,7 @@ class Exchange:
         Raises:
             RuntimeError: the gradients of this step were summed already.
         """
-        if self._done and self._model is None and self._ranks.size > 1:
+        if self._done and self._wrapper is None and self._ranks.size > 1:
             raise RuntimeError(
                 "a backward pass after the ranks have summed this step's gradients (by reduce() or clip_grad_norm_()): "
                 "call it before, or call step() or zero_grad() first"
@@ -157,8 +154,9 @@ class Exchange:
         if not self._checked and parameters:
             check_replicas(self._ranks, parameters, self._names)
             self._checked = True
-        averaged = self._model is None
-        outside = [p for p in parameters if p.grad is not None and p is not aside] if averaged else []
+        # A wrapper has averaged what arrived outside of tasks.
+        bare = self._wrapper is None
+        outside = [p for p in parameters if p.grad is not None and p is not aside] if bare else []
         for parameter in outside:
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise ValueError(

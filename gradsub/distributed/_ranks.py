@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradsub._sums import sum_over
+
 
 class Ranks:
     """The processes that train one model on different data, and the one operation that they need: a sum.
@@ -44,10 +46,7 @@ class Ranks:
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks, the same bits on all of them."""
-        group = self.group
-        works = [dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group, async_op=True) for tensor in tensors]
-        for work in works:
-            work.wait()
+        sum_over(self.group, tensors)
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the greatest over the ranks, of each entry."""

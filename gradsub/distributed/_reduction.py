@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsub.capture import MIXED, Captured, mix
-from gradsub.distributed._agreement import OUTSIDE, Agreement
+from gradsub.distributed._agreement import Agreement
 from gradsub.distributed._ranks import Ranks
 from gradsub.subspace import SHARED, Layer, SubspaceBank
 
@@ -26,10 +27,7 @@ class _Piece:
 
     @property
     def numel(self) -> int:
-        size = 1
-        for length in self.shape:
-            size *= length
-        return size
+        return math.prod(self.shape)
 
 
 def reduce_captured(
@@ -56,8 +54,6 @@ def reduce_captured(
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[_Piece]] = {}
     for task, places in agreement.present.items():
-        if task == OUTSIDE:
-            continue
         for place in places:
             for piece in _pieces(bank, parameters[place], layers.get(parameters[place]), task):
                 kinds.setdefault((piece.dtype, piece.parameter.device), []).append(piece)
@@ -155,14 +151,13 @@ def merge_plain(
         }
         if found:
             gradients.setdefault(MIXED, {})[parameter] = Captured(full=mix(found, shares, None))
-    tasks = {task: places for task, places in agreement.present.items() if task != OUTSIDE}
-    merged = sorted(plain & set().union(*tasks.values()))
-    present = {task: [place for place in places if place not in plain] for task, places in tasks.items()}
+    merged = sorted(plain & set().union(*agreement.present.values()))
+    present = {task: [place for place in places if place not in plain] for task, places in agreement.present.items()}
     return replace(
         agreement,
         mixed=total,
         weights={**agreement.weights, MIXED: 1.0},
-        present={**present, MIXED: merged, OUTSIDE: agreement.present[OUTSIDE]},
+        present={**present, MIXED: merged},
     )
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradsub._sums import sum_over
+
 
 @dataclass(frozen=True)
 class Shards:
@@ -31,11 +33,8 @@ class Shards:
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks that hold the other rows."""
-        if self.group is None:
-            return
-        works = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
-        for work in works:
-            work.wait()
+        if self.group is not None:
+            sum_over(self.group, tensors)
 
     @property
     def first(self) -> bool:
