@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,22 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub import _settings as settings
-from gradsub._finite import NonFiniteError, find_nonfinite, largest_entry
+from gradsub._finite import NonFiniteError
+from gradsub._intake import Intake
 from gradsub._layout import Layout
 from gradsub._state import check_compatible, hand_down, mirror, restore, show_shards, take_shards
 from gradsub._step import Stepper
-from gradsub.capture import (
-    MIXED,
-    FusedCapture,
-    GenericCapture,
-    LossWatcher,
-    MixedRows,
-    Part,
-    ScaleWitness,
-    clip_captured,
-    loss_scale,
-    scale_captured,
-)
+from gradsub.capture import MIXED, MixedRows, Part
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_elementwise, check_wrappable
@@ -190,27 +179,19 @@ class GemsOptimizer(Optimizer):
             moments,
             master_weights,
         )
-        self._losses: dict[int, Tensor] = {}
-        self._samples: dict[int, float] = {}
-        self._mixed_samples = 0.0
-        self._task_open = False
-        self._scale: Tensor | None = None
         self._skipped = 0
-        self._witness = ScaleWitness()
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
-        outside = partial(_arrived_outside, self._witness, self._exchange)
-        self._capture = GenericCapture(self._bank, self._layout.name, outside)
-        self._fused = FusedCapture(self._bank, self._capture)
+        self._intake = Intake(self._bank, self._exchange, self._layout.name)
         found = [self._lay_out(base, group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
         # Nothing can be refused any more: only now is the base optimizer taken over.
         self._inner = Inner(base)
         self._stepper.state = self.state
         self._stepper.connect(self._bank, self._inner)
-        self._exchange.connect(self._bank, self._stepper.layers, self._capture.watched)
+        self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
         for group, layers in zip(self.param_groups, found, strict=True):
             self._adopt(group, layers)
 
@@ -232,10 +213,10 @@ class GemsOptimizer(Optimizer):
         """
         index = self._task_index(name)
         samples = settings.check_samples(samples, name)
-        with self._open([Part(index)], {index: samples}, f"task({name!r})"):
+        with self._intake.open([Part(index)], {index: samples}, f"task({name!r})"):
             if loss is not None:
-                self._saw_loss(index, loss)
-            with LossWatcher(partial(self._saw_loss, index) if loss is None else self._saw_scale):
+                self._intake.saw_loss(index, loss)
+            with self._intake.watch(index if loss is None else None):
                 yield
 
     @contextmanager
@@ -264,44 +245,16 @@ class GemsOptimizer(Optimizer):
             RuntimeError: another block is open; a layer's input has another number of rows, or a decomposed weight's
                 gradient comes from elsewhere.
         """
-        if not self._fused:
+        if not self._intake.fused:
             raise ValueError(
                 'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
-        rows = MixedRows(self.tasks, task_ids, samples, self._saw_loss)
+        rows = MixedRows(self.tasks, task_ids, samples, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
-        parts = rows.parts(self._fused.device)
-        with self._open(parts, counts, "mixed(...)"), LossWatcher(self._saw_scale):
+        parts = rows.parts(self._intake.fused.device)
+        with self._intake.open(parts, counts, "mixed(...)"), self._intake.watch(None):
             yield rows
-
-    @contextmanager
-    def _open(self, parts: list[Part], samples: Mapping[int, float], what: str) -> Iterator[None]:
-        """Everything that is captured in here belongs to the parts' tasks."""
-        if self._task_open:
-            raise RuntimeError(f"{what} inside another task: a backward pass belongs to one, close it first")
-        if self._witness.lost():
-            # The scaler skipped the step and only model.zero_grad() was called: what was captured is of that step.
-            self._witness.withdraw(None)
-            self._discard()
-        self._task_open = True
-        self._capture.open(MIXED if len(parts) > 1 else parts[0].task)
-        self._fused.open(parts)
-        seen = set(self._losses)
-        try:
-            with self._exchange.quiet():
-                yield
-        finally:
-            self._fused.close()
-            arrived = self._capture.close()
-            if arrived:
-                for task, count in samples.items():
-                    self._samples[task] = self._samples.get(task, 0.0) + count
-                self._mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
-                self._bear_witness()
-            self._task_open = False
-        if not arrived and self._losses.keys() != seen:
-            self._exchange.check_nothing_kept_back()
 
     def backward(
         self,
@@ -335,22 +288,6 @@ class GemsOptimizer(Optimizer):
             raise ValueError(f"task {name!r} was never declared: tasks={self.tasks}; add it there or correct the name")
         return self.tasks.index(name)
 
-    def _saw_loss(self, index: int, loss: Tensor) -> None:
-        self._saw_scale(loss)
-        loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).sum()
-        self._losses[index] = self._losses[index] + loss if index in self._losses else loss
-
-    def _saw_scale(self, loss: Tensor) -> None:
-        if self._scale is None:
-            self._scale = loss_scale(loss)
-
-    def _bear_witness(self) -> None:
-        """Let a `GradScaler` know what was captured, if the loss was scaled."""
-        if self._scale is not None:
-            held = [captured.tensors()[0] for found in self._capture.gradients.values() for captured in found.values()]
-            with torch.no_grad():
-                self._witness.place(self._capture.watched, largest_entry(held))
-
     # --- the step ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -370,18 +307,22 @@ class GemsOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._check_dense()
-        self._unscale()
-        self._reduce(merge=self._stepper.sums)
+        self._intake.check_dense(self._stepper.layers)
+        self._intake.unscale()
+        self._intake.reduce(merge=self._stepper.sums)
         if not self._finite():
             return result
         try:
             self._measured = self._stepper.take(
-                self.param_groups, self._capture.gradients, self._samples, self._mixed_samples, self._losses
+                self.param_groups,
+                self._intake.gradients,
+                self._intake.samples,
+                self._intake.mixed_samples,
+                self._intake.losses,
             )
             self._show_inner_state()
         finally:
-            self._discard()
+            self._intake.clear()
         return result
 
     def clip_grad_norm_(self, max_norm: float) -> dict[str, Tensor]:
@@ -405,13 +346,11 @@ class GemsOptimizer(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} must be positive")
         with torch.no_grad():
-            self._unscale()
-            self._reduce(merge=False)
+            self._intake.unscale()
+            self._intake.reduce(merge=False)
             names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
-            return {
-                names[k]: clip_captured(held, max_norm, self._stepper.layers, self._exchange.in_common)
-                for k, held in self._capture.gradients.items()
-            }
+            norms = self._intake.clip(max_norm, self._stepper.layers)
+            return {names[task]: norm for task, norm in norms.items()}
 
     def reduce(self) -> None:
         """Sum what was captured over the ranks now, rather than in `step`; a collective call, once a step.
@@ -423,62 +362,20 @@ class GemsOptimizer(Optimizer):
             RuntimeError: the ranks start from different weights.
         """
         with torch.no_grad():
-            self._reduce(merge=False)  # clipping may follow, and is by task
-        self._witness.refresh()
-        self._bear_witness()
-
-    def _reduce(self, merge: bool) -> None:
-        """Make of this rank's gradients, samples and losses those of all ranks."""
-        carrier = self._witness.carrier
-        agreed = self._exchange.reduce(
-            self._capture.gradients,
-            self._samples,
-            self._mixed_samples,
-            self._losses,
-            self._scale,
-            carrier,
-            merge,
-        )
-        if agreed is not None:
-            if carrier is not None and any(parameter is carrier for parameter in agreed.outside):
-                self._witness.joined(carrier)  # another rank has a gradient there
-            self._samples, self._mixed_samples = agreed.samples, agreed.mixed
-            self._losses, self._scale = agreed.losses, agreed.scale
-
-    def _unscale(self) -> None:
-        """Divide captured gradients by the loss scale, if a `GradScaler` was at work."""
-        factor = self._witness.withdraw(self._scale)
-        if factor is not None:
-            self._exchange.check_unscaled(factor)
-            for held in self._capture.gradients.values():
-                scale_captured(held, factor)
+            self._intake.reduce(merge=False)  # clipping may follow, and is by task
+        self._intake.announce()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``p.grad`` and whatever was captured and not stepped."""
-        self._witness.withdraw(None)
+        self._intake.clear()
         super().zero_grad(set_to_none)
-        self._discard()
-
-    def _discard(self) -> None:
-        self._capture.clear()
-        self._bank.forget_directions()
-        self._losses.clear()
-        self._samples.clear()
-        self._mixed_samples = 0.0
-        self._scale = None
-        self._exchange.reset()
-
-    def _check_dense(self) -> None:
-        for parameter in self._stepper.layers:
-            if parameter.grad is not None:
-                self._capture.check_dense(parameter, parameter.grad)
 
     def _finite(self) -> bool:
         """Whether the step may go on."""
         if self._nonfinite == "ignore":
             return True
         outside = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found = find_nonfinite(self._losses, self._capture.gradients, self.tasks, outside, self._exchange.in_common)
+        found = self._intake.find_nonfinite(self.tasks, outside)
         if found is None:
             return True
         if self._nonfinite == "raise":
@@ -489,7 +386,7 @@ class GemsOptimizer(Optimizer):
         if not self._skipped:
             warnings.warn(f"{found} is NaN or Inf: the step is skipped, as later ones will be", stacklevel=2)
         self._skipped += 1
-        self._discard()
+        self._intake.clear()
         return False
 
     # --- groups and state --------------------------------------------------------------------------------------------
@@ -524,11 +421,11 @@ class GemsOptimizer(Optimizer):
         self._stepper.proxies.update({parameter: {"": parameter} for parameter in plain})
         options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
         self._inner.add_group(options, plain, proxies)
-        self._capture.watch(group["params"], layers)
+        self._intake.capture.watch(group["params"], layers)
         for layer in layers:
             fused = self._layout.fused(layer.parameter)
             if fused is not None:
-                self._fused.adopt(layer, *fused)
+                self._intake.fused.adopt(layer, *fused)
         self._show_inner_state()
 
     def _show_inner_state(self) -> None:
@@ -542,7 +439,7 @@ class GemsOptimizer(Optimizer):
             ValueError: the checkpoint comes from other tasks, ranks, shapes or parameters; nothing was loaded.
             RuntimeError: gradients were captured and not stepped: step or ``zero_grad()`` first.
         """
-        if self._capture.gradients:
+        if self._intake.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
         state_dict = take_shards(state_dict, self.param_groups, self._stepper.layers)
         check_compatible(state_dict, self.param_groups, self.state, self._stepper.layers)
@@ -561,7 +458,7 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: gradients were captured and not stepped; they are in no checkpoint.
         """
-        if self.__dict__.get("_capture") is not None and self._capture.gradients:
+        if "_intake" in self.__dict__ and self._intake.gradients:
             raise RuntimeError(
                 "state_dict between backward and step would lose gradients: call step() or zero_grad() first"
             )
@@ -578,9 +475,9 @@ class GemsOptimizer(Optimizer):
         super().__setstate__(state)
         if "_bank" in self.__dict__:
             self._attach()
-        if "_capture" in state:
-            self._capture.hook()
-            self._fused.reinstall()
+        if "_intake" in state:
+            self._intake.capture.hook()
+            self._intake.fused.reinstall()
 
     def _attach(self) -> None:
         """Everybody follows to the state that torch has put in the place of the old one."""
@@ -598,13 +495,8 @@ class GemsOptimizer(Optimizer):
 
     def close(self) -> None:
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
-        self._fused.remove()
-        self._capture.remove()
-
-
-def _arrived_outside(witness: ScaleWitness, exchange: Exchange, parameter: Tensor) -> None:
-    exchange.check_open()
-    witness.joined(parameter)
+        self._intake.fused.remove()
+        self._intake.capture.remove()
 
 
 def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -618,18 +510,11 @@ _OWN_ATTRIBUTES = frozenset(
         "tasks",
         "_nonfinite",
         "_layout",
-        "_losses",
-        "_samples",
-        "_mixed_samples",
         "_exchange",
-        "_task_open",
-        "_scale",
+        "_intake",
         "_skipped",
-        "_witness",
         "_measured",
         "_bank",
-        "_capture",
-        "_fused",
         "_stepper",
         "_inner",
     }

@@ -97,7 +97,7 @@ class GenericCapture:
                 "something other than autograd wrote p.grad during a task, as DistributedDataParallel's reducer does: "
                 "what was captured is right, but gradients of the weights' size travel for nothing; pass the wrapped "
                 "model as model= and run the forward pass inside of optimizer.task, or both under its no_sync()",
-                stacklevel=5,
+                stacklevel=7,
             )
 
     def clear(self) -> None:

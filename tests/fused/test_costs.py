@@ -53,7 +53,7 @@ def test_state_and_captured_gradients_are_what_the_formula_says(capture, side, r
         if step == 3 or refresh == "sketch":
             for layer in (model[0], model[2]):
                 expected = layer_bytes(layer.out_features, layer.in_features, rank=8, tasks=3, side=side)
-                held = [optimizer._capture.gradients[task][layer.weight] for task in range(3)]
+                held = [optimizer._intake.gradients[task][layer.weight] for task in range(3)]
                 assert bytes_of(t for each in held for t in (each.shared, each.own)) == expected.captured
                 sketches = [each.sketch for each in held if each.sketch is not None]
                 state = optimizer.state[layer.weight]
@@ -133,7 +133,7 @@ def test_no_gradient_of_a_weights_size_between_refreshes(refresh):
     weights = 160 * 160 * 4
     assert max(size for size in made if size != weights) < weights
     grown = [size for size in made if size == weights]
-    captured = optimizer._capture.gradients
+    captured = optimizer._intake.gradients
     assert not captured
     assert len(grown) <= 2 * len(TASKS) * 2 * 3 + 8  # views of the two weights
 

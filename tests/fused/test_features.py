@@ -154,7 +154,7 @@ def test_autograd_grad_is_not_captured_and_second_derivatives_are_right():
         train(each, optimizer, 1)
         with optimizer.task("a"):
             (slope,) = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
-            assert not optimizer._capture.gradients
+            assert not optimizer._intake.gradients
             slope.square().sum().backward()
         optimizer.step()
         ends.append(flat(each))
