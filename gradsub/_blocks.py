@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsub._pieces import pieces
 from gradsub.capture import Projected, mix
 from gradsub.subspace import Layer
 
@@ -17,6 +18,8 @@ from gradsub.subspace import Layer
 @dataclass
 class Block:
     """Layers that share their shape, their axis, their options and the tasks that reached them; L of them.
+
+    Layers of one kind fill several blocks where their coordinates take much memory.
 
     Attributes:
         group: the index of their parameter group.
@@ -62,7 +65,16 @@ def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int
             tuple(found.squared_norms),
             found.outside is None,
         ].append(layer)
-    return [_block(key[0], layers, [projected[layer] for layer in layers]) for key, layers in alike.items()]
+    return [
+        _block(key[0], layers, [projected[layer] for layer in layers])
+        for key, members in alike.items()
+        for layers in pieces(members, [_entries(layer) for layer in members])
+    ]
+
+
+def _entries(layer: Layer) -> int:
+    """Coordinates of a layer in all its subspaces, on all ranks that have rows of it."""
+    return layer.codimension * sum(layer.widths)
 
 
 def _block(group: int, layers: list[Layer], found: Sequence[Projected]) -> Block:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradsub._pieces import pieces
+
 __all__ = ["Inner", "check_elementwise", "check_wrappable", "decays_decoupled", "decoupled_shrinkage"]
 
 # torch's optimizers that add weight decay to the gradient (L2) unless a flag in the group says otherwise.
@@ -276,16 +278,17 @@ class Inner:
 
 
 def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Zeros of the tensors' shapes, cut out of one allocation for each dtype and device."""
+    """Zeros of the tensors' shapes, cut out of few allocations for each dtype and device."""
     kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for position, tensor in enumerate(tensors):
         kinds.setdefault((tensor.dtype, tensor.device), []).append(position)
     zeros = list(tensors)
     for positions in kinds.values():
-        sizes = [tensors[position].numel() for position in positions]
-        cut = torch.split(tensors[positions[0]].new_zeros(sum(sizes)), sizes)
-        for position, zero in zip(positions, cut, strict=True):
-            zeros[position] = zero.view(tensors[position].shape)
+        for some in pieces(positions, [tensors[position].numel() for position in positions]):
+            sizes = [tensors[position].numel() for position in some]
+            cut = torch.split(tensors[some[0]].new_zeros(sum(sizes)), sizes)
+            for position, zero in zip(some, cut, strict=True):
+                zeros[position] = zero.view(tensors[position].shape)
     return zeros
 
 

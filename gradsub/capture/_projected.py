@@ -98,13 +98,17 @@ def _sketches(
 
 def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:
     """The shared gradient: sum_k w_k G_k, and what came from no task."""
-    terms = []
+    total: Tensor | None = None
     for task, part in parts.items():
         weight = weights[task]
-        terms.append(part * (weight.to(part) if isinstance(weight, Tensor) else weight))
-    if outside is not None:
-        terms.append(outside)
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+        if total is None:
+            total = part * (weight.to(part) if isinstance(weight, Tensor) else weight)
+        elif isinstance(weight, Tensor):
+            total.addcmul_(part, weight.to(part))
+        else:
+            total.add_(part, alpha=weight)
+    if total is None or outside is None:
+        found = outside if total is None else total
+        assert found is not None
+        return found
+    return total + outside
