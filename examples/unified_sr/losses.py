@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .data import Example
 from .model import Batch, Collator, PromptBuilder, Ranker
@@ -40,11 +39,10 @@ def micro_batches(
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Computes the mean loss of a task's batch.
+    """The mean loss of a task's batch, one part after the other.
 
-    A method sees one loss, whatever the number of parts. Each part keeps nothing of its forward pass but its input and
-    computes it again when its backward pass comes, so the activations of one part are in memory at a time; this costs
-    one further forward pass, and is the same for a method that sums gradients and for one that compares them.
+    Whoever runs the backward pass of each part before taking the next one has the activations of one part in memory at
+    a time, and in the end the gradient of the whole batch.
 
     Args:
         ranker: the model.
@@ -58,19 +56,15 @@ class TaskLoss:
     parts: tuple[Batch, ...]
     precision: Precision
 
-    def __call__(self) -> Tensor:
-        """Return the loss with its graph.
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield each part's share of the loss, with its graph; the shares sum to the mean over the batch.
 
         Raises:
             FloatingPointError: naming the task whose loss is NaN or infinite.
         """
-        if len(self.parts) == 1:
-            return self._of(self.parts[0])
         total = sum(len(part.targets) for part in self.parts)
-        weighted = [
-            checkpoint(self._of, part, use_reentrant=False) * (len(part.targets) / total) for part in self.parts
-        ]
-        return torch.stack(weighted).sum()
+        for part in self.parts:
+            yield self._of(part) * (len(part.targets) / total)
 
     def _of(self, batch: Batch) -> Tensor:
         with self.precision.context():

@@ -64,7 +64,7 @@ class Settings:
     batch_size: int = setting(32, "examples per task and step", minimum=1)
     accumulation: int = setting(
         1,
-        "micro-batches that a task's batch is cut into; more than 1 saves memory, for one more forward pass",
+        "micro-batches that a task's batch is cut into; more than 1 saves memory",
         minimum=1,
     )
     gradient_checkpointing: bool = setting(

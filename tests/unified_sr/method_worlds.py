@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,8 +56,18 @@ def batches(ranker: Ranker) -> dict[str, Batch]:
     }
 
 
-def losses(ranker: Ranker) -> dict[str, Callable[[], torch.Tensor]]:
-    return {task: lambda batch=batch: ranker.loss(batch) for task, batch in batches(ranker).items()}  # type: ignore[misc]
+@dataclass(frozen=True)
+class Whole:
+    """A task's loss, not divided into shares."""
+
+    compute: Callable[[], torch.Tensor]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield self.compute()
+
+
+def losses(ranker: Ranker) -> dict[str, Whole]:
+    return {task: Whole(partial(ranker.loss, batch)) for task, batch in batches(ranker).items()}
 
 
 SAMPLES = {"rec": 2, "search": 1}

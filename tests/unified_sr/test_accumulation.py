@@ -14,7 +14,7 @@ from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.early_stopping import EarlyStopping
 from examples.unified_sr.losses import TaskLoss, micro_batches
-from examples.unified_sr.methods import Setup, method_named
+from examples.unified_sr.methods import Setup, backward, method_named
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision
@@ -92,8 +92,8 @@ def test_the_gradient_of_micro_batches_is_that_of_the_batch(parts: int, small_fo
         prompts = PromptBuilder(
             language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
         )
-        loss = TaskLoss(ranker, "search", micro_batches(ROWS["search"], count, prompts, Collator(0)), FP32)()
-        loss.backward()
+        for share in TaskLoss(ranker, "search", micro_batches(ROWS["search"], count, prompts, Collator(0)), FP32):
+            share.backward()
         found.append([weight.grad for weight in ranker.parameters() if weight.grad is not None])
     for gradient, twin in zip(*found, strict=True):
         torch.testing.assert_close(gradient, twin, rtol=1e-4, atol=1e-6)
@@ -115,14 +115,8 @@ def test_one_micro_batch_at_a_time_is_in_memory(llama_folder: str, monkeypatch: 
         return hidden
 
     monkeypatch.setattr(ranker, "hidden", watched)
-    TaskLoss(ranker, "rec", parts, FP32)().backward()
-    assert events[:3] == ["forward 0", "forward 1", "forward 2"]
-    again = [event for event in events[3:] if event.startswith("forward")]
-    assert sorted(again) == ["forward 0", "forward 1", "forward 2"]
-    order = list(dict.fromkeys(events[3:]))
-    for forward, backward in zip(order[::2], order[1::2], strict=True):
-        assert (forward.split()[0], backward.split()[0]) == ("forward", "backward")
-        assert forward.split()[1] == backward.split()[1]
+    backward(TaskLoss(ranker, "rec", parts, FP32))
+    assert events == [f"{what} {number}" for number in range(3) for what in ("forward", "backward")]
 
 
 def test_parts_cover_the_batch_and_differ_by_one_at_most(llama_folder: str) -> None:

@@ -25,7 +25,7 @@ def test_the_cosine_is_that_of_the_whole_gradients(model_folder: str, method: st
     for _ in range(2):  # LoRA's first gradients of one half are zero
         updater.update(losses(ranker), SAMPLES)
     weights = [w for name, w in ranker.named_parameters() if w.requires_grad and not name.endswith("_rows")]
-    tasks = [torch.autograd.grad(compute(), weights) for compute in losses(ranker).values()]
+    tasks = [torch.autograd.grad(loss.compute(), weights) for loss in losses(ranker).values()]
     whole = [torch.cat([gradient.flatten() for gradient in task]) for task in tasks]
     each = [
         float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))

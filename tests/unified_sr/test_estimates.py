@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_worlds import Whole
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
@@ -66,7 +67,7 @@ def test_weights_gradients_and_state_are_counted_exactly(
             combine(parts, measure)
 
         monkeypatch.setattr(updater, "_combine", watched)
-    losses = {task: lambda: ranker.loss(batch) for task in ("rec", "search")}
+    losses = {task: Whole(lambda: ranker.loss(batch)) for task in ("rec", "search")}
     for measure in (True, False):
         updater.update(losses, {"rec": 8, "search": 8}, measure=measure)
     found = estimated(settings, model_folder)

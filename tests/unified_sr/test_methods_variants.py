@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from method_worlds import SAMPLES, batches, built, losses
+from method_worlds import SAMPLES, Whole, batches, built, losses
 from torch import Tensor, nn
 
 from examples.unified_sr.checkpoint import Checkpoint
@@ -63,23 +62,23 @@ def test_the_tasks_to_train_are_those_of_the_data() -> None:
         tasks_to_train("rec,serach", ["rec", "search"])
 
 
-def opposed(ranker: Ranker) -> dict[str, Callable[[], Tensor]]:
+def opposed(ranker: Ranker) -> dict[str, Whole]:
     """Losses whose gradients oppose each other: the second task also unlearns the first."""
     found = losses(ranker)
-    return {"rec": found["rec"], "search": lambda: found["search"]() - 2 * found["rec"]()}
+    return {"rec": found["rec"], "search": Whole(lambda: found["search"].compute() - 2 * found["rec"].compute())}
 
 
-def gradients_of(ranker: Ranker, compute: Callable[[], Tensor]) -> dict[str, Tensor]:
+def gradients_of(ranker: Ranker, loss: Whole) -> dict[str, Tensor]:
     names = [name for name, weight in ranker.named_parameters() if weight.requires_grad]
     weights = [weight for weight in ranker.parameters() if weight.requires_grad]
-    return dict(zip(names, torch.autograd.grad(compute(), weights), strict=True))
+    return dict(zip(names, torch.autograd.grad(loss.compute(), weights), strict=True))
 
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.flatten() for name, value in gradients.items() if "new_rows" not in name])
 
 
-def stepped_on(ranker: Ranker, updater: Updater, found: dict[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
+def stepped_on(ranker: Ranker, updater: Updater, found: dict[str, Whole]) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def look() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
-from ._base import Diagnostics, Fitted, Method, Setup, Updater
+from ._base import Diagnostics, Fitted, Method, Setup, Updater, backward
 from ._baselines import BM25, EASE, POPULARITY
 from ._galore import GALORE
 from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PAPER, GEMS_UNIFORM
@@ -36,7 +36,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Diagnostics", "Fitted", "Method", "Setup", "Updater", "method_named"]
+__all__ = ["METHODS", "Diagnostics", "Fitted", "Method", "Setup", "Updater", "backward", "method_named"]
 
 
 def method_named(name: str) -> Method:

@@ -76,12 +76,12 @@ class Updater(ABC):
 
     @abstractmethod
     def update(
-        self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int], *, measure: bool = False
+        self, losses: Mapping[str, Iterable[Tensor]], samples: Mapping[str, int], *, measure: bool = False
     ) -> dict[str, float]:
         """Take one step.
 
         Args:
-            losses: task -> a function that runs the forward pass and returns the mean loss of the task's batch.
+            losses: task -> the shares of the mean loss of its batch, see `backward`.
             samples: task -> number of examples in the batch.
             measure: whether ``diagnostics`` will be asked for; the step itself is the same.
 
@@ -128,6 +128,23 @@ class Method:
     build: Callable[[Setup[Any]], Updater] | None
     fit: Callable[[Any, Dataset, Sequence[Example]], Fitted] | None = None
     variant_of: str | None = None
+
+
+def backward(shares: Iterable[Tensor], weight: float = 1.0) -> float:
+    """Run the backward passes of a loss.
+
+    Args:
+        shares: sum to the loss; each is computed when it is its turn, so that the activations of one are in memory.
+        weight: factor of the gradient.
+
+    Returns:
+        The loss, without the factor.
+    """
+    values = []
+    for share in shares:
+        (share * weight).backward()  # type: ignore[no-untyped-call]
+        values.append(share.detach())
+    return float(torch.stack(values).sum())
 
 
 def train_only(ranker: Ranker, trained: Iterable[nn.Parameter]) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from ._base import Diagnostics, Method, Setup, Updater, item_group, model_parameters, parameter_groups, train_only
+from ._base import (
+    Diagnostics,
+    Method,
+    Setup,
+    Updater,
+    backward,
+    item_group,
+    model_parameters,
+    parameter_groups,
+    train_only,
+)
 from ._conflict import cosines, mean_values
 from ._gems_settings import (
     GemsHypergradientSettings,
@@ -53,16 +63,14 @@ class GemsUpdater(Updater):
         self._grad_clip = grad_clip
 
     def update(
-        self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int], *, measure: bool = False
+        self, losses: Mapping[str, Iterable[Tensor]], samples: Mapping[str, int], *, measure: bool = False
     ) -> dict[str, float]:
         """Take one step from the tasks' separate gradients; the optimizer measures every step."""
         optimizer: Any = self.optimizer
         values: dict[str, float] = {}
-        for task, compute in losses.items():
+        for task, shares in losses.items():
             with optimizer.task(task, samples=samples[task]):
-                loss = compute()
-                loss.backward()  # type: ignore[no-untyped-call]
-            values[task] = float(loss.detach())
+                values[task] = backward(shares)
         if self._grad_clip is not None:
             optimizer.clip_grad_norm_(self._grad_clip)
         optimizer.step()

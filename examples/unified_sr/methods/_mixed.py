@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..processes import current
-from ._base import Diagnostics, Updater
+from ._base import Diagnostics, Updater, backward
 from ._conflict import cosines, gramians, mean_cosines
 
 Surgery = Callable[[Tensor], Tensor]
@@ -48,7 +48,7 @@ class MixedLossUpdater(Updater):
         self._found: Diagnostics | None = None
 
     def update(
-        self, losses: Mapping[str, Callable[[], Tensor]], samples: Mapping[str, int], *, measure: bool = False
+        self, losses: Mapping[str, Iterable[Tensor]], samples: Mapping[str, int], *, measure: bool = False
     ) -> dict[str, float]:
         """Take one step of the mixed batch."""
         apart = len(losses) > 1 and (measure or self._surgery is not None)
@@ -56,10 +56,8 @@ class MixedLossUpdater(Updater):
         total = sum(samples.values())
         values: dict[str, float] = {}
         parts: dict[str, list[Tensor | None]] = {}
-        for task, compute in losses.items():
-            loss = compute()
-            (loss * (samples[task] / total)).backward()  # type: ignore[no-untyped-call]
-            values[task] = float(loss.detach())
+        for task, shares in losses.items():
+            values[task] = backward(shares, samples[task] / total)
             if apart:
                 _average(weights)
                 parts[task] = [weight.grad for weight in weights]
