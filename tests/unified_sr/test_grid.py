@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,14 @@ def test_a_dry_run_says_what_is_left_and_how_long_it_takes(
     assert "shop/slow/seed-1: nothing" in out
     assert "shop/adamw/seed-0: a finished run with the same settings" in out
     assert "memory of shop/slow: about 1.3 GiB" in out
-    assert "time for the 2 runs left: about" in out
-    assert "min, an estimate" in out, "10,000 steps of a hundredth of a second or more"
+    amount, unit = re.findall(r"time for the 2 runs left: about ([\d.]+) (s|min|h), an estimate", out)[0]
+    estimate = float(amount) * {"s": 1, "min": 60, "h": 3600}[unit]
+    # What the finished runs took, whatever that was on this machine, is what 10,000 more of their steps will take.
+    taken = [
+        json.loads(file.read_text(encoding="utf-8"))["throughput"] for file in finished.glob("adamw/seed-*/run.json")
+    ]
+    steps = [throughput["seconds_per_step"] for throughput in taken]
+    assert 0.3 * 10_000 * min(steps) < estimate < 3 * 10_000 * max(steps) + 60
     assert not (finished / "slow").exists()
 
 
