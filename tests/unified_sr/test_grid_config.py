@@ -65,6 +65,20 @@ def test_settings_come_from_all_places_in_order(tmp_path: Path) -> None:
     assert not jobs["films/lora/seed-3"].selects
 
 
+def test_settings_of_a_data_set_hold_for_its_runs_alone(tmp_path: Path) -> None:
+    data = "data: {films: movielens-100k, shop: {settings: {min_item_events: 2, steps: 9}}}"
+    path = written(tmp_path, FILE.replace("data: {films: movielens-100k, shop: null}", data))
+    wanted = ["shop/small/*", "films/small/*"]
+    jobs = {job.name: job for job in list_jobs(read_grid(path, data=["shop=here"]), wanted)}
+    shop, films = (jobs[f"{name}/small/seed-1"].settings(0.01) for name in ("shop", "films"))
+    assert (shop.data, shop.min_item_events, shop.steps) == ("here", 2, 9), "they win over the settings of all runs"
+    assert (films.data, films.min_item_events, films.steps) == ("movielens-100k", 5, 7)
+    assert jobs["shop/small/lr-0.01"].settings().steps == 2, "those of the trials win over them"
+    given_source = FILE.replace("shop: null", "shop: {source: there, settings: {}}")
+    (job,) = list_jobs(read_grid(written(tmp_path, given_source)), ["shop/zero-shot/seed-1"])
+    assert job.settings().data == "there"
+
+
 def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
     grid = read_grid(written(tmp_path))
     assert [job.name for job in list_jobs(grid, ["films/small/seed-1"])][-1] == "films/small/seed-1"
@@ -94,6 +108,11 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
         ("- lora", "- {name: a/b, method: lora}", "needs a name that is text without '/'"),
         ("- lora", "- {name: lora, rate: [1]}", "no key 'rate'; did you mean 'rates'?"),
         ("data: {films: movielens-100k, shop: null}", "data: [films]", "data of .* must be a mapping"),
+        ("shop: null", "shop: 3", "the data 'shop' of .* must be a mapping, got 3"),
+        ("shop: null", "shop: {sauce: here}", "the data 'shop' of .* has no key 'sauce'; did you mean 'source'?"),
+        ("shop: null", "shop: {source: 3}", "source of the data 'shop' of .* must be the name of a data set"),
+        ("shop: null", "shop: {settings: {seed: 1}}", "cannot set 'seed': the grid gives it to each run"),
+        ("data: {films: movielens-100k, shop: null}", "", "must name at least one data set"),
         ("methods:\n", "methods: {}\nother:\n", "no key 'other'"),
     ],
 )

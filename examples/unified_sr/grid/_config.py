@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..config import SECTIONS, parse_pairs, read_yaml
 from ..metrics import CUTOFFS
 
 KEYS = ("data", "seeds", "settings", "select", "methods")
+DATA_KEYS = ("source", "settings")
 ENTRY_KEYS = ("name", "method", "settings", "seeds", "rates")
 SELECT_KEYS = ("rates", "seed", "metric", "max_perplexity_increase", "settings")
 RESERVED = ("data", "method", "seed", "eval_split")
@@ -39,6 +40,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Data:
+    """A data set of a grid.
+
+    Args:
+        source: its name or folder; ``None`` where the command line must give it.
+        settings: of all runs on it, such as how it is filtered.
+    """
+
+    source: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Selection:
     """How a learning rate is chosen: the one whose trial ranks the validation examples best.
 
@@ -60,7 +74,7 @@ class Grid:
     """What is to be run.
 
     Args:
-        data: name of a folder -> source of the data; ``None`` where the command line must give it.
+        data: name of a folder -> the data set.
         settings: of all runs.
         sections: method -> settings of this method, and of its variants.
         entries: the methods in order.
@@ -68,7 +82,7 @@ class Grid:
         overrides: settings that win over all others.
     """
 
-    data: Mapping[str, str | None]
+    data: Mapping[str, Data]
     settings: Mapping[str, Any]
     sections: Mapping[str, Mapping[str, Any]]
     entries: tuple[Entry, ...]
@@ -82,7 +96,7 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
     Args:
         path: a YAML file with the keys ``data``, ``methods`` and optionally ``seeds``, ``settings`` and ``select``.
             ``settings`` are those of the runs and may hold sections for single methods, as the file of a run.
-        data: texts ``NAME=SOURCE`` that add to the file's ``data``, or replace it.
+        data: texts ``NAME=SOURCE`` that add to the file's ``data``, or give one of them this source.
         pairs: texts ``key=value``: settings that win over the file's.
 
     Raises:
@@ -93,9 +107,13 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
     where = f"the grid {str(path)!r}"
     _check_keys(content, KEYS, where)
     overrides = _settings(parse_pairs(pairs), "--set")
-    sources = {**_mapping(content.get("data"), f"data of {where}"), **_sources(data)}
-    if not sources or not all(isinstance(value, (str, type(None))) for value in sources.values()):
-        raise ValueError(f"data of {where} must map names to names of data sets or folders, got {sources!r}")
+    chosen = {
+        name: _data(item, name, where) for name, item in _mapping(content.get("data"), f"data of {where}").items()
+    }
+    for name, source in _sources(data).items():
+        chosen[name] = replace(chosen.get(name, Data()), source=source)
+    if not chosen:
+        raise ValueError(f"data of {where} must name at least one data set")
     select = _mapping(content.get("select"), f"select of {where}")
     _check_keys(select, SELECT_KEYS, f"select of {where}")
     rates = _rates(select.get("rates", []), f"select of {where}")
@@ -111,7 +129,19 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
         for name, section in _mapping(shared.pop(SECTIONS, None), f"settings.{SECTIONS} of {where}").items()
     }
     settings = _settings(shared, f"settings of {where}")
-    return Grid(sources, settings, sections, entries, _selection(select, where), overrides)
+    return Grid(chosen, settings, sections, entries, _selection(select, where), overrides)
+
+
+def _data(item: Any, name: str, grid: str) -> Data:
+    if isinstance(item, (str, type(None))):
+        return Data(item)
+    where = f"the data {name!r} of {grid}"
+    content = _mapping(item, where)
+    _check_keys(content, DATA_KEYS, where)
+    source = content.get("source")
+    if not isinstance(source, (str, type(None))):
+        raise ValueError(f"source of {where} must be the name of a data set or a folder, got {source!r}")
+    return Data(source, _settings(content.get("settings"), where))
 
 
 def _entry(item: Any, seeds: tuple[int, ...], rates: tuple[float, ...], grid: str) -> Entry:

@@ -67,7 +67,7 @@ class Job:
         Raises:
             ValueError: if the data has no source, or a method or setting is wrong.
         """
-        source = self.grid.data[self.data]
+        source = self.grid.data[self.data].source
         if source is None:
             raise ValueError(f"the data {self.data!r} has no source; pass --data {self.data}=DIR, or leave it out")
         trial = self.rate is not None
@@ -79,6 +79,7 @@ class Job:
         """What the file and the command line say, later ones winning."""
         return {
             **self.grid.settings,
+            **self.grid.data[self.data].settings,
             **section_of(method_named(self.entry.method), self.grid.sections),
             **self.entry.settings,
             **(self.grid.selection.settings if self.rate is not None else {}),
