@@ -89,7 +89,9 @@ def _add_compare(commands: Any) -> None:
     )
     command.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folders of runs, or of a grid")
     command.add_argument("--out", metavar="DIR", help="default: RUN_DIR/compare of the first one")
-    command.add_argument("--baseline", metavar="METHOD", help="what to test against; default: the best that is no GEMS")
+    command.add_argument(
+        "--baseline", metavar="METHOD", help="what to test against; default: the best ones that are no GEMS"
+    )
     command.add_argument("--metric", default="ndcg@10", help="that is tested and drawn (default: ndcg@10)")
     command.set_defaults(carry_out=_compare)
 

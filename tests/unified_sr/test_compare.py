@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import gzip
 import json
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from examples.unified_sr.cli import main
 from examples.unified_sr.compare import (
     _render,
+    best_baselines,
     collect,
     compare,
     escape,
@@ -157,7 +159,39 @@ def test_unfinished_runs_are_named(tmp_path: Path) -> None:
 
 def test_each_task_has_the_best_method_that_is_no_gems_as_its_baseline(tmp_path: Path) -> None:
     groups = on_test(grid(tmp_path))
-    rec = {test.label: test for test in significance(groups, "rec", "ndcg@10")}
+    assert best_baselines(groups, "rec", "ndcg@10") == ["adamw"]
+    assert best_baselines(groups, "search", "ndcg@10") == ["lora"]
+    only = [group for group in groups if group.method == "gems"]
+    assert best_baselines(only, "rec", "ndcg@10") == best_baselines(groups, "absent", "ndcg@10") == []
+
+
+def test_a_baseline_without_a_model_stands_beside_the_best_one_with_a_model(tmp_path: Path) -> None:
+    write_run(tmp_path / "ease" / "seed-0", "ease", ranks={"rec": GOOD}, perplexity=None)
+    folder = grid(tmp_path)
+    groups = on_test(folder)
+    assert best_baselines(groups, "rec", "ndcg@10") == ["ease", "adamw"]
+    numbers = compare([folder], tmp_path / "out").with_suffix(".json").read_text(encoding="utf-8")
+    tests = json.loads(numbers)["movielens-100k"]["tests"]["rec"]
+    against = {name: {test["label"] for test in tests if test["baseline"] == name} for name in ("ease", "adamw")}
+    labels = {group.label for group in groups}
+    assert against == {"ease": labels - {"ease"}, "adamw": labels - {"adamw"}}
+    text = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+    assert "### rec: NDCG@10 against ease" in text
+    assert "### rec: NDCG@10 against adamw" in text
+
+
+def test_files_of_queries_may_be_packed(tmp_path: Path) -> None:
+    (plain,) = [group for group in on_test(grid(tmp_path)) if group.label == "lora"]
+    values = plain.per_query("rec", "ndcg@10")
+    file = plain.runs[0].folder.file("queries.rec.jsonl")
+    Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    assert plain.per_query("rec", "ndcg@10") == values != {}
+
+
+def test_all_methods_are_tested_against_the_baseline(tmp_path: Path) -> None:
+    groups = on_test(grid(tmp_path))
+    rec = {test.label: test for test in significance(groups, "rec", "ndcg@10", "adamw")}
     assert {test.baseline for test in rec.values()} == {"adamw"}
     assert set(rec) == {"gems", "half_protected", "lora", "bm25"}
     assert rec["bm25"].test is None
@@ -167,10 +201,7 @@ def test_each_task_has_the_best_method_that_is_no_gems_as_its_baseline(tmp_path:
     assert rec["gems"].test.difference == pytest.approx((sum(values["gems"]) - sum(values["adamw"])) / QUERIES)
     assert rec["gems"].t_test is not None
     assert rec["gems"].test.t_test <= rec["gems"].t_test <= 3 * rec["gems"].test.t_test, "bm25 is no comparison"
-    assert {test.baseline for test in significance(groups, "search", "ndcg@10")} == {"lora"}
     assert {test.baseline for test in significance(groups, "rec", "ndcg@10", "gems")} == {"gems"}
-    only = [group for group in groups if group.method == "gems"]
-    assert significance(only, "rec", "ndcg@10") == [], "there is no baseline"
 
 
 def test_what_is_missing_is_never_0(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,11 +57,16 @@ class Run:
         return [task for task in self.metrics["final"] if task != "general"]
 
     def per_query(self, task: str, metric: str) -> dict[str, float]:
-        """Return the metric of each query; empty if the run has not ranked the task."""
-        file = self.folder.file(f"queries.{task}.jsonl")
-        if not file.is_file():
+        """Return the metric of each query, of a plain or a packed file; empty if the run has not ranked the task."""
+        plain = self.folder.file(f"queries.{task}.jsonl")
+        packed = self.folder.file(f"{plain.name}.gz")
+        if plain.is_file():
+            text = plain.read_text(encoding="utf-8")
+        elif packed.is_file():
+            text = gzip.decompress(packed.read_bytes()).decode("utf-8")
+        else:
             return {}
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in text.splitlines()]
         return {row["qid"]: float(row[metric]) for row in rows if metric in row}
 
     def records(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Every method of a task against the best baseline."""
+"""Every method of a task against the best baselines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,25 @@ class Significance:
     permutation: float | None
 
 
-def significance(groups: Sequence[Group], task: str, metric: str, baseline: str | None = None) -> list[Significance]:
+def best_baselines(groups: Sequence[Group], task: str, metric: str) -> list[str]:
+    """Return what to test against: the best method that is no variant of GEMS, and the best one that trains a model.
+
+    They are found on the same queries that they are tested on, so they are rather too good than too weak.
+
+    Returns:
+        Their labels: none where nothing else has ranked the task, and one where both are the same.
+    """
+    means = {}
+    for group in groups:
+        values = group.per_query(task, metric)
+        if values and not group.method.startswith(OWN):
+            means[group.label] = sum(values.values()) / len(values)
+    trained = {group.label for group in groups if group.lr is not None}
+    best = [max(found, key=means.__getitem__) for found in (means, means.keys() & trained) if found]
+    return list(dict.fromkeys(best))
+
+
+def significance(groups: Sequence[Group], task: str, metric: str, baseline: str) -> list[Significance]:
     """Test all methods against one.
 
     Values of a query are averaged over the seeds first, so what is paired are queries and not runs.
@@ -40,21 +58,14 @@ def significance(groups: Sequence[Group], task: str, metric: str, baseline: str 
         groups: the methods.
         task: whose queries are compared.
         metric: of a query.
-        baseline: label of the method that the others are compared with; without it, the one with the best mean among
-            those that are no variant of GEMS, so the comparison is with the strongest.
+        baseline: label of the method that the others are compared with.
 
     Raises:
         ValueError: if there is no such method.
     """
     values = {group.label: group.per_query(task, metric) for group in groups}
-    ranked = {label: found for label, found in values.items() if found}
-    if baseline is not None and baseline not in values:
+    if baseline not in values:
         raise ValueError(f"there is no method {baseline!r} to compare with; there are {', '.join(values)}")
-    if baseline is None:
-        candidates = [group.label for group in groups if not group.method.startswith(OWN) and group.label in ranked]
-        if not candidates:
-            return []
-        baseline = max(candidates, key=lambda label: sum(ranked[label].values()) / len(ranked[label]))
     others = [label for label in values if label != baseline]
     tests = {label: paired(values[label], values[baseline]) for label in others}
     done = {label: test for label, test in tests.items() if test is not None}

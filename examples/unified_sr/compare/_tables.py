@@ -76,7 +76,7 @@ def tables_of(groups: Sequence[Group], tests: dict[str, list[Significance]], met
 
     Args:
         groups: the methods.
-        tests: task -> comparisons with its baseline.
+        tests: task -> comparisons with its baselines.
         metric: that was tested.
     """
     tasks = tasks_of(groups)
@@ -97,7 +97,12 @@ def tables_of(groups: Sequence[Group], tests: dict[str, list[Significance]], met
     cost = _table(
         "Retention and cost", f"On general text, and of the training. {spread}", groups, _cost_columns(groups)
     )
-    return [ranking, cost, *(_tests(task, found, metric) for task, found in tests.items() if found), sampled]
+    families = [
+        _tests(task, [test for test in found if test.baseline == baseline], metric)
+        for task, found in tests.items()
+        for baseline in dict.fromkeys(test.baseline for test in found)
+    ]
+    return [ranking, cost, *families, sampled]
 
 
 def _table(title: str, note: str, groups: Sequence[Group], columns: Sequence[_Column]) -> Table:

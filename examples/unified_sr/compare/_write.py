@@ -12,7 +12,7 @@ from typing import Any
 from ._collect import Group, Run, collect, groups_of, tasks_of
 from ._plots import draw, score
 from ._render import latex_table, markdown
-from ._significance import Significance, significance
+from ._significance import Significance, best_baselines, significance
 from ._statistics import mean_and_deviation
 from ._tables import tables_of
 
@@ -32,8 +32,8 @@ def compare(
     Args:
         paths: folders of runs, or of a grid.
         out: the folder to write into.
-        baseline: label of the method that the others are tested against; by default the best one that is no variant
-            of GEMS, for each task.
+        baseline: label of the method that the others are tested against; by default, for each task, the best one that
+            is no variant of GEMS, and the best of these that trains a model.
         metric: that is tested and drawn.
         say: prints a line to the user.
 
@@ -59,7 +59,14 @@ def compare(
     for data in dict.fromkeys(str(run.settings["data"]) for run in tested):
         groups = _sorted(groups_of([run for run in tested if run.settings["data"] == data]), metric)
         tasks = tasks_of(groups)
-        tests = {task: significance(groups, task, metric, baseline) for task in tasks}
+        tests = {
+            task: [
+                test
+                for label in ([baseline] if baseline else best_baselines(groups, task, metric))
+                for test in significance(groups, task, metric, label)
+            ]
+            for task in tasks
+        }
         trials = [run for run in runs if run not in tested and run.settings["data"] == data]
         tables = tables_of(groups, tests, metric)
         name = Path(data).name
