@@ -274,6 +274,7 @@ def test_everything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str
     numbers = json.loads((out / "comparison.json").read_text(encoding="utf-8"))["movielens-100k"]
     found = numbers["methods"]["gems"]["full"]["rec"]["mrr@10"]
     assert found["runs"] == 2
+    assert numbers["methods"]["gems"]["runs"] == [f"../runs/gems/seed-{seed}" for seed in (0, 1)], "they may move"
     assert numbers["tests"]["search"][0]["baseline"] == "lora"
     assert main(["compare", str(tmp_path / "runs"), "--out", str(out), "--baseline", "none"]) == 2
     assert "there is no method 'none'" in capsys.readouterr().err

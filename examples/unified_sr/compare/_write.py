@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -78,7 +79,7 @@ def compare(
             *(f"![{caption}]({file})" for file, caption in plots.items()),
         ]
         tex += [latex_table(table, f"{name}: ") for table in tables]
-        numbers[data] = _numbers(groups, tests)
+        numbers[data] = _numbers(groups, tests, folder)
     contents = ("\n\n".join(text) + "\n", "\n\n".join(tex) + "\n", json.dumps(numbers, indent=1) + "\n")
     for file, content in zip(FILES, contents, strict=True):
         (folder / file).write_text(content, encoding="utf-8")
@@ -109,7 +110,7 @@ def _differences(groups: Sequence[Group]) -> list[str]:
     return ["### Settings that differ", "\n".join(varied)] if varied else []
 
 
-def _numbers(groups: Sequence[Group], tests: dict[str, list[Significance]]) -> dict[str, Any]:
+def _numbers(groups: Sequence[Group], tests: dict[str, list[Significance]], folder: Path) -> dict[str, Any]:
     def spread(runs: Sequence[Run], source: str) -> dict[str, Any]:
         gathered: dict[str, dict[str, list[float]]] = {}
         for run in runs:
@@ -128,7 +129,7 @@ def _numbers(groups: Sequence[Group], tests: dict[str, list[Significance]]) -> d
     return {
         "methods": {
             group.label: {
-                "runs": [str(run.folder.path) for run in group.runs],
+                "runs": [Path(os.path.relpath(run.folder.path, folder.resolve())).as_posix() for run in group.runs],
                 "full": spread(group.runs, "metrics"),
                 "sampled": spread(group.runs, "sampled"),
             }
