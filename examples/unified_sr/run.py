@@ -30,36 +30,18 @@ from .plan import plan_training
 from .precision import Precision, choose_precision
 from .processes import current
 from .report import write_report
-from .retention import General, Retention, retention_summary
+from .retention import Retention, retention_summary
 from .run_baseline import run_baseline
 from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
 from .training import History, tasks_to_train, train
+from .zero_shot import EVALUATION_PHASES, Measured, ZeroShot
 
 VALIDATION_METRIC = "ndcg@10"
 """Its mean over the tasks decides when training ends early."""
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
-
-
-@dataclass
-class Measured:
-    """What one evaluation found."""
-
-    results: dict[str, TaskResult]
-    general: General
-
-    @property
-    def metrics(self) -> dict[str, dict[str, float]]:
-        """One half of ``metrics.json``."""
-        ranking = {task: result.metrics for task, result in self.results.items()}
-        return {**ranking, "general": self.general.metrics}
-
-    @property
-    def sampled(self) -> dict[str, dict[str, float]]:
-        """The same among sampled negatives, without general text."""
-        return {task: result.sampled for task, result in self.results.items()}
 
 
 @dataclass
@@ -76,13 +58,17 @@ class Clock:
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
 
-def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print) -> RunFolder:
+def run(
+    settings: Settings, out: str | Path, say: Callable[[str], None] = print, *, zero_shot: str | Path | None = None
+) -> RunFolder:
     """Carry out a run, or find that it was carried out already.
 
     Args:
         settings: the resolved settings.
         out: the run folder; see ``RunFolder.check``. Of several processes the first one writes it, and all read it.
         say: prints a line to the user.
+        zero_shot: a finished run that evaluated alike (``evaluates_alike``), whose measurement of the intact model is
+            taken over; without it, and where nothing is trained, it is measured.
 
     Returns:
         The folder with all results.
@@ -91,11 +77,17 @@ def run(settings: Settings, out: str | Path, say: Callable[[str], None] = print)
     if not processes.first:
         # Everything is written once; what this process would write as well goes where nobody looks.
         with tempfile.TemporaryDirectory() as elsewhere:
-            return _run(settings, RunFolder(out), RunFolder(elsewhere), lambda line: None)
-    return _run(settings, RunFolder(out), RunFolder(out), say)
+            return _run(settings, RunFolder(out), RunFolder(elsewhere), lambda line: None, zero_shot)
+    return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot)
 
 
-def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable[[str], None]) -> RunFolder:
+def _run(
+    settings: Settings,
+    shared: RunFolder,
+    folder: RunFolder,
+    say: Callable[[str], None],
+    zero_shot: str | Path | None,
+) -> RunFolder:
     processes = current()
     state = processes.of_first(lambda: shared.check(settings))
     if state is State.FINISHED:
@@ -137,19 +129,25 @@ def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable
     say(f"memory: {memory}, an estimate; {free / 2**30:.1f} GiB are free on {precision.device}")
     if memory.further > free:
         say("the estimate exceeds what is free: raise accumulation, set gradient_checkpointing, or lower batch_size")
-    with clock.phase("zero-shot evaluation"):
-        before = parts.measure("zero-shot")
-    updater, history = None, History()
+    build = method.build if plan.steps > 0 else None
+    taken = None
+    if build is not None and zero_shot is not None:
+        taken = processes.of_first(lambda: ZeroShot.read(zero_shot))
+        say(f"zero-shot: as measured in {zero_shot}")
+    if taken is None:
+        with clock.phase(EVALUATION_PHASES[0]):
+            after = parts.measure("zero-shot")
+    before = taken or ZeroShot.of(after, clock.seconds[EVALUATION_PHASES[0]])
+    updater, history, leak = None, History(), {}
     stopping = parts.early_stopping(shared.file("best.pt"))
-    after, leak = before, {}
     # Loading may take more than training, and would hide what a method takes.
     reset_peak_memory(precision.device)
     peak = peak_memory(precision.device)
-    if method.build is not None and plan.steps > 0:
+    if build is not None:
         with clock.phase("preparation"):
             intact = parts.retention.intact_layers(parts.ranker.backbone)
             torch.manual_seed(settings.seed)
-            updater = method.build(Setup(parts.ranker, settings, trained, parts.general, say))
+            updater = build(Setup(parts.ranker, settings, trained, parts.general, say))
         with clock.phase("training"):
             history = train(
                 parts.ranker,
@@ -162,10 +160,10 @@ def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable
                 folder.file("steps.jsonl"),
                 checkpoint,
                 stopping=stopping,
-                watch=TimeNotice(plan.steps, clock.seconds["zero-shot evaluation"], say),
+                watch=TimeNotice(plan.steps, before.seconds, say),
             )
         peak = peak_memory(precision.device)
-        with clock.phase("final evaluation"):
+        with clock.phase(EVALUATION_PHASES[1]):
             after = parts.measure(settings.method)
             leak = intact.leak() if intact else {}
     else:
@@ -175,7 +173,7 @@ def _run(settings: Settings, shared: RunFolder, folder: RunFolder, say: Callable
     for task, result in after.results.items():
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    retained = retention_summary(before.general, after.general, leak)
+    retained = retention_summary(before.questions, after.general, leak)
     folder.write_json("run.json", {**_summary(parts, updater, history, clock, memory, peak), **retained})
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)

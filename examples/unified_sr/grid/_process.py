@@ -21,7 +21,9 @@ TICK = 0.5
 _PACKAGE = __name__.rsplit(".", 2)[0]
 
 
-def execute(settings: Settings, folder: Path, log: Path, watch: Callable[[], object]) -> str | None:
+def execute(
+    settings: Settings, folder: Path, log: Path, watch: Callable[[], object], zero_shot: Path | None = None
+) -> str | None:
     """Carry out a run and wait for it.
 
     Args:
@@ -29,6 +31,7 @@ def execute(settings: Settings, folder: Path, log: Path, watch: Callable[[], obj
         folder: of its results.
         log: gets what it prints.
         watch: is called now and then meanwhile.
+        zero_shot: a finished run whose measurement of the intact model holds for this one too.
 
     Returns:
         Why it failed, or ``None``.
@@ -40,7 +43,7 @@ def execute(settings: Settings, folder: Path, log: Path, watch: Callable[[], obj
     if "forkserver" in methods:
         context.set_forkserver_preload([f"{_PACKAGE}.grid", "transformers.modeling_utils", "matplotlib.figure"])
     log.parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_run, args=(settings, str(folder), str(log)), daemon=True)
+    process = context.Process(target=_run, args=(settings, str(folder), str(log), zero_shot), daemon=True)
     process.start()
     try:
         while process.is_alive():
@@ -58,7 +61,7 @@ def execute(settings: Settings, folder: Path, log: Path, watch: Callable[[], obj
     return _last_line(log)
 
 
-def _run(settings: Settings, folder: str, log: str) -> None:
+def _run(settings: Settings, folder: str, log: str, zero_shot: Path | None) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
@@ -66,7 +69,7 @@ def _run(settings: Settings, folder: str, log: str) -> None:
     try:
         from ..run import run
 
-        run(settings, folder)
+        run(settings, folder, zero_shot=zero_shot)
     except FloatingPointError as error:
         Path(folder, DIVERGED).write_text(f"{error}\n", encoding="utf-8")
         _fail(error)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..estimates import format_duration
 from ..run_folder import State
 from ..settings import Settings
+from ..zero_shot import evaluates_alike
 from ._config import Grid
 from ._forecast import Forecast
 from ._jobs import Job, list_jobs, state_of
@@ -161,7 +162,9 @@ class _Runner:
         return choice.trial.rate
 
     def _execute(self, job: Job, settings: Settings, watch: Callable[[], object]) -> str | None:
-        return execute(settings, job.folder(self._out).path, job.log(self._out), watch)
+        folders = [job.folder(self._out).path for job in self._jobs]
+        zero_shot = next((path for path in folders if evaluates_alike(path, settings)), None)
+        return execute(settings, job.folder(self._out).path, job.log(self._out), watch, zero_shot)
 
     def _finished(self, job: Job) -> bool:
         folder = job.folder(self._out)

@@ -89,16 +89,22 @@ class Retention:
             )
 
 
-def retention_summary(before: General, after: General, leak: Mapping[str, float]) -> dict[str, Any]:
-    """Return the part of ``run.json`` about general abilities; a leak that is not finite is ``None``."""
+def retention_summary(before: Mapping[str, float] | None, after: General, leak: Mapping[str, float]) -> dict[str, Any]:
+    """Return the part of ``run.json`` about general abilities.
+
+    Args:
+        before: the summary of the intact model's answers to questions, if any were asked.
+        after: what training left.
+        leak: of each layer; one that is not finite becomes ``None``.
+    """
     found: dict[str, Any] = {
-        "perplexity_tokens": before.perplexity.tokens,
+        "perplexity_tokens": after.perplexity.tokens,
         "leak": {name: value if math.isfinite(value) else None for name, value in leak.items()},
     }
-    if before.questions and after.questions:
+    if before and after.questions:
         found["multiple_choice"] = {
-            "questions": len(before.questions.raw),
-            "zero_shot": before.questions.summary,
+            "questions": len(after.questions.raw),
+            "zero_shot": dict(before),
             "final": after.questions.summary,
         }
     return found

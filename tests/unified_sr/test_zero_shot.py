@@ -1,0 +1,104 @@
+"""The intact model is measured once for all runs that evaluate alike."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from examples.unified_sr.config import build_settings
+from examples.unified_sr.run import _Parts, run
+from examples.unified_sr.run_folder import DONE
+from examples.unified_sr.settings import Settings
+from examples.unified_sr.zero_shot import Measured, ZeroShot, evaluates_alike
+
+QUESTION = {
+    "instruction": "Please choose. question: What is wet? Answer1: water Answer2: sand Answer format: answer1/answer2",
+    "answer": "answer1",
+}
+
+
+@pytest.fixture(scope="module")
+def settings(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    questions = tmp_path_factory.mktemp("questions") / "all.json"
+    questions.write_text(json.dumps([QUESTION, QUESTION]), encoding="utf-8")
+    common = {"batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3, "steps": 2}
+    data = {"model": llama_folder, "data": data_folder, "multiple_choice": str(questions)}
+    return build_settings("adamw", {**common, **data})
+
+
+def quiet(line: str) -> None:
+    del line
+
+
+@pytest.fixture(scope="module")
+def measured(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(settings, tmp_path_factory.mktemp("first") / "run", quiet).path
+
+
+def test_a_taken_measurement_gives_the_same_files(
+    settings: Settings, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(settings, lr=1e-3, seed=3)
+    made = run(other, tmp_path / "made", quiet)
+    evaluations: list[str] = []
+    measure: Callable[[_Parts, str], Measured] = _Parts.measure
+
+    def spy(parts: _Parts, name: str) -> Measured:
+        evaluations.append(name)
+        return measure(parts, name)
+
+    monkeypatch.setattr(_Parts, "measure", spy)
+    said: list[str] = []
+    taken = run(other, tmp_path / "taken", said.append, zero_shot=measured)
+    assert evaluations == ["adamw"], "only what training left is measured"
+    assert f"zero-shot: as measured in {measured}" in said
+    for name in ("metrics.json", "metrics.sampled.json"):
+        assert taken.read_json(name) == made.read_json(name)
+    summaries = [folder.read_json("run.json") for folder in (taken, made)]
+    assert summaries[0]["multiple_choice"] == summaries[1]["multiple_choice"] != {}
+    assert "zero-shot evaluation" not in summaries[0]["seconds"]
+    assert ZeroShot.read(taken.path).metrics == ZeroShot.read(made.path).metrics, "and can be taken over in turn"
+
+
+def test_what_is_not_trained_is_measured(settings: Settings, measured: Path, tmp_path: Path) -> None:
+    untrained = run(replace(settings, steps=0), tmp_path / "run", quiet, zero_shot=measured)
+    assert untrained.file("run.rec.trec").is_file()
+    assert "zero-shot evaluation" in untrained.read_json("run.json")["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "alike"),
+    [
+        ({"lr": 0.5, "seed": 9, "steps": 7, "batch_size": 2, "leak_tokens": 0}, True),
+        ({"eval_split": "valid"}, False),
+        ({"eval_users": 3}, False),
+        ({"data": "elsewhere"}, False),
+        ({"model": "another"}, False),
+        ({"max_history": 3}, False),
+        ({"autocast": "bfloat16"}, False),
+        ({"multiple_choice_questions": 1}, False),
+    ],
+)
+def test_only_settings_of_training_may_differ(
+    changes: dict[str, object], alike: bool, settings: Settings, measured: Path
+) -> None:
+    assert evaluates_alike(measured, replace(settings, **changes)) is alike  # type: ignore[arg-type]
+    gems = build_settings("gems", {**vars(settings), "method": "gems", **changes})
+    assert evaluates_alike(measured, gems) is alike
+
+
+def test_what_is_unfinished_or_has_no_model_is_not_taken(settings: Settings, measured: Path, tmp_path: Path) -> None:
+    assert not evaluates_alike(tmp_path, settings)
+    copy = shutil.copytree(measured, tmp_path / "copy")
+    metrics = json.loads((copy / "metrics.json").read_text(encoding="utf-8"))
+    (copy / "metrics.json").write_text(json.dumps({**metrics, "zero_shot": {}}), encoding="utf-8")
+    assert not evaluates_alike(copy, settings)
+    (copy / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    assert evaluates_alike(copy, settings)
+    (copy / DONE).unlink()
+    assert not evaluates_alike(copy, settings)
