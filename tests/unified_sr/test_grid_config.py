@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.unified_sr.grid import Trial, _jobs, choose, list_jobs, matching, read_grid
+from examples.unified_sr.grid._config import Selection
 
 FILE = """
 data: {films: movielens-100k, shop: null}
@@ -65,6 +66,19 @@ def test_settings_come_from_all_places_in_order(tmp_path: Path) -> None:
     assert not jobs["films/lora/seed-3"].selects
 
 
+def test_a_method_may_be_chosen_by_a_rule_of_its_own(tmp_path: Path) -> None:
+    kept = (
+        "  - {name: kept, method: gems, select: {max_perplexity_increase: 0.05, rates: [1e-3], settings: {steps: 4}}}"
+    )
+    grid = read_grid(written(tmp_path, FILE.replace("  - not-there-yet", kept)))
+    entries = {entry.name: entry for entry in grid.entries}
+    assert entries["kept"].selection == Selection(5, "ndcg@10", 0.05, {"steps": 4}), "the rest is the grid's"
+    assert entries["small"].selection == Selection(5, "ndcg@10", None, {"steps": 2})
+    (trial, run) = list_jobs(grid, ["films/kept/seed-3"])
+    assert (trial.name, trial.settings().steps, trial.seed) == ("films/kept/lr-0.001", 4, 5)
+    assert run.settings(1e-3).steps == 7
+
+
 def test_settings_of_a_data_set_hold_for_its_runs_alone(tmp_path: Path) -> None:
     data = "data: {films: movielens-100k, shop: {settings: {min_item_events: 2, steps: 9}}}"
     path = written(tmp_path, FILE.replace("data: {films: movielens-100k, shop: null}", data))
@@ -108,6 +122,8 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
         ("- lora", "- {name: a/b, method: lora}", "needs a name that is text without '/'"),
         ("- lora", "- {name: lora, rate: [1]}", "no key 'rate'; did you mean 'rates'?"),
         ("data: {films: movielens-100k, shop: null}", "data: [films]", "data of .* must be a mapping"),
+        ("- lora", "- {name: lora, select: {rate: 1}}", "select of the method 'lora' of .* has no key 'rate'"),
+        ("- lora", "- {name: lora, select: {metric: x}}", "metric of select must be one of hit@5"),
         ("shop: null", "shop: 3", "the data 'shop' of .* must be a mapping, got 3"),
         ("shop: null", "shop: {sauce: here}", "the data 'shop' of .* has no key 'sauce'; did you mean 'source'?"),
         ("shop: null", "shop: {source: 3}", "source of the data 'shop' of .* must be the name of a data set"),

@@ -14,29 +14,10 @@ from ..metrics import CUTOFFS
 
 KEYS = ("data", "seeds", "settings", "select", "methods")
 DATA_KEYS = ("source", "settings")
-ENTRY_KEYS = ("name", "method", "settings", "seeds", "rates")
+ENTRY_KEYS = ("name", "method", "settings", "seeds", "rates", "select")
 SELECT_KEYS = ("rates", "seed", "metric", "max_perplexity_increase", "settings")
 RESERVED = ("data", "method", "seed", "eval_split")
 """Settings that the grid itself gives to each run."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method of a grid.
-
-    Args:
-        name: of its folder.
-        method: whose settings these are.
-        settings: of its own.
-        seeds: of its runs.
-        rates: learning rates of its trials; with none, or where settings name ``lr``, the method keeps its rate.
-    """
-
-    name: str
-    method: str
-    settings: Mapping[str, Any]
-    seeds: tuple[int, ...]
-    rates: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,27 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A method of a grid.
+
+    Args:
+        name: of its folder.
+        method: whose settings these are.
+        settings: of its own.
+        seeds: of its runs.
+        rates: learning rates of its trials; with none, or where settings name ``lr``, the method keeps its rate.
+        selection: how one of them is chosen.
+    """
+
+    name: str
+    method: str
+    settings: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    selection: Selection
+
+
+@dataclass(frozen=True)
 class Grid:
     """What is to be run.
 
@@ -78,7 +80,6 @@ class Grid:
         settings: of all runs.
         sections: method -> settings of this method, and of its variants.
         entries: the methods in order.
-        selection: how rates are chosen.
         overrides: settings that win over all others.
     """
 
@@ -86,7 +87,6 @@ class Grid:
     settings: Mapping[str, Any]
     sections: Mapping[str, Mapping[str, Any]]
     entries: tuple[Entry, ...]
-    selection: Selection
     overrides: Mapping[str, Any]
 
 
@@ -114,14 +114,12 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
         chosen[name] = replace(chosen.get(name, Data()), source=source)
     if not chosen:
         raise ValueError(f"data of {where} must name at least one data set")
-    select = _mapping(content.get("select"), f"select of {where}")
-    _check_keys(select, SELECT_KEYS, f"select of {where}")
-    rates = _rates(select.get("rates", []), f"select of {where}")
+    select = _select(content.get("select"), where)
     seeds = _seeds(content.get("seeds", [0]), where)
     found = content.get("methods")
     if not isinstance(found, list) or not found:
         raise ValueError(f"methods of {where} must be a list of names and mappings, got {found!r}")
-    entries = tuple(_entry(item, seeds, rates, where) for item in found)
+    entries = tuple(_entry(item, seeds, select, where) for item in found)
     _check_unique([entry.name for entry in entries], f"methods of {where}")
     shared = _mapping(content.get("settings"), f"settings of {where}")
     sections = {
@@ -129,7 +127,7 @@ def read_grid(path: str | Path, *, data: Iterable[str] = (), pairs: Iterable[str
         for name, section in _mapping(shared.pop(SECTIONS, None), f"settings.{SECTIONS} of {where}").items()
     }
     settings = _settings(shared, f"settings of {where}")
-    return Grid(chosen, settings, sections, entries, _selection(select, where), overrides)
+    return Grid(chosen, settings, sections, entries, overrides)
 
 
 def _data(item: Any, name: str, grid: str) -> Data:
@@ -144,7 +142,7 @@ def _data(item: Any, name: str, grid: str) -> Data:
     return Data(source, _settings(content.get("settings"), where))
 
 
-def _entry(item: Any, seeds: tuple[int, ...], rates: tuple[float, ...], grid: str) -> Entry:
+def _entry(item: Any, seeds: tuple[int, ...], select: Mapping[str, Any], grid: str) -> Entry:
     content = {"method": item} if isinstance(item, str) else _mapping(item, f"an entry of methods of {grid}")
     method = content.get("method", content.get("name"))
     name = content.get("name", method)
@@ -153,8 +151,17 @@ def _entry(item: Any, seeds: tuple[int, ...], rates: tuple[float, ...], grid: st
     if not isinstance(name, str) or not isinstance(method, str) or not name or "/" in name:
         raise ValueError(f"{where} needs a name that is text without '/', got {content!r}")
     settings = _settings(_mapping(content.get("settings"), f"settings of {where}"), where)
-    own = _rates(content["rates"], where) if "rates" in content else rates
-    return Entry(name, method, settings, _seeds(content.get("seeds", list(seeds)), where), own)
+    select = {**select, **_select(content.get("select"), where)}
+    rates = _rates(content.get("rates", select.get("rates", [])), where)
+    return Entry(
+        name, method, settings, _seeds(content.get("seeds", list(seeds)), where), rates, _selection(select, where)
+    )
+
+
+def _select(content: Any, where: str) -> dict[str, Any]:
+    select = _mapping(content, f"select of {where}")
+    _check_keys(select, SELECT_KEYS, f"select of {where}")
+    return select
 
 
 def _selection(content: Mapping[str, Any], grid: str) -> Selection:

@@ -56,7 +56,7 @@ class Job:
         """The trials of its method on its data, if it has a rate and nobody has fixed it."""
         if not self.trained or "lr" in self._given():
             return []
-        return [Job(self.grid, self.data, self.entry, self.grid.selection.seed, rate) for rate in self.entry.rates]
+        return [Job(self.grid, self.data, self.entry, self.entry.selection.seed, rate) for rate in self.entry.rates]
 
     def settings(self, rate: float | None = None) -> Settings:
         """Return the settings of the run.
@@ -82,7 +82,7 @@ class Job:
             **self.grid.data[self.data].settings,
             **section_of(method_named(self.entry.method), self.grid.sections),
             **self.entry.settings,
-            **(self.grid.selection.settings if self.rate is not None else {}),
+            **(self.entry.selection.settings if self.rate is not None else {}),
             **self.grid.overrides,
         }
 
@@ -122,7 +122,7 @@ def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
                 if matching(main.name, only):
                     wanted = [*main.trials, main]
                 else:
-                    rated = [Job(grid, data, entry, grid.selection.seed, rate) for rate in entry.rates]
+                    rated = [Job(grid, data, entry, entry.selection.seed, rate) for rate in entry.rates]
                     wanted = [job for job in rated if matching(job.name, only) and job in job.trials]
                 jobs.update({job.name: job for job in wanted if job.name not in jobs})
     if not jobs:

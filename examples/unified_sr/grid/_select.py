@@ -79,18 +79,18 @@ def choose_rate(job: Job, out: Path) -> Choice:
     Raises:
         ValueError: as ``choose``.
     """
-    return choose(_trials(job, out), job.grid.selection.max_perplexity_increase)
+    return choose(_trials(job, out), job.entry.selection.max_perplexity_increase)
 
 
 def record_choice(job: Job, out: Path, choice: Choice) -> None:
     """Write down how the rate of a run was chosen, and from what."""
     trials = _trials(job, out)
     folder = RunFolder((out / job.name).parent)
-    folder.write_json(SELECTION, _record(job.grid.selection, job.trials[0].settings(), trials, choice))
+    folder.write_json(SELECTION, _record(job.entry.selection, job.trials[0].settings(), trials, choice))
 
 
 def _trials(job: Job, out: Path) -> list[Trial]:
-    return [_read(trial, job.grid.selection, out) for trial in job.trials]
+    return [_read(trial, job.entry.selection, out) for trial in job.trials]
 
 
 def _read(job: Job, selection: Selection, out: Path) -> Trial:
