@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import multiprocessing
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,23 @@ def test_the_rate_is_the_best_one_on_the_validation_split(finished: Path) -> Non
     for seed in (0, 1):
         config = yaml.safe_load((finished / "adamw" / f"seed-{seed}" / "config.yaml").read_text(encoding="utf-8"))
         assert (config["lr"], config["seed"], config["eval_split"]) == (selection["lr"], seed, "test")
+
+
+def test_entries_that_differ_in_their_choice_share_their_trials(
+    finished: Path, llama_folder: str, data_folder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.parent, tmp_path / "out")
+    kept = {"name": "kept", "method": "adamw", "seeds": [0], "select": {"max_perplexity_increase": 0.0}}
+    assert main(command(tmp_path, llama_folder, data_folder, methods=[*METHODS, kept])) == 0
+    shop = tmp_path / "out" / "shop"
+    for name in ("lr-0.0001", "lr-0.01"):
+        assert "of which this is a copy" in (shop / "kept" / f"{name}.log").read_text(encoding="utf-8")
+        files = [file.name for file in (shop / "adamw" / name).iterdir()]
+        assert filecmp.cmpfiles(shop / "adamw" / name, shop / "kept" / name, files, shallow=False)[0] == files
+    choices = [read(shop / name / "selection.json") for name in ("adamw", "kept")]
+    assert choices[0]["trials"] == choices[1]["trials"]
+    assert [choice["max_perplexity_increase"] for choice in choices] == [None, 0.0]
+    assert (shop / "kept" / "seed-0" / "report.md").is_file()
 
 
 def test_what_is_finished_is_not_touched(

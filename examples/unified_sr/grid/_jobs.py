@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import build_settings, section_of
+from ..config import build_settings, differences, read_yaml, section_of
 from ..methods import method_named
-from ..run_folder import RunFolder, State
+from ..run_folder import CONFIG, RunFolder, State
 from ..settings import Settings
 from ._config import Entry, Grid
 
@@ -139,6 +139,12 @@ def matching(name: str, patterns: Sequence[str]) -> bool:
     """
     parts = [name, *name.split("/")]
     return not patterns or any(fnmatch.fnmatchcase(part, pattern) for pattern in patterns for part in parts)
+
+
+def is_same_run(path: Path, settings: Settings) -> bool:
+    """Tell whether a folder holds a finished run with these very settings."""
+    folder = RunFolder(path)
+    return folder.finished and not differences(read_yaml(folder.file(CONFIG)), settings)
 
 
 def state_of(job: Job, settings: Settings, out: Path) -> State:

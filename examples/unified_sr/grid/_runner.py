@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from ..settings import Settings
 from ..zero_shot import evaluates_alike
 from ._config import Grid
 from ._forecast import Forecast
-from ._jobs import Job, list_jobs, state_of
+from ._jobs import Job, is_same_run, list_jobs, state_of
 from ._process import execute
 from ._select import choose_rate, record_choice
 
@@ -162,9 +163,15 @@ class _Runner:
         return choice.trial.rate
 
     def _execute(self, job: Job, settings: Settings, watch: Callable[[], object]) -> str | None:
-        folders = [job.folder(self._out).path for job in self._jobs]
+        folder, log = job.folder(self._out).path, job.log(self._out)
+        folders = [other.folder(self._out).path for other in self._jobs if other != job]
+        same = next((path for path in folders if is_same_run(path, settings)), None)
+        if same is not None:  # a trial of two entries that differ in how they choose
+            shutil.copytree(same, folder, dirs_exist_ok=True)
+            log.write_text(f"the same run as {same}, of which this is a copy\n", encoding="utf-8")
+            return None
         zero_shot = next((path for path in folders if evaluates_alike(path, settings)), None)
-        return execute(settings, job.folder(self._out).path, job.log(self._out), watch, zero_shot)
+        return execute(settings, folder, log, watch, zero_shot)
 
     def _finished(self, job: Job) -> bool:
         folder = job.folder(self._out)
