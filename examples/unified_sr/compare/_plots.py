@@ -84,6 +84,7 @@ def _retention(figure: Any, groups: Sequence[Group], metric: str) -> bool:
         # Methods that keep the language model differ by tenths of a per cent, others by hundreds.
         if max(map(abs, axes.get_xlim())) > 10:
             axes.set_xscale("symlog", linthresh=1)
+            axes.autoscale_view()
         axes.set(xlabel="change of perplexity, %", ylabel=metric)
         axes.set_title(title, fontsize=11)
         finish(axes, legend=False)
