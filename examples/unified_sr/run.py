@@ -32,10 +32,10 @@ from .processes import current
 from .report import write_report
 from .retention import Retention, retention_summary
 from .run_baseline import run_baseline
-from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder, State
+from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
 from .settings import Settings
 from .training import History, tasks_to_train, train
-from .zero_shot import EVALUATION_PHASES, Measured, ZeroShot
+from .zero_shot import Measured, ZeroShot
 
 VALIDATION_METRIC = "ndcg@10"
 """Its mean over the tasks decides when training ends early."""
@@ -135,9 +135,9 @@ def _run(
         taken = processes.of_first(lambda: ZeroShot.read(zero_shot))
         say(f"zero-shot: as measured in {zero_shot}")
     if taken is None:
-        with clock.phase(EVALUATION_PHASES[0]):
+        with clock.phase(BEFORE):
             after = parts.measure("zero-shot")
-    before = taken or ZeroShot.of(after, clock.seconds[EVALUATION_PHASES[0]])
+    before = taken or ZeroShot.of(after, clock.seconds[BEFORE])
     updater, history, leak = None, History(), {}
     stopping = parts.early_stopping(shared.file("best.pt"))
     # Loading may take more than training, and would hide what a method takes.
@@ -163,7 +163,7 @@ def _run(
                 watch=TimeNotice(plan.steps, before.seconds, say),
             )
         peak = peak_memory(precision.device)
-        with clock.phase(EVALUATION_PHASES[1]):
+        with clock.phase(AFTER):
             after = parts.measure(settings.method)
             leak = intact.leak() if intact else {}
     else:

@@ -16,7 +16,7 @@ from .methods import Method
 from .peak_memory import peak_memory, reset_peak_memory
 from .precision import Precision
 from .report import write_report
-from .run_folder import METRICS, SAMPLED, RunFolder
+from .run_folder import AFTER, METRICS, SAMPLED, RunFolder
 from .settings import Settings
 from .training import tasks_to_train
 
@@ -70,7 +70,7 @@ def run_baseline(
     folder.write_json("statistics.json", dataset.statistics())
     folder.file("steps.jsonl").write_text("", encoding="utf-8")
     results: dict[str, TaskResult] = {}
-    with phase("final evaluation"):
+    with phase(AFTER):
         for task, examples in test.items():
             scored = _batches(fitted.scores[task], examples)
             results[task] = rank_catalogue(

@@ -13,6 +13,8 @@ from .settings import Settings
 from .trec import write_qrels, write_run
 
 CONFIG, METRICS, SAMPLED, DONE = "config.yaml", "metrics.json", "metrics.sampled.json", "report.md"
+BEFORE, AFTER = "zero-shot evaluation", "final evaluation"
+"""What a run calls its evaluations under ``seconds`` of ``run.json``."""
 
 
 class State(Enum):

@@ -8,11 +8,8 @@ from pathlib import Path
 from .config import read_yaml
 from .evaluation import TaskResult
 from .retention import General
-from .run_folder import CONFIG, METRICS, SAMPLED, RunFolder
+from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder
 from .settings import Settings
-
-EVALUATION_PHASES = ("zero-shot evaluation", "final evaluation")
-"""What a run calls its two evaluations in ``seconds``."""
 
 _OF_TRAINING = frozenset(
     {
@@ -70,7 +67,7 @@ class ZeroShot:
         """Read it out of a finished run with a language model."""
         folder = RunFolder(path)
         summary = folder.read_json("run.json")
-        seconds = max(summary["seconds"].get(phase, 0.0) for phase in EVALUATION_PHASES)
+        seconds = max(summary["seconds"].get(phase, 0.0) for phase in (BEFORE, AFTER))
         questions = (summary.get("multiple_choice") or {}).get("zero_shot")
         metrics, sampled = (folder.read_json(name)["zero_shot"] for name in (METRICS, SAMPLED))
         return cls(metrics, sampled, questions, seconds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ._collect import Group, Run, collect, groups_of
 from ._render import escape, latex_table, markdown
-from ._significance import Significance, best_baselines, significance
+from ._significance import Significance, significance
 from ._statistics import Paired, holm, mean_and_deviation, paired
 from ._tables import Cell, Table, tables_of
 from ._write import compare
@@ -20,7 +20,6 @@ __all__ = [
     "Run",
     "Significance",
     "Table",
-    "best_baselines",
     "collect",
     "compare",
     "escape",

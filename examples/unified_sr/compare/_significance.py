@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ._collect import Group
@@ -31,26 +31,8 @@ class Significance:
     permutation: float | None
 
 
-def best_baselines(groups: Sequence[Group], task: str, metric: str) -> list[str]:
-    """Return what to test against: the best method that is no variant of GEMS, and the best one that trains a model.
-
-    They are found on the same queries that they are tested on, so they are rather too good than too weak.
-
-    Returns:
-        Their labels: none where nothing else has ranked the task, and one where both are the same.
-    """
-    means = {}
-    for group in groups:
-        values = group.per_query(task, metric)
-        if values and not group.method.startswith(OWN):
-            means[group.label] = sum(values.values()) / len(values)
-    trained = {group.label for group in groups if group.lr is not None}
-    best = [max(found, key=means.__getitem__) for found in (means, means.keys() & trained) if found]
-    return list(dict.fromkeys(best))
-
-
-def significance(groups: Sequence[Group], task: str, metric: str, baseline: str) -> list[Significance]:
-    """Test all methods against one.
+def significance(groups: Sequence[Group], task: str, metric: str, baseline: str | None = None) -> list[Significance]:
+    """Test all methods against one, or against the best ones.
 
     Values of a query are averaged over the seeds first, so what is paired are queries and not runs.
 
@@ -58,14 +40,28 @@ def significance(groups: Sequence[Group], task: str, metric: str, baseline: str)
         groups: the methods.
         task: whose queries are compared.
         metric: of a query.
-        baseline: label of the method that the others are compared with.
+        baseline: label of the method that the others are compared with; without it, the best one that is no variant of
+            GEMS, and then the best of these that trains a model, if that is another one. They are found on the same
+            queries that they are tested on, so they are rather too good than too weak.
 
     Raises:
         ValueError: if there is no such method.
     """
     values = {group.label: group.per_query(task, metric) for group in groups}
-    if baseline not in values:
+    if baseline is not None and baseline not in values:
         raise ValueError(f"there is no method {baseline!r} to compare with; there are {', '.join(values)}")
+    baselines = _best(groups, values) if baseline is None else [baseline]
+    return [test for label in baselines for test in _against(label, values)]
+
+
+def _best(groups: Sequence[Group], values: Mapping[str, Mapping[str, float]]) -> list[str]:
+    others = [group for group in groups if values[group.label] and not group.method.startswith(OWN)]
+    means = {group.label: sum(values[group.label].values()) / len(values[group.label]) for group in others}
+    trained = [group.label for group in others if group.lr is not None]
+    return list(dict.fromkeys(max(found, key=means.__getitem__) for found in (list(means), trained) if found))
+
+
+def _against(baseline: str, values: Mapping[str, Mapping[str, float]]) -> list[Significance]:
     others = [label for label in values if label != baseline]
     tests = {label: paired(values[label], values[baseline]) for label in others}
     done = {label: test for label, test in tests.items() if test is not None}

@@ -13,7 +13,7 @@ from typing import Any
 from ._collect import Group, Run, collect, groups_of, tasks_of
 from ._plots import draw, score
 from ._render import latex_table, markdown
-from ._significance import Significance, best_baselines, significance
+from ._significance import Significance, significance
 from ._statistics import mean_and_deviation
 from ._tables import tables_of
 
@@ -60,14 +60,7 @@ def compare(
     for data in dict.fromkeys(str(run.settings["data"]) for run in tested):
         groups = _sorted(groups_of([run for run in tested if run.settings["data"] == data]), metric)
         tasks = tasks_of(groups)
-        tests = {
-            task: [
-                test
-                for label in ([baseline] if baseline else best_baselines(groups, task, metric))
-                for test in significance(groups, task, metric, label)
-            ]
-            for task in tasks
-        }
+        tests = {task: significance(groups, task, metric, baseline) for task in tasks}
         trials = [run for run in runs if run not in tested and run.settings["data"] == data]
         tables = tables_of(groups, tests, metric)
         name = Path(data).name

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..run_folder import AFTER, BEFORE
+
 if TYPE_CHECKING:
     from ..training import History
 
@@ -32,7 +34,7 @@ class Cost:
     def of(cls, summary: Mapping[str, Any]) -> Cost:
         """Read what a finished run took out of its ``run.json``."""
         seconds: Mapping[str, float] = summary["seconds"]
-        evaluations = [seconds[name] for name in ("zero-shot evaluation", "final evaluation") if name in seconds]
+        evaluations = [seconds[name] for name in (BEFORE, AFTER) if name in seconds]
         queries = len(evaluations) * sum(summary["evaluated"].values())
         return cls(
             fixed=seconds.get("loading", 0.0) + seconds.get("preparation", 0.0),

@@ -142,9 +142,10 @@ def matching(name: str, patterns: Sequence[str]) -> bool:
 
 
 def is_same_run(path: Path, settings: Settings) -> bool:
-    """Tell whether a folder holds a finished run with these very settings."""
+    """Tell whether a folder holds a run with these very settings that is finished or diverged."""
     folder = RunFolder(path)
-    return folder.finished and not differences(read_yaml(folder.file(CONFIG)), settings)
+    over = folder.finished or folder.file(DIVERGED).is_file()
+    return over and not differences(read_yaml(folder.file(CONFIG)), settings)
 
 
 def state_of(job: Job, settings: Settings, out: Path) -> State:

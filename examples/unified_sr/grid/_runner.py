@@ -164,12 +164,12 @@ class _Runner:
 
     def _execute(self, job: Job, settings: Settings, watch: Callable[[], object]) -> str | None:
         folder, log = job.folder(self._out).path, job.log(self._out)
-        folders = [other.folder(self._out).path for other in self._jobs if other != job]
+        folders = [other.folder(self._out).path for other in self._jobs]
         same = next((path for path in folders if is_same_run(path, settings)), None)
         if same is not None:  # a trial of two entries that differ in how they choose
             shutil.copytree(same, folder, dirs_exist_ok=True)
             log.write_text(f"the same run as {same}, of which this is a copy\n", encoding="utf-8")
-            return None
+            return job.diverged(self._out)
         zero_shot = next((path for path in folders if evaluates_alike(path, settings)), None)
         return execute(settings, folder, log, watch, zero_shot)
 
