@@ -12,7 +12,8 @@ from .evaluation import TaskResult
 from .settings import Settings
 from .trec import write_qrels, write_run
 
-CONFIG, METRICS, SAMPLED, DONE = "config.yaml", "metrics.json", "metrics.sampled.json", "report.md"
+CONFIG, ENVIRONMENT, DONE = "config.yaml", "environment.json", "report.md"
+METRICS, SAMPLED = "metrics.json", "metrics.sampled.json"
 BEFORE, AFTER = "zero-shot evaluation", "final evaluation"
 """What a run calls its evaluations under ``seconds`` of ``run.json``."""
 
@@ -75,7 +76,7 @@ class RunFolder:
         for name in (DONE, METRICS, SAMPLED):
             self.file(name).unlink(missing_ok=True)
         self.file(CONFIG).write_text(to_yaml(settings), encoding="utf-8")
-        self.write_json("environment.json", environment)
+        self.write_json(ENVIRONMENT, environment)
 
     def write_json(self, name: str, content: Any) -> None:
         """Write a JSON file."""

@@ -27,7 +27,7 @@ from examples.unified_sr.compare import (
 from examples.unified_sr.compare._tables import Cell, Table
 from examples.unified_sr.config import resolve, to_yaml
 from examples.unified_sr.metrics import mean_metrics, query_metrics
-from examples.unified_sr.run_folder import CONFIG, DONE, METRICS, SAMPLED, RunFolder
+from examples.unified_sr.run_folder import CONFIG, DONE, ENVIRONMENT, METRICS, SAMPLED, RunFolder
 
 QUERIES = 30
 
@@ -43,12 +43,14 @@ def write_run(
     summary: dict[str, Any] | None = None,
     pairs: tuple[str, ...] = (),
     compat: str = "none",
+    threads: int = 2,
 ) -> Path:
     """A finished run in the files that a run writes, of which query n of a task has its target at a given rank."""
     folder.mkdir(parents=True)
     run = RunFolder(folder)
     settings = resolve(pairs=[f"compat={compat}", *pairs], flags={"method": method, "seed": seed})
     run.file(CONFIG).write_text(to_yaml(settings), encoding="utf-8")
+    run.write_json(ENVIRONMENT, {"device": "x86_64", "threads": threads})
     final: dict[str, Any] = {}
     for task, places in ranks.items():
         rows = [query_metrics([rank], 1, compat=compat) for rank in places]
@@ -249,6 +251,21 @@ def test_means_and_deviations_stand_in_the_tables(tmp_path: Path) -> None:
     assert bests == ["gems"]
     assert cells(cost, "gems")["peak GiB"].mean == 1.0
     assert "gems_ndcg@10" not in str(ranking.header)
+
+
+def test_times_of_different_machines_are_not_averaged(tmp_path: Path) -> None:
+    for seed, threads, seconds in ((0, 2, 3.0), (1, 1, 5.0), (2, 1, 7.0)):
+        time = {"throughput": {"seconds_per_step": seconds}}
+        write_run(tmp_path / f"run{seed}", "gems", seed, ranks={"rec": GOOD}, summary=time, threads=threads)
+    write_run(tmp_path / "other", "adamw", ranks={"rec": GOOD}, threads=1)
+    write_run(tmp_path / "untrained", "bm25", ranks={"rec": BAD}, perplexity=None, threads=4)
+    _, cost, _ = tables_of(on_test(tmp_path), {}, "ndcg@10")
+    assert [name for name in cost.header if name.startswith("s/step")] == [
+        "s/step (x86_64, threads: 1)", "s/step (x86_64, threads: 2)",
+    ]  # fmt: skip
+    one, two = (cells(cost, "gems")[f"s/step (x86_64, threads: {threads})"] for threads in (1, 2))
+    assert (one.mean, two.mean, two.deviation) == (6.0, 3.0, None)
+    assert cells(cost, "adamw")["s/step (x86_64, threads: 2)"].missing
 
 
 def test_more_columns_where_more_was_measured(tmp_path: Path) -> None:

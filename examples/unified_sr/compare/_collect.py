@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import read_yaml
-from ..run_folder import CONFIG, METRICS, SAMPLED, RunFolder
+from ..run_folder import CONFIG, ENVIRONMENT, METRICS, SAMPLED, RunFolder
 
 EVALUATION = (
     *("min_user_events", "min_task_events", "min_item_events", "item_counts", "split", "histories", "searches"),
@@ -50,6 +50,12 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """As in ``run.json``."""
         return dict(self.folder.read_json("run.json"))
+
+    @cached_property
+    def machine(self) -> str:
+        """What a run's speed depends on: the device, and the threads of a CPU."""
+        environment = self.folder.read_json(ENVIRONMENT)
+        return f"{environment['device']}, threads: {environment['threads']}"
 
     @property
     def tasks(self) -> list[str]:

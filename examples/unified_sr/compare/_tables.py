@@ -148,9 +148,26 @@ def _cost_columns(groups: Sequence[Group]) -> list[_Column]:
         *(_general_column(key) for key in measured if key != "perplexity"),
         _Column("leak", _leak, ".1e"),
         _Column("lr", lambda run: run.settings["lr"] if run.summary["throughput"] else None, "g", constant=True),
-        _Column("s/step", lambda run: run.summary["throughput"].get("seconds_per_step"), ".2f"),
+        *_speed_columns([run for group in groups for run in group.runs]),
         _Column("peak GiB", _peak, ".2f"),
     ]
+
+
+def _speed_columns(runs: Sequence[Run]) -> list[_Column]:
+    """One of seconds per step, or one for each machine: times of different ones have no common mean."""
+
+    def on(machine: str) -> Callable[[Run], float | None]:
+        return lambda run: _seconds(run) if run.machine == machine else None
+
+    machines = sorted({run.machine for run in runs if _seconds(run) is not None})
+    if len(machines) < 2:
+        return [_Column("s/step", _seconds, ".2f")]
+    return [_Column(f"s/step ({machine})", on(machine), ".2f") for machine in machines]
+
+
+def _seconds(run: Run) -> float | None:
+    found = run.summary["throughput"].get("seconds_per_step")
+    return None if found is None else float(found)
 
 
 def _general_column(key: str) -> _Column:

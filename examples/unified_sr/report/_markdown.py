@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import read_yaml
-from ..run_folder import CONFIG, DONE, RunFolder
+from ..run_folder import CONFIG, DONE, ENVIRONMENT, RunFolder
 from ._plots import draw_plots
 from ._table import change, markdown_table, perplexities, result_rows, result_table
 
@@ -81,7 +81,7 @@ def _data(folder: RunFolder, summary: dict[str, Any]) -> str:
 
 
 def _cost(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
-    environment = folder.read_json("environment.json")
+    environment = folder.read_json(ENVIRONMENT)
     seconds = summary["seconds"]
     cells = [["phase", "seconds"], *([name, f"{value:.1f}"] for name, value in seconds.items())]
     cells.append(["together", f"{sum(seconds.values()):.1f}"])
