@@ -77,8 +77,12 @@ def to_yaml(settings: Settings) -> str:
 
 
 def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
-    """Name each setting that two runs do not share, as ``key: old -> new``."""
+    """Name each setting that two runs do not share, as ``key: old -> new``.
+
+    A setting that an old run does not have yet had its default, if that is None: such a one changes nothing.
+    """
     current = asdict(new)
+    old = {**{entry.name: None for entry in fields(new) if entry.default is None}, **old}
     keys = [*current, *(key for key in old if key not in current)]
     absent = "(absent)"
     return [

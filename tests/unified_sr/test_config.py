@@ -109,3 +109,12 @@ def test_differences_name_changed_and_absent_settings() -> None:
     old = {**yaml.safe_load(to_yaml(settings)), "steps": 3, "gone": 1}
     del old["seed"]
     assert differences(old, settings) == ["steps: 3 -> 7", "seed: '(absent)' -> 0", "gone: 1 -> '(absent)'"]
+
+
+def test_an_old_run_lacks_no_setting_that_is_null() -> None:
+    settings = resolve(flags={"method": "gems"})
+    old = yaml.safe_load(to_yaml(settings))
+    del old["others_lr"]
+    assert differences(old, settings) == []
+    trained = resolve(flags={"method": "gems"}, pairs=["train_others=true", "others_lr=1.0e-4"])
+    assert differences({**old, "train_others": True}, trained) == ["others_lr: None -> 0.0001"]

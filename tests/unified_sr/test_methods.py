@@ -83,6 +83,17 @@ def test_gems_leaves_vectors_alone_unless_told(t5_folder: str) -> None:
     assert any("relative_attention_bias" in name for name in names)
 
 
+def test_what_gems_does_not_decompose_may_have_a_rate_of_its_own(llama_folder: str) -> None:
+    _, updater = built(llama_folder, "gems", "train_others=true", "others_lr=2.0e-5", "lr=1.0e-3")
+    rates = {group["name"]: group["lr"] for group in updater.optimizer.param_groups}
+    assert rates["linear.matrices"] == 1e-3
+    assert rates["other.vectors"] == 2e-5
+    _, updater = built(llama_folder, "gems", "train_others=true", "lr=1.0e-3")
+    assert {group["lr"] for group in updater.optimizer.param_groups if group["name"] != "items"} == {1e-3}
+    with pytest.raises(ValueError, match=r"others_lr=2e-05 has nothing to train: set train_others"):
+        built(llama_folder, "gems", "others_lr=2.0e-5")
+
+
 def test_gems_reports_what_the_plots_need(llama_folder: str) -> None:
     ranker, updater = built(llama_folder, "gems")
     updater.update(losses(ranker), {"rec": 2, "search": 1})

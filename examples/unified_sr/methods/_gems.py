@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,20 +100,29 @@ class GemsUpdater(Updater):
 
 
 def build(setup: Setup[GemsSettings]) -> Updater:
-    """Fit the null space on general text and wrap AdamW."""
+    """Fit the null space on general text and wrap AdamW.
+
+    Raises:
+        ValueError: if ``others_lr`` is given where the others are not trained.
+    """
     from gradsub import GemsOptimizer
     from gradsub.layers import select_layers
 
     settings, ranker = setup.settings, setup.ranker
+    if settings.others_lr is not None and not settings.train_others:
+        raise ValueError(
+            f"others_lr={settings.others_lr} has nothing to train: set train_others to true, or others_lr to null"
+        )
     layers: list[Any] = list(select_layers(ranker.backbone).values())
     linear: list[nn.Parameter] = [layer.weight for layer in layers]
     protected = {id(weight) for weight in linear}
     others = [weight for weight in model_parameters(ranker) if settings.train_others and id(weight) not in protected]
     train_only(ranker, [*linear, *others])
+    for_others = settings if settings.others_lr is None else replace(settings, lr=settings.others_lr)
     groups = [
         {**group, "subspace": name == "linear", "name": f"{name}.{group['name']}"}
-        for name, weights in (("linear", linear), ("other", others))
-        for group in parameter_groups(weights, settings)
+        for name, weights, rates in (("linear", linear, settings), ("other", others, for_others))
+        for group in parameter_groups(weights, rates)
     ]
     groups.append({**item_group(ranker, settings), "subspace": False})
     keeper = GramianKeeper()

@@ -29,6 +29,7 @@ class GemsSettings(Settings):
     threshold: float | None = setting(None, "protect directions above this eigenvalue instead", minimum=0)
     null_space_tokens: int = setting(8192, "tokens of general text that define the null space", minimum=16)
     train_others: bool = setting(False, "whether norms, biases and the like are trained too, which nothing protects")
+    others_lr: float | None = setting(None, "their peak learning rate, if they are trained; null takes lr", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
