@@ -88,6 +88,7 @@ def test_what_gems_does_not_decompose_may_have_a_rate_of_its_own(llama_folder: s
     rates = {group["name"]: group["lr"] for group in updater.optimizer.param_groups}
     assert rates["linear.matrices"] == 1e-3
     assert rates["other.vectors"] == 2e-5
+    assert any("plain AdamW, at the peak rate 2e-05; no null space protects them" in note for note in updater.notes)
     _, updater = built(llama_folder, "gems", "train_others=true", "lr=1.0e-3")
     assert {group["lr"] for group in updater.optimizer.param_groups if group["name"] != "items"} == {1e-3}
     with pytest.raises(ValueError, match=r"others_lr=2e-05 has nothing to train: set train_others"):

@@ -151,6 +151,11 @@ def build(setup: Setup[GemsSettings]) -> Updater:
             "Norms, biases and all else that is no linear layer are frozen (`train_others: false`): no null space "
             "protects them, so training them would change the model's answers to general text."
         )
+    elif others:
+        notes.append(
+            "Norms, biases and all else that is no linear layer are trained by plain AdamW, at the peak rate "
+            f"{for_others.lr:g}; no null space protects them."
+        )
     if not settings.protect:
         notes.append("Nothing is protected (`protect: false`): the subspaces hold any direction of the gradients.")
     if not settings.task_subspaces:
