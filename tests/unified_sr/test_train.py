@@ -54,9 +54,14 @@ def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_run(llama_folder: str, tmp_path: Path) -> None:
-    runs = [trained(llama_folder, tmp_path / "a", "steps=3", f"seed={seed}")[1].records for seed in (1, 1, 2)]
+    # Two of five examples in a batch: with all of them, another order would change the loss by rounding at most.
+    runs = [
+        trained(llama_folder, tmp_path / "a", "steps=3", "batch_size=2", f"seed={seed}")[1].records
+        for seed in (1, 1, 2)
+    ]
     curves = [[record["loss"] for record in records] for records in runs]
-    assert curves[0] == curves[1] != curves[2]
+    assert curves[0] == curves[1]
+    assert curves[0][0]["rec"] != pytest.approx(curves[2][0]["rec"], rel=1e-4)
 
 
 def test_bfloat16_trains_too(llama_folder: str, tmp_path: Path) -> None:
