@@ -79,7 +79,7 @@ def to_yaml(settings: Settings) -> str:
 def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
     """Name each setting that two runs do not share, as ``key: old -> new``.
 
-    A setting that an old run does not have yet had its default, if that is None: such a one changes nothing.
+    A setting whose default is None may be newer than the old run: where it is absent there, it counts as None.
     """
     current = asdict(new)
     old = {**{entry.name: None for entry in fields(new) if entry.default is None}, **old}
