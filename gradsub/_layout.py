@@ -71,6 +71,7 @@ class Layout:
         self._count = 0
         self._warned: set[str] = set()
         self._shards: Shards | None = None
+        self._vectors: dict[Tensor, Tensor] = {}
         if model is not None:
             self._targets = _targets(model, target_modules)
             self._names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
@@ -94,11 +95,7 @@ class Layout:
                 if group["subspace"] and too_small and self._targets is None:
                     full_rank.append(self.name(parameter))
                 if protecting:
-                    self._warn(
-                        "plain",
-                        f"{self.name(parameter)} is protected by null_space but takes the plain inner step, which "
-                        "does not obey it: leave subspace=True for it, target it, or freeze it",
-                    )
+                    self._add_plain(parameter, protecting)
                 continue
             if too_small:
                 full_rank.append(self.name(parameter))
@@ -106,6 +103,25 @@ class Layout:
         self._warn_full_rank(full_rank, group["rank"])
         self._warn_unprotected(layers)
         return layers
+
+    def _add_plain(self, parameter: Tensor, protecting: list[str]) -> None:
+        if parameter.ndim != 1:
+            self._warn(
+                "plain",
+                f"{self.name(parameter)} is protected by null_space but takes the plain inner step, which does not "
+                "obey it: leave subspace=True for it, target it, or freeze it",
+            )
+            return
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        protected = self._protected(protecting, parameter, parameter.numel(), dtype)
+        self._warn_no_freedom(self.name(parameter), protected)
+        self._check_mesh(parameter, shards_of(parameter, self.name(parameter)))
+        self._vectors[parameter] = protected
+        self._seen[parameter] = self._versions(protecting)
+
+    def vector(self, parameter: Tensor) -> Tensor | None:
+        """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
+        return self._vectors.get(parameter)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
         if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point():
@@ -134,12 +150,8 @@ class Layout:
         )
         if not protecting:
             return layer
-        protected = self._protected(protecting, layer)
-        if protected.shape[1] >= layer.dimension:
-            self._warn(
-                "no freedom", f"null_space protects all {layer.dimension} directions of {layer.name}: it cannot learn"
-            )
-        layer.protected = protected
+        layer.protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
+        self._warn_no_freedom(layer.name, layer.protected)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
 
@@ -148,8 +160,8 @@ class Layout:
             return
         if self._shards is not None and self._shards.group is not shards.group:
             raise ValueError(
-                f"{self.name(parameter)} is sharded over other ranks than the layers before it: shard all decomposed "
-                "weights along one dimension of one mesh, or give this one subspace=False"
+                f"{self.name(parameter)} is sharded over other ranks than those before it: shard all decomposed or "
+                "protected weights along one dimension of one mesh, or leave this one out of both"
             )
         self._shards = shards
 
@@ -193,28 +205,27 @@ class Layout:
             return None
         return list(target.modules), target.transposed
 
-    def renewed(self, layer: Layer, kept: Tensor | None) -> Tensor | None:
+    def renewed(self, parameter: Tensor, kept: Tensor | None, fresh: Tensor | None = None) -> Tensor | None:
         """The directions to protect now; at least ``kept``, and ``kept`` itself where nothing was added.
 
         Args:
-            layer: the layer.
+            parameter: a layer's weight, or a vector.
             kept: what was protected before (d x k).
+            fresh: what stands for it if nothing was, but the null space knows the parameter.
         """
-        names = self._protecting(layer.parameter)
+        names = self._protecting(parameter)
         if self._null_space is None or not names:
             return kept
         if kept is None:
-            return layer.protected
-        self._seen[layer.parameter] = self._versions(names)
+            return fresh
+        self._seen[parameter] = self._versions(names)
         for name in names:
             kept = self._null_space.extended(name, kept)
         return kept
 
-    def outdated(self, layer: Layer) -> bool:
-        """Whether the null space has seen more of the layer since its directions were last taken."""
-        return layer.parameter in self._seen and self._seen[layer.parameter] != self._versions(
-            self._protecting(layer.parameter)
-        )
+    def outdated(self, parameter: Tensor) -> bool:
+        """Whether the null space has seen more of a parameter since its directions were last taken."""
+        return parameter in self._seen and self._seen[parameter] != self._versions(self._protecting(parameter))
 
     def _versions(self, names: list[str]) -> tuple[int, ...]:
         assert self._null_space is not None
@@ -228,15 +239,15 @@ class Layout:
         names = target.names if target else (self.name(parameter).removesuffix(".weight"),)
         return [name for name in names if name in self._null_space]
 
-    def _protected(self, names: list[str], layer: Layer) -> Tensor:
-        """K of a layer; of a weight that several modules share, what protects all of them."""
+    def _protected(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Tensor:
+        """K (d x k) of a parameter; of a weight that several modules share, what protects all of them."""
         assert self._null_space is not None
-        bases = [self._null_space.basis(name, layer.dtype).to(layer.parameter.device) for name in names]
+        bases = [self._null_space.basis(name, dtype).to(parameter.device) for name in names]
         for name, basis in zip(names, bases, strict=True):
-            if basis.shape[0] != layer.dimension:
+            if basis.shape[0] != dimension:
                 raise ValueError(
                     f"null_space has directions of length {basis.shape[0]} for {name!r}, but the weight "
-                    f"{tuple(layer.parameter.shape)} has {layer.dimension} on side={self._side!r}: "
+                    f"{tuple(parameter.shape)} has {dimension} on side={self._side!r}: "
                     "collect it on this model, for this side"
                 )
         if len(bases) == 1:
@@ -267,6 +278,11 @@ class Layout:
                 f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
                 "pass the model= on which it was collected, or build the base optimizer from named_parameters()"
             )
+
+    def _warn_no_freedom(self, name: str, protected: Tensor) -> None:
+        dimension, count = protected.shape
+        if count >= dimension:
+            self._warn("no freedom", f"null_space protects all {dimension} directions of {name}: it cannot learn")
 
     def _warn_full_rank(self, names: list[str], rank: int) -> None:
         if not names:

@@ -11,12 +11,13 @@ from torch import Tensor
 from gradsub._blocks import Block, make_blocks
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
+from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Projected, gather, mix
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decays_decoupled, decoupled_shrinkage
 from gradsub.report import Measurements
 from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments
-from gradsub.update import apply_updates, hold_protected, initialise_update
+from gradsub.update import PROTECTED, apply_updates, hold_protected, initialise_update
 
 State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
@@ -52,11 +53,17 @@ class Stepper:
         self.layers: dict[Tensor, Layer] = {}
         self.proxies: dict[Tensor, dict[str, Tensor]] = {}
         self.state: State = {}
+        self.vectors = ProtectedVectors()
 
     @property
     def sums(self) -> bool:
         """Whether parameters without subspaces need only the weighted sum of the tasks' gradients."""
         return self._surgery is None
+
+    def attach(self, state: State) -> None:
+        """Tell where the optimizer's state is."""
+        self.state = state
+        self.vectors.attach(state)
 
     def connect(self, bank: SubspaceBank, inner: Inner) -> None:
         """Tell where the bases and the base optimizer are."""
@@ -134,8 +141,8 @@ class Stepper:
                 captured = {task: held[parameter] for task, held in sorted(gradients.items()) if parameter in held}
                 if not captured and parameter.grad is None:
                     continue
-                if not layer.sketched and self._bank.due(layer, SHARED) and self._layout.outdated(layer):
-                    self.protect(layer, self._layout.renewed(layer, layer.protected))
+                if not layer.sketched and self._bank.due(layer, SHARED):
+                    self._follow(layer)
                 projected[layer] = gather(
                     layer, self._bank, captured, parameter.grad, shares, group["update_proj_gap"], self._carry
                 )
@@ -148,11 +155,26 @@ class Stepper:
         """
         return found.refreshed or self.state[layer.parameter]["step"] == 0 or self._bank.settled(layer, found.sketches)
 
+    def _follow(self, layer: Layer) -> None:
+        """Take up what the null space has come to know of a layer since."""
+        if self._layout.outdated(layer.parameter):
+            self.protect(layer, self._layout.renewed(layer.parameter, layer.protected))
+
     def protect(self, layer: Layer, protected: Tensor | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
         layer.protected = None if protected is None else protected.to(layer.parameter.device)
         initialise_update(layer, self.state[layer.parameter], self._master_weights)
         self._bank.enforce(layer)
+
+    def restore_protection(self) -> None:
+        """After loading: protect what the checkpoint did, and what the null space knows beyond it."""
+        for parameter in self.proxies:
+            kept = self.state.get(parameter, {}).get(PROTECTED)
+            layer = self.layers.get(parameter)
+            if layer is not None:
+                self.protect(layer, self._layout.renewed(parameter, kept, layer.protected))
+            else:
+                self.vectors.protect(parameter, self._layout.renewed(parameter, kept, self._layout.vector(parameter)))
 
     def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
         proxy = self._proxy(layer, subspace)
@@ -191,7 +213,8 @@ class Stepper:
         starts = self._starts(blocks) if self._inner.relative else {}
         outside = self._mix_plain(groups, gradients, weights)
         try:
-            return self._inner.step(groups, proxied, starts)
+            with self.vectors.held(self._layout):
+                return self._inner.step(groups, proxied, starts)
         finally:
             for parameter, gradient in outside.items():
                 parameter.grad = gradient
@@ -283,8 +306,8 @@ class Stepper:
     def _renew(self, sketches: Mapping[Layer, Mapping[int, Tensor]], gaps: Mapping[Layer, int]) -> None:
         """Bases for the next step, from this step's sketches."""
         for layer, found in sketches.items():
-            if SHARED in found and self._layout.outdated(layer):
-                self.protect(layer, self._layout.renewed(layer, layer.protected))
+            if SHARED in found:
+                self._follow(layer)
         self._bank.renew(sketches, gaps, self._carry)
 
     def _proxy(self, layer: Layer, subspace: int) -> Tensor:

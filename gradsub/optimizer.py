@@ -25,7 +25,6 @@ from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
 from gradsub.subspace import Layer, SubspaceBank
-from gradsub.update import PROTECTED
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
 
@@ -189,7 +188,7 @@ class GemsOptimizer(Optimizer):
         self._layout.check_names()
         # Nothing can be refused any more: only now is the base optimizer taken over.
         self._inner = Inner(base)
-        self._stepper.state = self.state
+        self._stepper.attach(self.state)
         self._stepper.connect(self._bank, self._inner)
         self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
         for group, layers in zip(self.param_groups, found, strict=True):
@@ -419,6 +418,8 @@ class GemsOptimizer(Optimizer):
             proxies.update(dict.fromkeys(mine.values(), layer.parameter))
         plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
         self._stepper.proxies.update({parameter: {"": parameter} for parameter in plain})
+        for parameter in plain:
+            self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
         options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
         self._inner.add_group(options, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
@@ -449,8 +450,7 @@ class GemsOptimizer(Optimizer):
         restore(state_dict, self.param_groups, self.state, earlier)
         for parameter, proxies in self._stepper.proxies.items():
             hand_down(self.state.get(parameter, {}), self._inner, proxies)
-        for layer in self._stepper.layers.values():
-            self._stepper.protect(layer, self._layout.renewed(layer, self.state[layer.parameter].get(PROTECTED)))
+        self._stepper.restore_protection()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.
@@ -482,7 +482,7 @@ class GemsOptimizer(Optimizer):
     def _attach(self) -> None:
         """Everybody follows to the state that torch has put in the place of the old one."""
         self._bank.attach(self.state)
-        self._stepper.state = self.state
+        self._stepper.attach(self.state)
 
     # --- diagnostics -------------------------------------------------------------------------------------------------
 

@@ -79,10 +79,13 @@ def to_yaml(settings: Settings) -> str:
 def differences(old: Mapping[str, Any], new: Settings) -> list[str]:
     """Name each setting that two runs do not share, as ``key: old -> new``.
 
-    A setting whose default is None may be newer than the old run: where it is absent there, it counts as None.
+    A setting that is None or False by default may be newer than the old run: absent there, it counts as that.
     """
     current = asdict(new)
-    old = {**{entry.name: None for entry in fields(new) if entry.default is None}, **old}
+    old = {
+        **{entry.name: entry.default for entry in fields(new) if entry.default is None or entry.default is False},
+        **old,
+    }
     keys = [*current, *(key for key in old if key not in current)]
     absent = "(absent)"
     return [

@@ -14,7 +14,7 @@ Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off, and every module's own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -43,15 +43,15 @@ def _rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
     return rows[mask.flatten().to(features.device)], True
 
 
-def _call(model: nn.Module, batch: Any) -> None:
+def call(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch."""
     if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
-    else:
-        raise ValueError(f"a batch is a tensor, a tuple or a mapping, found {type(batch).__name__}: wrap it in one")
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise ValueError(f"a batch is a tensor, a tuple or a mapping, found {type(batch).__name__}: wrap it in one")
 
 
 def _version_of(tensor: Tensor) -> int:
@@ -94,10 +94,10 @@ def observe_features(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             for batch in batches:
                 mask, latest = _mask_of(batch), None
-                _call(model, batch)
+                call(model, batch)
                 count += 1
     finally:
         for handle in handles:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from gradsub.null_space._collect import observe_features
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import read, write
+from gradsub.null_space._gradients import observe_gradients, own_loss
 from gradsub.null_space._protection import Protection, extend, protect
 from gradsub.null_space._ranks import Deal, gather
 from gradsub.null_space._shared import SharedStatistics, Steps
@@ -113,6 +114,7 @@ class NullSpace:
         batches: Iterable[Any],
         target_modules: str | Iterable[str] = ALL_LINEAR,
         *,
+        normalize: bool = False,
         shard: bool = True,
         process_group: Any = None,
     ) -> NullSpace:
@@ -127,6 +129,10 @@ class NullSpace:
             batches: each is a tensor (``model(batch)``), a tuple (``model(*batch)``) or a mapping (``model(**batch)``).
                 A mapping's ``attention_mask`` (batch x tokens) keeps padding out of the statistics.
             target_modules: ``"all-linear"``, a regular expression, or names; see `gradsub.layers.select_layers`.
+            normalize: divide every token's features by their norm, so that all tokens count the same. Language models
+                have layers where few tokens are thousands of times as large as the others (massive activations, arXiv
+                2402.17762). There nearly all of the mean square is theirs, and ``energy`` is satisfied by one or two
+                directions that leave the other tokens unprotected. ``threshold`` is then a mean squared cosine.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
@@ -139,16 +145,87 @@ class NullSpace:
                 ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
         """
+        return self._gathered(
+            model,
+            batches,
+            shard,
+            process_group,
+            lambda into, dealt: into._collect(model, dealt, target_modules, normalize),
+        )
+
+    def collect_gradients(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        shard: bool = True,
+        process_group: Any = None,
+    ) -> NullSpace:
+        """Add what the general-domain ``loss`` asks of every vector: norm weights and biases; call again to add more.
+
+        A vector v (d) acts on every input, so that no change of it leaves all answers as they are; but it can leave
+        their loss as it is to first order. The features of v are the gradients g_t (d) of ``loss`` with respect to v
+        that come through the positions t, one row for each, for either ``side``; they sum to the gradient of v. The
+        optimizer then projects each step of v onto the complement of their leading directions K, so that
+        g^T dv = 0 for every g in the span of K.
+
+        The model runs in evaluation mode; modes, ``requires_grad`` and ``.grad`` are as before afterwards. Vectors are
+        collected whether they require gradients or not. A batch weighs as ``loss`` weighs it: of means over batches of
+        different sizes each counts the same.
+
+        Args:
+            model: the model whose vectors are protected; all of them that scale or shift their module's features, as
+                norm weights and biases do. Those that do not, or that the loss does not reach, are left out, which is
+                said once.
+            batches: as of `collect`.
+            loss: maps the model and a batch to a scalar; None: ``model(batch).loss``, as models of transformers
+                compute from ``labels``.
+            shard: as of `collect`.
+            process_group: as of `collect`.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: there is no batch, no vector or no loss, a vector is sharded, or a gradient is NaN or Inf; or
+                ``shard`` is true and the ranks have different batches.
+            RuntimeError: another rank failed.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> norm = torch.nn.LayerNorm(4)
+            >>> x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+            >>> null_space = NullSpace(energy=0.99).collect_gradients(norm, [x], lambda norm, x: norm(x)[:, 0].sum())
+            >>> {name: null_space.basis(name).shape for name in null_space}  # the loss depends on one entry alone
+            {'weight': torch.Size([4, 1]), 'bias': torch.Size([4, 1])}
+
+        Source: projecting updates off gradients of what is to be kept is OGD (arXiv 1910.07104).
+        """
+        return self._gathered(
+            model, batches, shard, process_group, lambda into, dealt: into._collect_gradients(model, dealt, loss)
+        )
+
+    def _gathered(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        shard: bool,
+        process_group: Any,
+        collect: Callable[[NullSpace, Iterable[tuple[Any, bool]]], int],
+    ) -> NullSpace:
+        """Let ``collect`` fill a null space from batches, on every rank with its part; itself with all of it."""
         ranks = Ranks(process_group)
         if ranks.size == 1:
-            if not self._collect(model, ((batch, True) for batch in batches), target_modules):
+            if not collect(self, ((batch, True) for batch in batches)):
                 raise ValueError(_NO_BATCH)
             return self
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
         deal = Deal(ranks, batches, device) if shard else None
         increment, failure = NullSpace(**self._settings()), None
         try:
-            increment._collect(model, ((batch, True) for batch in batches) if deal is None else deal, target_modules)
+            collect(increment, ((batch, True) for batch in batches) if deal is None else deal)
         except Exception as error:
             failure = error
         increment._shared = gather(ranks, increment._shared, device, None if deal is None else deal.count, failure)
@@ -157,28 +234,37 @@ class NullSpace:
         return self.merge(increment)
 
     def _collect(
-        self, model: nn.Module, batches: Iterable[tuple[Any, bool]], target_modules: str | Iterable[str]
+        self,
+        model: nn.Module,
+        batches: Iterable[tuple[Any, bool]],
+        target_modules: str | Iterable[str],
+        normalize: bool,
     ) -> int:
         """Run the batches and take in those that count; how many ran."""
         layers = select_layers(model, target_modules)
-        latest: tuple[Tensor, Steps] | None = None
-        counts = True
-
-        def run() -> Iterator[Any]:
-            nonlocal counts
-            for batch, counted in batches:
-                counts = counted
-                yield batch
+        latest: tuple[Tensor, Tensor, Steps] | None = None
+        turns = _Turns(batches)
 
         def observe(name: str, features: Tensor) -> None:
             nonlocal latest
-            if not counts:
+            if not turns.counts:
                 return
             if latest is None or latest[0] is not features:
-                latest = features, []
-            self._add(name, features, latest[1])
+                latest = features, _unit_rows(features) if normalize else features, []
+            self._add(name, *latest[1:])
 
-        return observe_features(model, layers, run(), self.side, observe)
+        return observe_features(model, layers, turns, self.side, observe)
+
+    def _collect_gradients(
+        self, model: nn.Module, batches: Iterable[tuple[Any, bool]], loss: Callable[[nn.Module, Any], Tensor] | None
+    ) -> int:
+        turns = _Turns(batches)
+
+        def observe(name: str, gradients: Tensor) -> None:
+            if turns.counts:
+                self._add(name, gradients, [])
+
+        return observe_gradients(model, turns, loss or own_loss, observe)
 
     def update(self, name: str, features: Tensor) -> None:
         """Add features (N x d) of the layer ``name``; leading dimensions are flattened.
@@ -414,8 +500,27 @@ class NullSpace:
         return loaded
 
 
+class _Turns:
+    """Batches one after the other, and whether the one whose turn it is counts."""
+
+    def __init__(self, batches: Iterable[tuple[Any, bool]]) -> None:
+        self._batches = batches
+        self.counts = True
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, counts in self._batches:
+            self.counts = counts
+            yield batch
+
+
 def _merge(source: Statistics, held: Statistics) -> None:
     held.merge(source)
+
+
+def _unit_rows(features: Tensor) -> Tensor:
+    """Each row divided by its norm; a row of zeros stays one."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    return torch.nn.functional.normalize(wide, dim=1, eps=torch.finfo(wide.dtype).tiny)
 
 
 def _checked(name: str, features: Tensor) -> Tensor:

@@ -211,3 +211,26 @@ def test_padding_is_excluded_from_flattened_tokens(x, device):
     mask[0, 2:] = 0
     found = NullSpace().collect(Flattening(False).to(device), [{"x": x, "attention_mask": mask}])
     matches(found, {"layer": x[mask.bool()]})
+
+
+def test_normalized_features_count_every_token_alike(model, x, device):
+    """A token a thousand times as large takes all of the energy, unless it is divided by its norm."""
+    x = x.clone()
+    x[0, 0] *= 1e4
+    raw = NullSpace(energy=0.95).collect(model, [x])
+    even = NullSpace(energy=0.95).collect(model, [x[:2], x[2:]], normalize=True)
+    for name, features in inputs_of(model, x).items():
+        unit = features / features.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(even.eigenvalues(name).double().cpu(), eigenvalues(unit), rtol=1e-5, atol=1e-6)
+        assert raw.basis(name).shape[1] == 1
+        K = even.basis(name).to(device)
+        kept = (unit.detach() @ K).square().sum(-1).mean()
+        assert float(kept) >= 0.95 - 1e-6
+
+
+def test_normalizing_leaves_a_token_of_zeros_alone(model, device):
+    x = torch.zeros(2, TOKENS, WIDTH, device=device)
+    x[0, 0, 3] = 5.0
+    null_space = NullSpace(energy=1.0).collect(model, [x], target_modules=["query"], normalize=True)
+    assert null_space.basis("query").abs().argmax() == 3
+    assert float(null_space.eigenvalues("query")[0]) == pytest.approx(1 / (2 * TOKENS))

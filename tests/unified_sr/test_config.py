@@ -111,10 +111,10 @@ def test_differences_name_changed_and_absent_settings() -> None:
     assert differences(old, settings) == ["steps: 3 -> 7", "seed: '(absent)' -> 0", "gone: 1 -> '(absent)'"]
 
 
-def test_an_old_run_lacks_no_setting_that_is_null() -> None:
+def test_an_old_run_lacks_no_setting_that_is_off() -> None:
     settings = resolve(flags={"method": "gems"})
     old = yaml.safe_load(to_yaml(settings))
-    del old["others_lr"]
+    del old["others_lr"], old["normalize"], old["protect_others"]
     assert differences(old, settings) == []
     trained = resolve(flags={"method": "gems"}, pairs=["train_others=true", "others_lr=1.0e-4"])
     assert differences({**old, "train_others": True}, trained) == ["others_lr: None -> 0.0001"]

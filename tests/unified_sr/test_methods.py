@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from method_worlds import TEXT, batches, built, losses
@@ -93,6 +95,41 @@ def test_what_gems_does_not_decompose_may_have_a_rate_of_its_own(llama_folder: s
     assert {group["lr"] for group in updater.optimizer.param_groups if group["name"] != "items"} == {1e-3}
     with pytest.raises(ValueError, match=r"others_lr=2e-05 has nothing to train: set train_others"):
         built(llama_folder, "gems", "others_lr=2.0e-5")
+
+
+@pytest.mark.parametrize("folder", ["llama_folder", "t5_folder"])
+def test_what_gems_does_not_decompose_may_be_protected_too(folder: str, request: pytest.FixtureRequest) -> None:
+    """Vectors move, but not along the gradients that general text has for them."""
+    folder = request.getfixturevalue(folder)
+    pairs = ["train_others=true", "others_lr=1.0e-2", "energy=0.9"]
+    ranker, updater = built(folder, "gems", *pairs, "protect_others=true")
+    vectors = {name: weight for name, weight in ranker.backbone.named_parameters() if weight.ndim == 1}
+    before = {name: weight.detach().clone() for name, weight in vectors.items()}
+    for _ in range(3):
+        updater.update(losses(ranker), {"rec": 2, "search": 1})
+    assert vectors
+    for name, weight in vectors.items():
+        K = updater.optimizer.state[weight]["protected"]
+        change = weight.detach() - before[name]
+        assert K.shape[0] == weight.numel()
+        assert float(change.norm()) > 1e-3
+        assert float((K.mT @ change).norm()) < 1e-4 * float(change.norm())
+    assert any("in the null space of the gradients of general text" in note for note in updater.notes)
+    free = any("relative_attention_bias" in name for name, _ in ranker.named_parameters())
+    assert any("that are no vectors" in note for note in updater.notes) == free
+    with pytest.raises(ValueError, match=r"protect_others=True asks for train_others and protect, found train_o"):
+        built(folder, "gems", "protect_others=true")
+    with pytest.raises(ValueError, match="protect=False: set both to true"):
+        built(folder, "gems-no-null", "train_others=true", "protect_others=true")
+
+
+def test_gems_protects_normalized_features_where_asked(llama_folder: str) -> None:
+    shares = []
+    for pairs in ([], ["normalize=true"]):
+        _, updater = built(llama_folder, "gems", *pairs)
+        optimizer: Any = updater.optimizer
+        shares.append([layer.protected.shape[1] for layer in optimizer._stepper.layers.values()])
+    assert shares[0] != shares[1]
 
 
 def test_gems_reports_what_the_plots_need(llama_folder: str) -> None:

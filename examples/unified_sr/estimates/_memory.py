@@ -133,6 +133,9 @@ def _gems(settings: Any, shape: ModelShape, tasks: int) -> _Training:
         optimizer += found.state
         null_space += 2 * FLOAT * d * d if settings.protect else 0  # sums of products are kept in float64
     others = shape.others if settings.train_others else 0
+    if settings.protect_others:  # shape.others counts entries, not vectors; those of a norm are as wide as the model
+        null_space += 2 * FLOAT * others * shape.width
+        optimizer += int(PROTECTED_SHARE * FLOAT * others * shape.width)
     return _Training(gradients + FLOAT * others, optimizer + 2 * FLOAT * others, null_space)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     """Fit the null space on general text and wrap AdamW.
 
     Raises:
-        ValueError: if ``others_lr`` is given where the others are not trained.
+        ValueError: if ``others_lr`` or ``protect_others`` is given where the others are not trained, or the latter
+            where nothing is protected.
     """
     from gradsub import GemsOptimizer
     from gradsub.layers import select_layers
@@ -112,6 +114,11 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     if settings.others_lr is not None and not settings.train_others:
         raise ValueError(
             f"others_lr={settings.others_lr} has nothing to train: set train_others to true, or others_lr to null"
+        )
+    if settings.protect_others and not (settings.train_others and settings.protect):
+        raise ValueError(
+            f"protect_others=True asks for train_others and protect, found train_others={settings.train_others} and "
+            f"protect={settings.protect}: set both to true, or protect_others to false"
         )
     layers: list[Any] = list(select_layers(ranker.backbone).values())
     linear: list[nn.Parameter] = [layer.weight for layer in layers]
@@ -152,10 +159,18 @@ def build(setup: Setup[GemsSettings]) -> Updater:
             "protects them, so training them would change the model's answers to general text."
         )
     elif others:
+        free = [weight for weight in others if weight.ndim != 1] if settings.protect_others else others
+        kept = (
+            "norms and biases, in the null space of the gradients of general text"
+            if settings.protect_others
+            else "no null space protects them"
+        )
         notes.append(
             "Norms, biases and all else that is no linear layer are trained by plain AdamW, at the peak rate "
-            f"{for_others.lr:g}; no null space protects them."
+            f"{for_others.lr:g}; {kept}."
         )
+        if free and settings.protect_others:
+            notes.append(f"No null space protects the {len(free)} of them that are no vectors.")
     if not settings.protect:
         notes.append("Nothing is protected (`protect: false`): the subspaces hold any direction of the gradients.")
     if not settings.task_subspaces:
@@ -182,8 +197,18 @@ def _null_space(setup: Setup[GemsSettings]) -> Any:
     null_space = NullSpace(side=settings.side, **chosen)
     backbone: nn.Module = setup.ranker.backbone
     setup.say(f"null space: {settings.null_space_tokens} tokens of general text")
-    null_space.collect(backbone, setup.general_batches(), target_modules="all-linear")
+    batches = setup.general_batches
+    null_space.collect(backbone, batches(), target_modules="all-linear", normalize=settings.normalize)
+    if settings.protect_others:
+        null_space.collect_gradients(backbone, batches(), partial(_next_tokens, setup.ranker.lm))
     return null_space
+
+
+def _next_tokens(lm: nn.Module, _: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The language model's loss on general text, summed over tokens, from its own vocabulary head."""
+    logits: Tensor = lm(**batch).logits
+    tokens = batch.get("decoder_input_ids", batch["input_ids"])
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
 
 
 GEMS = Method("gems", "GEMS with the library's defaults (input side)", GemsSettings, build)

@@ -28,8 +28,10 @@ class GemsSettings(Settings):
     energy: float | None = setting(0.95, "share of the general features' energy protected", above=0, maximum=1)
     threshold: float | None = setting(None, "protect directions above this eigenvalue instead", minimum=0)
     null_space_tokens: int = setting(8192, "tokens of general text that define the null space", minimum=16)
-    train_others: bool = setting(False, "whether norms, biases and the like are trained too, which nothing protects")
+    normalize: bool = setting(False, "whether every token of general text counts the same, however long its features")
+    train_others: bool = setting(False, "whether norms, biases and the like are trained too")
     others_lr: float | None = setting(None, "their peak learning rate, if they are trained; null takes lr", above=0)
+    protect_others: bool = setting(False, "whether their steps are kept out of general text's gradients, if they are")
 
 
 @dataclass(frozen=True, kw_only=True)
