@@ -152,7 +152,7 @@ def test_what_is_wrong_is_named(model, x):
         NullSpace().collect_gradients(model, [x])
     with pytest.raises(ValueError, match=r"loss must return a scalar .* found \(4, 5, 6\)"):
         NullSpace().collect_gradients(model, [x], lambda model, x: model(x))
-    with pytest.raises(ValueError, match="loss must return a scalar .* found float"):
+    with pytest.raises(ValueError, match=r"loss must return a scalar .* found float"):
         NullSpace().collect_gradients(model, [x], lambda model, x: 1.0)
     with pytest.raises(ValueError, match="batches is empty"):
         NullSpace().collect_gradients(model, [], loss)
