@@ -67,7 +67,8 @@ class GemsOptimizer(Optimizer):
         null_space: the protected directions; None protects nothing.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
-            ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh.
+            ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh, of which a vector that
+            ``null_space`` knows (`NullSpace.collect_gradients`) keeps the part in its null space.
         target_modules: which layers of ``model``, by peft's convention: ``"all-linear"``, a regular expression, or
             names.
         seed: of the random test matrices; torch's global generator is never used.

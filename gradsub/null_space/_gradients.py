@@ -62,9 +62,8 @@ def observe_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, obse
             count += 1
     if watch.left_out:
         warnings.warn(
-            f"no gradients were collected for {sorted(watch.left_out)}: the loss does not depend on them, or more than "
-            "the modules that hold them uses them, or these mix their entries. Nothing protects them; freeze them if "
-            "they are to stay",
+            f"no gradients were collected for {sorted(watch.left_out)}: they are used outside of the modules that hold "
+            "them, or these mix their entries. Nothing protects them; freeze them if they are to stay",
             stacklevel=6,
         )
     return count
@@ -109,7 +108,9 @@ class _Watch:
         """The rows of every vector that add up to its gradient."""
         for parameter, gradient in gradients.items():
             found, name = self._rows.pop(parameter, []), self._vectors[parameter]
-            if gradient is None or not found:
+            if gradient is None:
+                continue  # the loss does not depend on it
+            if not found:
                 self.left_out.add(name)
                 continue
             rows = torch.cat(found)

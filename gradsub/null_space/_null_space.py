@@ -53,6 +53,9 @@ class NullSpace:
     energy is loose unless the budget holds several times as many rows as there are directions to protect: where that
     is no saving over 8 d^2 bytes, prefer exact statistics, which are faster to collect as well.
 
+    Norm weights and biases have null spaces as well, of the gradients that general-domain data has for them:
+    `collect_gradients`.
+
     Layers that receive the very same tensor in every batch, as query, key and value projections do, share their
     statistics and one eigendecomposition.
 
@@ -176,8 +179,8 @@ class NullSpace:
 
         Args:
             model: the model whose vectors are protected; all of them that scale or shift their module's features, as
-                norm weights and biases do. Those that do not, or that the loss does not reach, are left out, which is
-                said once.
+                norm weights and biases do. Others are left out with a warning; those on which the loss does not depend
+                need no protection.
             batches: as of `collect`.
             loss: maps the model and a batch to a scalar; None: ``model(batch).loss``, as models of transformers
                 compute from ``labels``.
