@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from gradsub import NullSpace
 from tests.distributed.launch import launch
@@ -61,6 +63,34 @@ def test_sketches_are_the_same_on_every_rank_and_within_their_bound(tmp_path: Pa
     top = torch.linalg.eigvalsh(exact).flip(0)[: K.shape[1]]
     held = torch.linalg.eigvalsh(K.mT @ exact @ K).flip(0)
     assert bool((top - held <= 2 * found[0]["0.bound"] + 1e-9).all())
+
+
+def _squares(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().sum()
+
+
+def _collect_gradients(rank: int) -> dict[str, Tensor]:
+    return _content(NullSpace(energy=0.9).collect_gradients(_model(), _batches(5), _squares))
+
+
+def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+    found = launch(_collect_gradients, 3, tmp_path)
+    alone = _collect_gradients(0)
+    assert set(alone) == {"0.bias", "2.bias", "0.bias.bound", "2.bias.bound"}
+    for name in ("0.bias", "2.bias"):
+        assert all(torch.equal(each[name], found[0][name]) for each in found)
+        assert torch.allclose(found[0][name] @ found[0][name].mT, alone[name] @ alone[name].mT, atol=1e-9)
+
+
+def _from_sharded(rank: int) -> str:
+    model = fully_shard(_model(), mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(ValueError, match=r"0\.bias is sharded: collect gradients before fully_shard"):
+        NullSpace().collect_gradients(model, _batches(1), _squares)
+    return "refused"
+
+
+def test_gradients_of_sharded_vectors_are_refused(tmp_path: Path) -> None:
+    assert launch(_from_sharded, 2, tmp_path) == ["refused", "refused"]
 
 
 def _different(rank: int) -> str:

@@ -80,6 +80,8 @@ def build(
     if world.protect:
         null_space = NullSpace(side=world.side, max_rank=3)
         null_space.collect(model, [batch(999, 0)[0]])
+        # Vectors are collected from a model that is whole.
+        null_space.collect_gradients(build_model(), [batch(999, 0)[0]], lambda model, x: model(x).square().sum())
     wrapped = DistributedDataParallel(model) if world.ddp and ranks > 1 else model
     kinds = {
         "adamw": lambda: torch.optim.AdamW(wrapped.parameters(), lr=1e-2, weight_decay=0.1),
