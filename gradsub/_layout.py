@@ -71,7 +71,7 @@ class Layout:
         self._count = 0
         self._warned: set[str] = set()
         self._shards: Shards | None = None
-        self._vectors: dict[Tensor, Tensor] = {}
+        self._vectors: set[Tensor] = set()
         if model is not None:
             self._targets = _targets(model, target_modules)
             self._names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
@@ -112,16 +112,29 @@ class Layout:
                 "obey it: leave subspace=True for it, target it, or freeze it",
             )
             return
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        protected = self._protected(protecting, parameter, parameter.numel(), dtype)
-        self._warn_no_freedom(self.name(parameter), protected)
-        self._check_mesh(parameter, shards_of(parameter, self.name(parameter)))
-        self._vectors[parameter] = protected
+        try:
+            shards_of(parameter, self.name(parameter))
+        except ValueError as error:
+            self._warn("distributed vector", f"{error}. It is not protected; freeze it if it is to stay")
+            return
+        self._vectors.add(parameter)
         self._seen[parameter] = self._versions(protecting)
+        protected = self.vector(parameter)
+        assert protected is not None
+        self._warn_no_freedom(self.name(parameter), protected)
+        if not protected.shape[1]:
+            self._warn(
+                "no direction",
+                f"null_space protects no direction of {self.name(parameter)}: its criterion asks for none. A threshold "
+                "is in squared units of the features, which are gradients here; energy has no units",
+            )
 
     def vector(self, parameter: Tensor) -> Tensor | None:
         """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
-        return self._vectors.get(parameter)
+        if parameter not in self._vectors:
+            return None
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
         if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point():
@@ -160,8 +173,8 @@ class Layout:
             return
         if self._shards is not None and self._shards.group is not shards.group:
             raise ValueError(
-                f"{self.name(parameter)} is sharded over other ranks than those before it: shard all decomposed or "
-                "protected weights along one dimension of one mesh, or leave this one out of both"
+                f"{self.name(parameter)} is sharded over other ranks than the layers before it: shard all decomposed "
+                "weights along one dimension of one mesh, or give this one subspace=False"
             )
         self._shards = shards
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
@@ -48,21 +49,23 @@ class ProtectedVectors:
 
     @contextmanager
     def held(self, layout: Layout) -> Iterator[None]:
-        """A step in here moves no vector along what is protected of it, what the null space learnt since included."""
+        """A step in here moves no vector along what is protected, what the null space learnt of it since included."""
         stepped = [vector for vector in self._shards if vector.grad is not None]
         for vector in stepped:
             if layout.outdated(vector):
                 self.protect(vector, layout.renewed(vector, self._state[vector][PROTECTED]))
         before = [local(vector).clone() for vector in stepped]
-        yield
-        self._take_back(stepped, before)
+        try:
+            yield
+        finally:
+            self._take_back(stepped, before)
 
     def _take_back(self, vectors: list[Tensor], before: list[Tensor]) -> None:
         bases = [self._rows(vector) for vector in vectors]
-        changes = [(local(vector) - old).to(K.dtype) for vector, old, K in zip(vectors, before, bases, strict=True)]
-        inside = [K.mT @ change for K, change in zip(bases, changes, strict=True)]
-        self._sum_over_ranks(vectors, inside)
-        for vector, old, K, change, along in zip(vectors, before, bases, changes, inside, strict=True):
+        olds = [old.to(K.dtype) for old, K in zip(before, bases, strict=True)]
+        changes = [local(vector).to(old.dtype) - old for vector, old in zip(vectors, olds, strict=True)]
+        inside = self._over_ranks(vectors, [K.mT @ change for K, change in zip(bases, changes, strict=True)])
+        for vector, old, K, change, along in zip(vectors, olds, bases, changes, inside, strict=True):
             local(vector).copy_(old + torch.addmv(change, K, along, alpha=-1.0))
 
     def _rows(self, vector: Tensor) -> Tensor:
@@ -71,12 +74,16 @@ class ProtectedVectors:
         protected: Tensor = self._state[vector][PROTECTED]
         return protected if shards is None else protected[shards.start : shards.stop]
 
-    def _sum_over_ranks(self, vectors: list[Tensor], parts: list[Tensor]) -> None:
-        divided = [part for vector, part in zip(vectors, parts, strict=True) if self._group(vector) is not None]
-        group = next((group for vector in vectors if (group := self._group(vector)) is not None), None)
-        if group is not None:
-            sum_over(group, divided)
-
-    def _group(self, vector: Tensor) -> Any:
-        shards = self._shards[vector]
-        return None if shards is None else shards.group
+    def _over_ranks(self, vectors: list[Tensor], parts: list[Tensor]) -> list[Tensor]:
+        """K^T step of whole vectors, from those of the entries on each rank; one sum for all that are on the same."""
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for position, vector in enumerate(vectors):
+            shards = self._shards[vector]
+            if shards is not None and shards.group is not None:
+                groups[shards.group, parts[position].dtype].append(position)
+        for (group, _), positions in groups.items():
+            summed = torch.cat([parts[position] for position in positions])
+            sum_over(group, [summed])
+            for position, part in zip(positions, torch.split(summed, [len(parts[p]) for p in positions]), strict=True):
+                parts[position] = part
+        return parts

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from gradsub.layers import unwrap
 from gradsub.null_space._collect import Observe, call, evaluating
+from gradsub.null_space._elementwise import Unsuitable, derivative, dtypes_of
 from gradsub.subspace import is_distributed
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -28,12 +28,18 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def observe_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, observe: Observe) -> int:
-    """Hand every vector's gradient, position by position, to ``observe(name, (N, d))``; how many batches ran.
+def observe_gradients(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, observe: Observe
+) -> tuple[int, Mapping[str, str]]:
+    """Hand every vector's gradient, position by position, to ``observe(name, (N, d))``.
 
     A module that scales or shifts its features has y_t[i] depend on v[i] alone, for every position t. So the gradient
-    of v is a sum of a_t * dL/dy_t over the positions, with a_t = dy_t/dv entry by entry, and these rows are handed on.
-    Vectors of which that does not hold, which the sum gives away, are left out with one warning.
+    of v is the sum of a_t * dL/dy_t over the positions, with a_t = dy_t/dv entry by entry, and these rows are handed
+    on.
+
+    Returns:
+        how many batches ran; and by name, why a vector is to be left out, of which rows may have been handed on before
+        that was seen.
     """
     model = unwrap(model)
     vectors = _vectors(model)
@@ -50,23 +56,24 @@ def observe_gradients(model: nn.Module, batches: Iterable[Any], loss: Loss, obse
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for batch in batches:
-            value = loss(model, batch)
-            if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(
-                    f"loss must return a scalar that depends on the model's norm weights or biases, found {found}"
-                )
+            value = _checked(loss(model, batch))
             gradients = torch.autograd.grad(value.sum(), list(vectors), allow_unused=True)
             for name, rows in watch.finish(dict(zip(vectors, gradients, strict=True))):
                 observe(name, rows)
             count += 1
-    if watch.left_out:
-        warnings.warn(
-            f"no gradients were collected for {sorted(watch.left_out)}: they are used outside of the modules that hold "
-            "them, or these mix their entries. Nothing protects them; freeze them if they are to stay",
-            stacklevel=6,
+    return count, {vectors[parameter]: reason for parameter, reason in watch.left_out.items()}
+
+
+def _checked(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"loss must return a scalar tensor, found {found}: reduce it over positions, best by a sum")
+    if not value.requires_grad:
+        raise ValueError(
+            "loss returned a tensor without a graph: it does not depend on the model's norm weights and biases, or was "
+            "computed under no_grad, detached, or by reentrant activation checkpointing; compute it with a graph"
         )
-    return count
+    return value
 
 
 class _Watch:
@@ -75,28 +82,32 @@ class _Watch:
     def __init__(self, vectors: Mapping[nn.Parameter, str]) -> None:
         self._vectors = vectors
         self._rows: dict[nn.Parameter, list[Tensor]] = defaultdict(list)
+        self._dtypes: dict[nn.Parameter, set[torch.dtype]] = defaultdict(set)
         self._looking = True
-        self.left_out: set[str] = set()
+        self.left_out: dict[nn.Parameter, str] = {}
 
     def hook(self, own: Mapping[str, nn.Parameter]) -> Hook:
         """A forward hook for a module with these vectors, by their names there."""
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Tensor | None:
-            if not self._looking or not isinstance(output, Tensor) or not output.requires_grad:
+            if not self._looking or not torch.is_grad_enabled():
                 return None
             self._looking = False  # the module is run again, and that calls this hook
             try:
-                derivatives = {
-                    parameter: _derivative(module, key, parameter, inputs, named) for key, parameter in own.items()
-                }
+                derivatives = self._derivatives(module, own, inputs, named)
             finally:
                 self._looking = True
+            if not derivatives or not isinstance(output, Tensor) or not output.requires_grad:
+                return None
+            for parameter in derivatives:
+                self._dtypes[parameter] |= dtypes_of(output, inputs, parameter)
 
             def take(gradient: Tensor) -> None:
-                for parameter, derivative in derivatives.items():
-                    if derivative.shape[-1:] == parameter.shape:
-                        rows = (gradient.detach() * derivative).reshape(-1, parameter.numel())
-                        self._rows[parameter].append(rows)
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                for parameter, along in derivatives.items():
+                    self._dtypes[parameter].add(gradient.dtype)
+                    rows = gradient.detach().to(wide) * along.to(wide)
+                    self._rows[parameter].append(rows.reshape(-1, parameter.numel()))
 
             output.register_hook(take)  # type: ignore[no-untyped-call]
             # An activation in place would take the place of the output, and the hook would be gone.
@@ -104,37 +115,36 @@ class _Watch:
 
         return hook
 
+    def _derivatives(
+        self, module: nn.Module, own: Mapping[str, nn.Parameter], inputs: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> dict[nn.Parameter, Tensor]:
+        derivatives = {}
+        for key, parameter in own.items():
+            if parameter in self.left_out:
+                continue
+            try:
+                found = derivative(module, key, parameter, inputs, named)
+            except Unsuitable as reason:
+                self.left_out[parameter] = str(reason)
+                continue
+            if found is not None:
+                derivatives[parameter] = found
+        return derivatives
+
     def finish(self, gradients: Mapping[nn.Parameter, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
         """The rows of every vector that add up to its gradient."""
         for parameter, gradient in gradients.items():
-            found, name = self._rows.pop(parameter, []), self._vectors[parameter]
-            if gradient is None:
-                continue  # the loss does not depend on it
-            if not found:
-                self.left_out.add(name)
+            found = self._rows.pop(parameter, [])
+            if gradient is None or parameter in self.left_out:
+                continue  # the loss does not depend on it, or it is known to be unsuitable
+            rows = torch.cat(found) if found else gradient.new_zeros(1, parameter.numel())
+            missing = rows.sum(0) - gradient
+            # Gradients below float32 are sums that autograd has rounded; a use elsewhere stands out all the same.
+            tolerance = 1e-3 if all(torch.finfo(kind).bits >= 32 for kind in self._dtypes[parameter]) else 0.25
+            if bool(missing.norm() > tolerance * rows.abs().sum(0).norm()):
+                self.left_out[parameter] = "it is used outside of its module"
                 continue
-            rows = torch.cat(found)
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            missing = rows.sum(0, dtype=wide) - gradient
-            tolerance = max(1e-3, 8 * torch.finfo(gradient.dtype).eps)
-            if bool(missing.norm() > tolerance * rows.abs().sum(0, dtype=wide).norm()):
-                self.left_out.add(name)
-                continue
-            yield name, rows
-
-
-def _derivative(
-    module: nn.Module, key: str, parameter: nn.Parameter, inputs: tuple[Any, ...], named: Mapping[str, Any]
-) -> Tensor:
-    """dy_t[i] / dv[i] of a module's output y, by differentiating u -> u^T dy/dv, which is linear in u."""
-    vector = parameter.detach().requires_grad_()
-    arguments = tuple(map(_detached, inputs))
-    options = {name: _detached(value) for name, value in named.items()}
-    output: Tensor = torch.func.functional_call(module, {key: vector}, arguments, options)
-    direction = torch.zeros_like(output, requires_grad=True)
-    (pulled,) = torch.autograd.grad(output, vector, direction, create_graph=True)
-    (found,) = torch.autograd.grad(pulled, direction, torch.ones_like(pulled))
-    return found
+            yield self._vectors[parameter], rows
 
 
 def _vectors(model: nn.Module) -> dict[nn.Parameter, str]:
@@ -162,7 +172,3 @@ def _only_these_train(model: nn.Module, vectors: Mapping[nn.Parameter, str]) -> 
     finally:
         for parameter, before in training.items():
             parameter.requires_grad_(before)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value

@@ -63,8 +63,8 @@ class NullSpace:
         side: ``"input"`` (features are layer inputs, d = in_features) or ``"output"`` (d = out_features, as published).
         energy: share in (0, 1] of the features' mean square tr(C) that the protected directions hold at least; the
             smallest such k is taken. 0.95 when no criterion is given.
-        threshold: absolute eigenvalue, in squared feature units: directions with a smaller eigenvalue are free
-            (published: 2e-2). Excludes ``energy``.
+        threshold: absolute eigenvalue, in squared feature units (of `collect_gradients`, squared units of gradients):
+            directions with a smaller eigenvalue are free (published: 2e-2). Excludes ``energy``.
         max_rank: at most this many protected directions a layer; alone, without the others, exactly that many (as far
             as the features have rank).
         layer_memory_budget: bytes that a layer's statistics may take between calls; None: always exact. With d the
@@ -135,7 +135,8 @@ class NullSpace:
             normalize: divide every token's features by their norm, so that all tokens count the same. Language models
                 have layers where few tokens are thousands of times as large as the others (massive activations, arXiv
                 2402.17762). There nearly all of the mean square is theirs, and ``energy`` is satisfied by one or two
-                directions that leave the other tokens unprotected. ``threshold`` is then a mean squared cosine.
+                directions that leave the other tokens unprotected. ``threshold`` is then a mean squared cosine. Pass
+                the same in every call; what was passed is not recorded.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
@@ -171,19 +172,23 @@ class NullSpace:
         their loss as it is to first order. The features of v are the gradients g_t (d) of ``loss`` with respect to v
         that come through the positions t, one row for each, for either ``side``; they sum to the gradient of v. The
         optimizer then projects each step of v onto the complement of their leading directions K, so that
-        g^T dv = 0 for every g in the span of K.
+        g^T dv = 0 for every g in the span of K: at the weights at which they were collected, and of the part of each
+        gradient that K holds. It protects the vectors that are known when it is built.
 
         The model runs in evaluation mode; modes, ``requires_grad`` and ``.grad`` are as before afterwards. Vectors are
-        collected whether they require gradients or not. A batch weighs as ``loss`` weighs it: of means over batches of
-        different sizes each counts the same.
+        collected whether they require gradients or not. If anything fails, nothing is added. A vector's statistics are
+        its own (8 d^2 bytes, or ``layer_memory_budget``), and for one batch at a time two rows (d) for every position
+        are held for each vector.
 
         Args:
-            model: the model whose vectors are protected; all of them that scale or shift their module's features, as
-                norm weights and biases do. Others are left out with a warning; those on which the loss does not depend
-                need no protection.
-            batches: as of `collect`.
-            loss: maps the model and a batch to a scalar; None: ``model(batch).loss``, as models of transformers
-                compute from ``labels``.
+            model: the model whose vectors are protected; all that scale or shift their module's features on the last
+                axis, as norm weights and biases do. Others are left out, and a warning names each with the reason;
+                those on which the loss does not depend need no protection.
+            batches: each is a tensor, a tuple or a mapping, or whatever ``loss`` takes. Padding is kept out by
+                ``loss``, which must not depend on it.
+            loss: maps the model and a batch to a scalar, best a sum over positions: a mean over N divides the rows by
+                N, so that a short batch counts more than a long one. None: ``model(batch).loss``, which models of
+                transformers compute from ``labels``; it is a mean.
             shard: as of `collect`.
             process_group: as of `collect`.
 
@@ -262,12 +267,22 @@ class NullSpace:
         self, model: nn.Module, batches: Iterable[tuple[Any, bool]], loss: Callable[[nn.Module, Any], Tensor] | None
     ) -> int:
         turns = _Turns(batches)
+        increment = NullSpace(**self._settings())
 
         def observe(name: str, gradients: Tensor) -> None:
             if turns.counts:
-                self._add(name, gradients, [])
+                increment._add(name, gradients, [])
 
-        return observe_gradients(model, turns, loss or own_loss, observe)
+        count, left_out = observe_gradients(model, turns, loss or own_loss, observe)
+        increment._shared.drop(left_out)
+        if left_out:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(left_out.items()))
+            warnings.warn(
+                f"no gradients are collected for {listed}. Nothing protects these; freeze them if they are to stay",
+                stacklevel=5,
+            )
+        self.merge(increment)
+        return count
 
     def update(self, name: str, features: Tensor) -> None:
         """Add features (N x d) of the layer ``name``; leading dimensions are flattened.
@@ -523,7 +538,9 @@ def _merge(source: Statistics, held: Statistics) -> None:
 def _unit_rows(features: Tensor) -> Tensor:
     """Each row divided by its norm; a row of zeros stays one."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    return torch.nn.functional.normalize(wide, dim=1, eps=torch.finfo(wide.dtype).tiny)
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    wide = wide / torch.where(largest > 0, largest, 1.0)  # squares of tiny or huge entries would leave the range
+    return torch.nn.functional.normalize(wide, dim=1)
 
 
 def _checked(name: str, features: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gradsub.null_space._statistics import Statistics
 
@@ -43,6 +43,12 @@ class SharedStatistics:
                 steps.append((before, after))
         self.by_name[name] = after
         self.versions[name] = self.versions.get(name, 0) + 1
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forget layers, of which nothing may be known."""
+        for name in names:
+            self.by_name.pop(name, None)
+            self.versions.pop(name, None)
 
     def distinct(self) -> dict[str, Statistics]:
         """Every object once, under the first layer that holds it."""

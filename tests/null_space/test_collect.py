@@ -228,9 +228,10 @@ def test_normalized_features_count_every_token_alike(model, x, device):
         assert float(kept) >= 0.95 - 1e-6
 
 
-def test_normalizing_leaves_a_token_of_zeros_alone(model, device):
+@pytest.mark.parametrize("size", [1e-38, 1e-25, 5.0, 1e30])
+def test_normalizing_knows_any_size_and_leaves_a_token_of_zeros_alone(model, device, size):
     x = torch.zeros(2, TOKENS, WIDTH, device=device)
-    x[0, 0, 3] = 5.0
+    x[0, 0, 3] = size
     null_space = NullSpace(energy=1.0).collect(model, [x], target_modules=["query"], normalize=True)
     assert null_space.basis("query").abs().argmax() == 3
     assert float(null_space.eigenvalues("query")[0]) == pytest.approx(1 / (2 * TOKENS))

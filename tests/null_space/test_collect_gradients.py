@@ -96,17 +96,47 @@ def test_the_model_is_left_as_it_was(model, x):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_no_step_along_the_complement_changes_the_loss_to_first_order(model, x):
-    null_space = NullSpace(max_rank=3).collect_gradients(model, [x], loss)
-    for name, parameter in NAMES.items():
-        K = null_space.basis(name, torch.float64).to(x)
-        weight = model.get_parameter(parameter)
+@pytest.mark.parametrize("name", list(NAMES))
+def test_no_step_in_the_null_space_changes_the_loss_to_first_order(model, x, name):
+    x = x[0, :2]  # fewer positions than a vector has entries: all of them can be protected
+    null_space = NullSpace(energy=1.0).collect_gradients(model, [x], loss)
+    weight = model.get_parameter(NAMES[name])
+    gradient = torch.autograd.grad(loss(model, x), weight)[0]
+    K = null_space.basis(name, torch.float64).to(x)
+    assert 0 < K.shape[1] <= 2
+    torch.testing.assert_close(K @ (K.mT @ gradient), gradient)
+    with torch.no_grad():
+        before = loss(model, x)
         step = torch.randn(WIDTH, dtype=torch.float64).to(x)
-        gradient = torch.autograd.grad(loss(model, x), weight)[0]
-        rows = by_position(model, x, parameter)
-        left = rows - rows @ K @ K.mT
-        free = step - K @ (K.mT @ step)
-        torch.testing.assert_close(gradient @ free, left.sum(0) @ step, rtol=1e-6, atol=1e-9)
+        changes = []
+        for direction in (step - K @ (K.mT @ step), step):
+            weight.add_(1e-6 * direction)
+            changes.append(float(loss(model, x) - before) / 1e-6)
+            weight.sub_(1e-6 * direction)
+    assert abs(changes[0]) < 1e-4 < 1e-2 < abs(changes[1])
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_bfloat16(device, autocast, rows):
+    """Sums over positions are rounded there, by much more than rows; nothing is left out for that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)).to(device)
+    x = torch.randn(rows, 8, device=device)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            return model(x).float().square().sum()
+
+    exact = NullSpace().collect_gradients(model, [x], lambda model, x: model(x).square().sum())
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rounded = NullSpace().collect_gradients(model, [x], loss)
+    assert set(rounded) == set(exact) == {"0.bias", "1", "1.bias", "2.bias"}
+    for name in exact:
+        torch.testing.assert_close(rounded.eigenvalues(name), exact.eigenvalues(name), rtol=0.1, atol=0.05 * rows)
 
 
 def test_a_module_used_twice_has_the_rows_of_both_uses(device):
@@ -140,20 +170,95 @@ def test_vectors_that_cannot_be_told_apart_by_position_are_left_out_and_named(x)
 
     model = Odd().to(x)
     null_space = NullSpace()
-    with pytest.warns(UserWarning, match=r"\['mixing', 'norm\.bias'\].*freeze them") as seen:
+    said = r"mixing: its module mixes its entries; norm\.bias: it is used outside of its module\. .* freeze them"
+    with pytest.warns(UserWarning, match=said) as seen:
         null_space.collect_gradients(model, [x], loss)
     assert len(seen) == 1
     assert seen[0].filename == __file__
     assert set(null_space) == {"norm"}
 
 
+class Channels(nn.Module):
+    """Features on the second axis, before and after ones on the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.convolution = nn.Conv1d(5, 3, 1)
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convolution(self.norm(x))
+        return self.attention(x, x, x)[0]
+
+
+def test_features_elsewhere_than_on_the_last_axis_are_left_out(x):
+    said = (
+        r"attention\.in_proj_bias: its module returns no single tensor; attention\.out_proj\.bias: it is used outside"
+        r".* convolution\.bias: its module's features are not on the last axis\."
+    )
+    null_space = NullSpace()
+    with pytest.warns(UserWarning, match=said):
+        null_space.collect_gradients(Channels().to(x), [x], loss)
+    assert set(null_space) == {"norm", "norm.bias"}
+
+
+def test_what_a_module_does_not_use_is_not_collected(x):
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+            self.spare = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight
+
+    assert set(NullSpace().collect_gradients(nn.Sequential(Spare()).to(x), [x], loss)) == {"0"}
+
+
+def test_under_activation_checkpointing(model, x):
+    class Recomputed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+    found = NullSpace().collect_gradients(Recomputed(), [x], loss)
+    expected = NullSpace().collect_gradients(model, [x], loss)
+    for name in NAMES:
+        torch.testing.assert_close(found.eigenvalues(f"body.{name}"), expected.eigenvalues(name))
+
+
+def test_nothing_is_taken_in_from_batches_that_fail_in_the_end(model, x):
+    null_space = NullSpace().collect_gradients(model, [x], loss)
+    before = null_space.table()
+    with pytest.raises(ValueError, match="hold NaN or Inf"):
+        null_space.collect_gradients(model, [x, x * float("nan")], loss)
+    assert null_space.table() == before
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+    class Sometimes(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (self.second.weight if len(x) == 1 else 0)
+
+    fresh = NullSpace()
+    with pytest.warns(UserWarning, match="second: it is used outside of its module"):
+        fresh.collect_gradients(Sometimes().to(x), [x, x[:1]], loss)
+    assert set(fresh) == set(NAMES) - {"second"}
+
+
 def test_what_is_wrong_is_named(model, x):
     with pytest.raises(ValueError, match=r"loss=None takes the model's own output\.loss, but Block returned none"):
         NullSpace().collect_gradients(model, [x])
-    with pytest.raises(ValueError, match=r"loss must return a scalar .* found \(4, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"loss must return a scalar tensor, found \(4, 5, 6\)"):
         NullSpace().collect_gradients(model, [x], lambda model, x: model(x))
-    with pytest.raises(ValueError, match=r"loss must return a scalar .* found float"):
+    with pytest.raises(ValueError, match=r"loss must return a scalar tensor, found float"):
         NullSpace().collect_gradients(model, [x], lambda model, x: 1.0)
+    with pytest.raises(ValueError, match=r"without a graph: .* or was computed under no_grad, detached"):
+        NullSpace().collect_gradients(model, [x], lambda model, x: loss(model, x).detach())
     with pytest.raises(ValueError, match="batches is empty"):
         NullSpace().collect_gradients(model, [], loss)
     with pytest.raises(ValueError, match="no norm weights and no biases"):

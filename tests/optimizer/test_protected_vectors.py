@@ -181,6 +181,29 @@ def test_a_vector_without_any_freedom_rests_and_that_is_said(device):
     assert float((model[1].bias - before["1.bias"]).detach().norm()) > 0.01
 
 
+def test_a_criterion_that_asks_for_no_direction_is_said(device):
+    model = model_of(device=device)
+    null_space = NullSpace(threshold=1.0)
+    for layer, width in (("0", 12), ("2", 16), ("1", 16)):
+        null_space.update(layer, (0.1 if layer == "1" else 9.0) * torch.eye(width)[:1])
+    with pytest.warns(UserWarning, match=r"protects no direction of 1\.weight: its criterion asks for none"):
+        gems(model, null_space=null_space)
+
+
+def test_a_base_optimizer_that_fails_halfway_moves_nothing_protected(device):
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            raise RuntimeError("after the step")
+
+    model = model_of(device=device)
+    null_space, before = null_space_of(model), state_of(model)
+    optimizer = gems(model, base=Failing(model.parameters(), lr=0.5), null_space=null_space)
+    with pytest.raises(RuntimeError, match="after the step"):
+        train(model, optimizer, 1)
+    assert all(part < 2e-5 for part in moved(model, before, null_space).values())
+
+
 def test_what_cannot_be_protected_is_said(device):
     model = nn.Sequential(nn.Embedding(5, 12), *model_of()).to(device)
     null_space = NullSpace(energy=1.0)

@@ -109,6 +109,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     """
     from gradsub import GemsOptimizer
     from gradsub.layers import select_layers
+    from gradsub.update import PROTECTED
 
     settings, ranker = setup.settings, setup.ranker
     if settings.others_lr is not None and not settings.train_others:
@@ -159,18 +160,13 @@ def build(setup: Setup[GemsSettings]) -> Updater:
             "protects them, so training them would change the model's answers to general text."
         )
     elif others:
-        free = [weight for weight in others if weight.ndim != 1] if settings.protect_others else others
-        kept = (
-            "norms and biases, in the null space of the gradients of general text"
-            if settings.protect_others
-            else "no null space protects them"
-        )
+        protecting = [optimizer.state.get(weight, {}).get(PROTECTED) for weight in others]
+        free = sum(basis is None or not basis.shape[1] for basis in protecting)
+        kept = f"the null space of general text's gradients protects {len(others) - free} of the {len(others)}"
         notes.append(
             "Norms, biases and all else that is no linear layer are trained by plain AdamW, at the peak rate "
-            f"{for_others.lr:g}; {kept}."
+            f"{for_others.lr:g}; {kept if settings.protect_others else 'no null space protects them'}."
         )
-        if free and settings.protect_others:
-            notes.append(f"No null space protects the {len(free)} of them that are no vectors.")
     if not settings.protect:
         notes.append("Nothing is protected (`protect: false`): the subspaces hold any direction of the gradients.")
     if not settings.task_subspaces:
