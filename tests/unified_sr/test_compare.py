@@ -24,6 +24,7 @@ from examples.unified_sr.compare import (
     significance,
     tables_of,
 )
+from examples.unified_sr.compare._collect import Group
 from examples.unified_sr.compare._tables import Cell, Table
 from examples.unified_sr.config import resolve, to_yaml
 from examples.unified_sr.metrics import mean_metrics, query_metrics
@@ -341,3 +342,8 @@ def test_escapes() -> None:
     assert r"| m\|1" in _render.markdown(table)
     assert "**-0.5 ± 0.2**" in _render.markdown(table)
     assert r"\textbf{$-$0.5 $\pm$ 0.2}" in latex_table(table)
+
+
+def test_no_two_methods_look_the_same_in_a_picture() -> None:
+    groups = [Group(str(number), ()) for number in range(66)]
+    assert len(set(_plots._looks(groups).values())) == 66

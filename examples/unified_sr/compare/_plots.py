@@ -12,7 +12,8 @@ from ._collect import Group, Run, tasks_of
 from ._statistics import mean_and_deviation
 from ._tables import perplexity_change
 
-MARKERS = "osD^vP*X<>hp"
+MARKERS = "osD^vP*X<>h"
+"""As many as have no divisor in common with the number of colours, so that pairs of both repeat late."""
 
 
 def draw(groups: Sequence[Group], trials: Sequence[Run], metric: str, folder: Path, prefix: str) -> dict[str, str]:
@@ -56,7 +57,7 @@ def score(run: Run, tasks: Sequence[str], metric: str) -> float | None:
 
 
 def _looks(groups: Sequence[Group]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each method; pairs repeat after 60 methods."""
+    """A colour and a marker for each method; pairs repeat after 66 methods."""
     pairs = zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False)
     return {group.label: pair for group, pair in zip(groups, pairs, strict=False)}
 
