@@ -115,3 +115,11 @@ def _reshard(model: nn.Module) -> None:
         reshard = getattr(module, "reshard", None)
         if type(module).__name__.startswith("FSDP") and callable(reshard):
             reshard()
+
+
+def unit_rows(features: Tensor) -> Tensor:
+    """Each row divided by its norm; a row of zeros stays one."""
+    wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    largest = wide.abs().amax(dim=1, keepdim=True)
+    wide = wide / torch.where(largest > 0, largest, 1.0)  # squares of tiny or huge entries would leave the range
+    return torch.nn.functional.normalize(wide, dim=1)

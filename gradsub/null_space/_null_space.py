@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from gradsub.distributed import Ranks
 from gradsub.layers import ALL_LINEAR, select_layers
-from gradsub.null_space._collect import observe_features
+from gradsub.null_space._collect import observe_features, unit_rows
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import read, write
 from gradsub.null_space._gradients import observe_gradients, own_loss
 from gradsub.null_space._protection import Protection, extend, protect
-from gradsub.null_space._ranks import Deal, gather
+from gradsub.null_space._ranks import Deal, Turns, gather
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics, accumulation_dtype
@@ -251,14 +251,14 @@ class NullSpace:
         """Run the batches and take in those that count; how many ran."""
         layers = select_layers(model, target_modules)
         latest: tuple[Tensor, Tensor, Steps] | None = None
-        turns = _Turns(batches)
+        turns = Turns(batches)
 
         def observe(name: str, features: Tensor) -> None:
             nonlocal latest
             if not turns.counts:
                 return
             if latest is None or latest[0] is not features:
-                latest = features, _unit_rows(features) if normalize else features, []
+                latest = features, unit_rows(features) if normalize else features, []
             self._add(name, *latest[1:])
 
         return observe_features(model, layers, turns, self.side, observe)
@@ -266,7 +266,7 @@ class NullSpace:
     def _collect_gradients(
         self, model: nn.Module, batches: Iterable[tuple[Any, bool]], loss: Callable[[nn.Module, Any], Tensor] | None
     ) -> int:
-        turns = _Turns(batches)
+        turns = Turns(batches)
         increment = NullSpace(**self._settings())
 
         def observe(name: str, gradients: Tensor) -> None:
@@ -518,29 +518,8 @@ class NullSpace:
         return loaded
 
 
-class _Turns:
-    """Batches one after the other, and whether the one whose turn it is counts."""
-
-    def __init__(self, batches: Iterable[tuple[Any, bool]]) -> None:
-        self._batches = batches
-        self.counts = True
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch, counts in self._batches:
-            self.counts = counts
-            yield batch
-
-
 def _merge(source: Statistics, held: Statistics) -> None:
     held.merge(source)
-
-
-def _unit_rows(features: Tensor) -> Tensor:
-    """Each row divided by its norm; a row of zeros stays one."""
-    wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    largest = wide.abs().amax(dim=1, keepdim=True)
-    wide = wide / torch.where(largest > 0, largest, 1.0)  # squares of tiny or huge entries would leave the range
-    return torch.nn.functional.normalize(wide, dim=1)
 
 
 def _checked(name: str, features: Tensor) -> Tensor:

@@ -55,6 +55,19 @@ class Deal:
             held = list(itertools.islice(batches, ranks.size))
 
 
+class Turns:
+    """Batches one after the other, and whether the one whose turn it is counts."""
+
+    def __init__(self, batches: Iterable[tuple[Any, bool]]) -> None:
+        self._batches = batches
+        self.counts = True
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, counts in self._batches:
+            self.counts = counts
+            yield batch
+
+
 def _fingerprint(value: list[Any]) -> list[float]:
     """The number of batches and of tensors, and the sum over their entries."""
     tensors = list(_tensors(value))
