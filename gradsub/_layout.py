@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsub.capture import can_fuse
 from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, Shards, is_distributed, shards_of
+from gradsub.subspace import Layer, Shards, is_distributed, shards_of, sketch_size
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -158,9 +158,9 @@ class Layout:
             index=index,
             axis=axis,
             widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
-            sketched=self._sketched(parameter),
             shards=shards,
         )
+        layer.sketched = self._sketched(layer)
         if not protecting:
             return layer
         layer.protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
@@ -178,8 +178,9 @@ class Layout:
             )
         self._shards = shards
 
-    def _sketched(self, parameter: Tensor) -> bool:
+    def _sketched(self, layer: Layer) -> bool:
         """Whether bases come from sketches: by default where the whole gradient is not there, and not cheap either."""
+        parameter = layer.parameter
         if is_distributed(parameter):
             if self._refresh == "svd":
                 raise ValueError(
@@ -189,7 +190,11 @@ class Layout:
             return True
         if self._refresh != "auto":
             return self._refresh == "sketch"
-        return parameter.numel() > _NOT_WORTH_SKETCHING and self.fused(parameter) is not None
+        if parameter.numel() <= _NOT_WORTH_SKETCHING or self.fused(parameter) is None:
+            return False
+        # A backward pass takes m n products for each row of the whole gradient, c (m + n) for each of its sketch.
+        m, n = layer.whole_shape
+        return sketch_size(layer.widths[0], layer.codimension) * (m + n) < m * n
 
     def fused(self, parameter: Tensor) -> tuple[list[nn.Module], bool] | None:
         """The modules whose forward pass captures the weight's gradient, and whether they store it transposed.

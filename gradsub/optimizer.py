@@ -88,7 +88,8 @@ class GemsOptimizer(Optimizer):
         refresh: where bases come from. ``"svd"``: the whole gradient, decomposed before the step, all layers in the
             same step. ``"sketch"``: products G^T Omega with max(2 r, r + 64) random directions in two consecutive
             steps, after which the basis changes; layers take turns. ``"auto"``: sketches for layers with more than
-            65,536 entries that are captured by their own backward pass, else decompositions.
+            65,536 entries that are captured by their own backward pass, as far as their rank is so small that a sketch
+            costs less than the whole gradient; else decompositions.
         process_group: the ranks that train this model on different data: a process group, a one-dimensional
             ``DeviceMesh``, or None: the default group once torch.distributed is initialised (a group of one rank turns
             communication off). Every rank has to step; what was captured is then summed in one flat bucket, and a

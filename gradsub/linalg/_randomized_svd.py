@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._arithmetic import full_precision, multiply, widen
 from ._checks import check_count, check_finite_through, check_format
-from ._range_finder import exact_svd, sketch
+from ._range_finder import exact_svd, nearly_all, sketch
 from ._thin import thin_svd
 
 
@@ -42,8 +42,8 @@ def randomized_svd(
 
         [1 + √(r/(p-1)) + e √(r+p)/p √(min(m,n)-r)]^(1/(2q+1)) σ_(r+1)
 
-    and the truncation adds no more than σ_(r+1). If ``rank + oversampling >= min(m, n)`` the result is
-    exact to working precision, up to the signs and rotations that any SVD leaves open.
+    and the truncation adds no more than σ_(r+1). If r + p is 3/4 of min(m, n) or more the result is exact
+    to working precision, since that costs less, up to the signs and rotations that any SVD leaves open.
 
     Not differentiable: for gradients, or for more than about a quarter of the singular values, use torch.linalg.svd.
     The computation and the result are in float32, in float64 for a float64 ``A``; autocast and TF32 are ignored.
@@ -107,7 +107,7 @@ def _randomized_svd_unchecked(
     with full_precision(A.device):
         A = widen(A)
         rank = min(rank, A.shape[-2], A.shape[-1])
-        if rank + oversampling >= min(A.shape[-2:]):
+        if nearly_all(A, rank + oversampling):
             U, S, V = exact_svd(A)
         elif A.shape[-2] >= A.shape[-1]:
             U, S, V = _tall_svd(A, rank + oversampling, power_iterations, generator)

@@ -178,3 +178,22 @@ def test_momentless_optimizers_and_outside_gradients_work_too():
         optimizer.zero_grad()
     assert not torch.equal(before, flat(model))
     assert model(x).square().mean() < model_of(WIDTHS)(x).square().mean()
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("shape", [(300, 300), (120, 700)])
+def test_auto_sketches_where_that_costs_less_than_the_gradient(shape, side):
+    """c (m + n) < m n for the sketch's c columns; the largest rank that is sketched lies between the extremes."""
+    m, n = shape
+    chosen = []
+    for rank in (4, 16, 40, 80, 119):
+        model = nn.Sequential(nn.Linear(n, m, bias=False))
+        optimizer = gems(model, rank=rank, side=side, refresh="auto")
+        with optimizer.task("a"):
+            model(torch.randn(3, n)).square().sum().backward()
+        optimizer.step()
+        chosen.append("sketches" in optimizer.state[model[0].weight])
+        c = sketch_size(rank, m if side == "input" else n)
+        assert chosen[-1] is (c * (m + n) < m * n)
+    assert chosen == sorted(chosen, reverse=True)
+    assert not chosen[-1]
