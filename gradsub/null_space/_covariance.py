@@ -57,5 +57,11 @@ class Covariance:
         resolution = self.dimension * torch.finfo(values.dtype).eps
         return Spectrum(values, vectors.flip(1), float(values.sum()), 0.0, resolution)
 
+    def energy(self, basis: Tensor | None = None) -> float:
+        if basis is None:
+            return float(self.total.trace()) / max(self.count, 1)
+        K = basis.to(self.total)
+        return float((K * (self.total @ K)).sum()) / max(self.count, 1)
+
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "count": self.count}

@@ -418,6 +418,50 @@ class NullSpace:
         dimension, count = self._protection(name).basis.shape
         return count / dimension
 
+    def residual_energy(self, held_out: NullSpace) -> dict[str, float]:
+        r"""How much of other features' energy every layer leaves unprotected: has enough been collected?
+
+        1 - tr(K^T C K) / tr(C), in [0, 1], with the protected directions K of this null space and the covariance C of
+        ``held_out``: the share of the mean square through which updates reach these features. On the data that K was
+        taken from it is at most 1 - ``energy``; on fresh data of the same kind it is more, the more so the fewer tokens
+        were collected. Collect until it no longer falls; a larger ``energy`` lowers it too, but leaves less to train.
+
+        Args:
+            held_out: another null space, of the same side, collected alike on text that this one has not seen; its own
+                criterion does not matter. Where its statistics are sketches, the result is an upper bound.
+
+        Returns:
+            layer -> share, for the layers that both know, in the order of this one. 0 where C is 0.
+
+        Raises:
+            ValueError: the sides differ, no layer is in both, or a layer's features have another width.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> null_space, held_out = NullSpace(energy=1.0), NullSpace()
+            >>> null_space.update("layer", torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
+            >>> held_out.update("layer", torch.tensor([[3.0, 0.0, 1.0], [0.0, 3.0, 1.0]]))
+            >>> round(null_space.residual_energy(held_out)["layer"], 6)
+            0.1
+        """
+        if held_out.side != self.side:
+            raise ValueError(f"held_out.side={held_out.side!r} must be {self.side!r}, as here: collect it again")
+        names = [name for name in self if name in held_out]
+        if not names:
+            raise ValueError(f"held_out knows {sorted(held_out)}, none of the layers here: {sorted(self)}")
+        return {name: self._residual(name, held_out._statistics(name)) for name in names}
+
+    def _residual(self, name: str, found: Statistics) -> float:
+        K = self._protection(name).basis
+        if found.dimension != K.shape[0]:
+            raise ValueError(
+                f"held_out has {found.dimension} features for {name!r}, here there are {K.shape[0]}: collect it from "
+                "the same model"
+            )
+        whole = found.energy()
+        return min(1.0, max(0.0, 1.0 - found.energy(K) / whole)) if whole else 0.0
+
     def error_bound(self, name: str) -> float:
         """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""
         return self._statistics(name).error

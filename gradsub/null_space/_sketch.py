@@ -104,6 +104,12 @@ class Sketch:
         _, values, vectors = exact_svd(held)
         return Spectrum(values.square() / count, vectors, self._energy / count, self.error, resolution)
 
+    def energy(self, basis: Tensor | None = None) -> float:
+        if basis is None:
+            return self._energy / max(self.count, 1)
+        held = self._buffer[: self._filled].to(accumulation_dtype(self._buffer.device))
+        return float((held @ basis.to(held)).square().sum()) / max(self.count, 1)
+
     def state(self) -> dict[str, Any]:
         return {
             "kind": self.kind,

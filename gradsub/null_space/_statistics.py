@@ -75,5 +75,8 @@ class Statistics(Protocol):
     def spectrum(self) -> Spectrum:
         """The eigenpairs of C that are held."""
 
+    def energy(self, basis: Tensor | None = None) -> float:
+        """tr(C), or tr(K^T C K) for orthonormal columns K; of a sketch the latter is a lower bound."""
+
     def state(self) -> dict[str, Any]:
         """Plain numbers and strings for a file's header, among them ``kind``."""
