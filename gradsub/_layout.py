@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsub.capture import can_fuse
 from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, Shards, is_distributed, shards_of, sketch_size
+from gradsub.subspace import Layer, Shards, is_distributed, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -179,7 +179,7 @@ class Layout:
         self._shards = shards
 
     def _sketched(self, layer: Layer) -> bool:
-        """Whether bases come from sketches: by default where the whole gradient is not there, and not cheap either."""
+        """Whether bases come from sketches: by default where the whole gradient is not there and would cost more."""
         parameter = layer.parameter
         if is_distributed(parameter):
             if self._refresh == "svd":
@@ -194,7 +194,7 @@ class Layout:
             return False
         # A backward pass takes m n products for each row of the whole gradient, c (m + n) for each of its sketch.
         m, n = layer.whole_shape
-        return sketch_size(layer.widths[0], layer.codimension) * (m + n) < m * n
+        return layer.sketch_size * (m + n) < m * n
 
     def fused(self, parameter: Tensor) -> tuple[list[nn.Module], bool] | None:
         """The modules whose forward pass captures the weight's gradient, and whether they store it transposed.

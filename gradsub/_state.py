@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradsub._measure import PREVIOUS_STEP
 from gradsub.inner import Inner
-from gradsub.subspace import Layer, is_distributed, shards_of
+from gradsub.subspace import SKETCHES, Layer, is_distributed, shards_of
 from gradsub.update import ANCHOR, MASTER, PROTECTED
 
 INNER = "inner."
@@ -89,7 +89,7 @@ def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, An
             f"state_dict: the base optimizer's state of {name} differs in {sorted(inner_theirs ^ inner_ours)}: wrap "
             "the same optimizer with the same options"
         )
-    missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - NULL_SPACE
+    missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - NULL_SPACE - SKETCHES
     if missing:
         raise ValueError(f"state_dict: {name} lacks {sorted(missing)}: use the same gate and master_weights")
 

@@ -172,6 +172,7 @@ class Stepper:
             kept = self.state.get(parameter, {}).get(PROTECTED)
             layer = self.layers.get(parameter)
             if layer is not None:
+                self._bank.follow_refresh(layer)
                 self.protect(layer, self._layout.renewed(parameter, kept, layer.protected))
             else:
                 self.vectors.protect(parameter, self._layout.renewed(parameter, kept, self._layout.vector(parameter)))

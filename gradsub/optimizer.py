@@ -47,7 +47,8 @@ class GemsOptimizer(Optimizer):
     Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
     there, are free for clipping and belong to the shared subspace alone. `step` consumes what was captured.
 
-    With ``model``, linear layers compute the projected gradients themselves and the weight's gradient never exists.
+    With ``model``, linear layers compute the projected gradients themselves and the weight's gradient never exists, but
+    at exact refreshes (``refresh``).
     Run the forward pass inside `task` as well: then only x B (N x r) is kept of a layer's input x (N x n), for
     ``side="input"``. Of a forward pass outside, x is kept, as always.
 
@@ -89,7 +90,7 @@ class GemsOptimizer(Optimizer):
             same step. ``"sketch"``: products G^T Omega with max(2 r, r + 64) random directions in two consecutive
             steps, after which the basis changes; layers take turns. ``"auto"``: sketches for layers with more than
             65,536 entries that are captured by their own backward pass, as far as their rank is so small that a sketch
-            costs less than the whole gradient; else decompositions.
+            costs less than the whole gradient, and for all sharded ones; else decompositions, all in the same step.
         process_group: the ranks that train this model on different data: a process group, a one-dimensional
             ``DeviceMesh``, or None: the default group once torch.distributed is initialised (a group of one rank turns
             communication off). Every rank has to step; what was captured is then summed in one flat bucket, and a

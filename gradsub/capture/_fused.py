@@ -206,7 +206,7 @@ class FusedCapture:
         width = layer.widths[SHARED] + layer.widths[task + 1]
         rows, columns = layer.shape
         first = (rows, width) if layer.axis == 1 else (width, columns)
-        second = (layer.dimension, self._bank.sketch_size(layer)) if layer.sketched else layer.shape
+        second = (layer.dimension, layer.sketch_size) if layer.sketched else layer.shape
         pair = (_leaf(first, layer), _leaf(second, layer))
         for probe, kind in zip(pair, ("projected", "sketch" if layer.sketched else "full"), strict=True):
             probe.register_post_accumulate_grad_hook(_Hook(self, layer, task, kind))  # type: ignore[no-untyped-call]

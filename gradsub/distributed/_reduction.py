@@ -91,7 +91,7 @@ def _pieces(bank: SubspaceBank, parameter: Tensor, layer: Layer | None, task: in
         _Piece(task, parameter, "own", layer.coordinates(own), layer.dtype),
     ]
     if due:
-        pieces.append(_Piece(task, parameter, "sketch", (layer.dimension, bank.sketch_size(layer)), layer.dtype))
+        pieces.append(_Piece(task, parameter, "sketch", (layer.dimension, layer.sketch_size), layer.dtype))
     return pieces
 
 

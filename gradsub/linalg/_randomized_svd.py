@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._arithmetic import full_precision, multiply, widen
 from ._checks import check_count, check_finite_through, check_format
-from ._range_finder import exact_svd, nearly_all, sketch
+from ._range_finder import exact_is_cheaper, exact_svd, sketch
 from ._thin import thin_svd
 
 
@@ -42,10 +42,11 @@ def randomized_svd(
 
         [1 + √(r/(p-1)) + e √(r+p)/p √(min(m,n)-r)]^(1/(2q+1)) σ_(r+1)
 
-    and the truncation adds no more than σ_(r+1). If r + p is 3/4 of min(m, n) or more the result is exact
-    to working precision, since that costs less, up to the signs and rotations that any SVD leaves open.
+    and the truncation adds no more than σ_(r+1). If r + p >= min(m, n), or with p, q > 0 at least 3/4 of it,
+    where that costs less, the result is exact to working precision, up to the signs and rotations that any SVD leaves
+    open.
 
-    Not differentiable: for gradients, or for more than about a quarter of the singular values, use torch.linalg.svd.
+    Not differentiable: for gradients use torch.linalg.svd.
     The computation and the result are in float32, in float64 for a float64 ``A``; autocast and TF32 are ignored.
     The scale of ``A`` does not matter, from the smallest to the largest normal number.
 
@@ -72,7 +73,7 @@ def randomized_svd(
         >>> import torch
         >>> from gradsub.linalg import randomized_svd
         >>> A = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1e-3, 1e-3, 1e-3]))
-        >>> U, S, Vh = randomized_svd(A, 3, oversampling=2)
+        >>> U, S, Vh = randomized_svd(A, 3, oversampling=1)
         >>> U.shape, Vh.shape
         (torch.Size([6, 3]), torch.Size([3, 6]))
         >>> [round(s, 4) for s in S.tolist()]
@@ -107,7 +108,7 @@ def _randomized_svd_unchecked(
     with full_precision(A.device):
         A = widen(A)
         rank = min(rank, A.shape[-2], A.shape[-1])
-        if nearly_all(A, rank + oversampling):
+        if exact_is_cheaper(A, rank, oversampling, power_iterations):
             U, S, V = exact_svd(A)
         elif A.shape[-2] >= A.shape[-1]:
             U, S, V = _tall_svd(A, rank + oversampling, power_iterations, generator)

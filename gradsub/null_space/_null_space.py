@@ -422,9 +422,10 @@ class NullSpace:
         r"""How much of other features' energy every layer leaves unprotected: has enough been collected?
 
         1 - tr(K^T C K) / tr(C), in [0, 1], with the protected directions K of this null space and the covariance C of
-        ``held_out``: the share of the mean square through which updates reach these features. On the data that K was
-        taken from it is at most 1 - ``energy``; on fresh data of the same kind it is more, the more so the fewer tokens
-        were collected. Collect until it no longer falls; a larger ``energy`` lowers it too, but leaves less to train.
+        ``held_out``: the share of the mean square through which updates reach these features. If ``energy`` chose K,
+        it is at most 1 - ``energy`` on the data that K was taken from, and usually more on fresh data of the same kind,
+        the more so the fewer tokens were collected. Collect until it no longer falls; a larger ``energy`` lowers it
+        too, but leaves less to train.
 
         Args:
             held_out: another null space, of the same side, collected alike on text that this one has not seen; its own
@@ -452,15 +453,15 @@ class NullSpace:
             raise ValueError(f"held_out knows {sorted(held_out)}, none of the layers here: {sorted(self)}")
         return {name: self._residual(name, held_out._statistics(name)) for name in names}
 
-    def _residual(self, name: str, found: Statistics) -> float:
+    def _residual(self, name: str, held_out: Statistics) -> float:
         K = self._protection(name).basis
-        if found.dimension != K.shape[0]:
+        if held_out.dimension != K.shape[0]:
             raise ValueError(
-                f"held_out has {found.dimension} features for {name!r}, here there are {K.shape[0]}: collect it from "
-                "the same model"
+                f"held_out has {held_out.dimension} features for {name!r}, here there are {K.shape[0]}: collect it "
+                "from the same model"
             )
-        whole = found.energy()
-        return min(1.0, max(0.0, 1.0 - found.energy(K) / whole)) if whole else 0.0
+        whole = held_out.energy()
+        return min(1.0, max(0.0, 1.0 - held_out.energy(K) / whole)) if whole else 0.0
 
     def error_bound(self, name: str) -> float:
         """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""

@@ -1,6 +1,6 @@
 """The low-rank subspaces of each weight: bases, projection, lift, and what follows a change of basis."""
 
-from gradsub.subspace._bank import SHARED, BasisChanged, SubspaceBank
+from gradsub.subspace._bank import SHARED, SKETCHES, BasisChanged, SubspaceBank
 from gradsub.subspace._basis import dominant_basis, lift, project
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._moments import MOMENT_RULES, carry_moments
@@ -10,6 +10,7 @@ from gradsub.subspace._shards import Shards, is_distributed, local, sharded_over
 __all__ = [
     "MOMENT_RULES",
     "SHARED",
+    "SKETCHES",
     "BasisChanged",
     "Layer",
     "Shards",

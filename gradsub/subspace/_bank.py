@@ -13,9 +13,12 @@ from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.subspace._basis import dominant_basis, sketched_basis
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, next_multiple, next_place, sketch_size
+from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, next_multiple, next_place
 
 SHARED = 0
+
+# What a layer's state holds only if the layer is sketched.
+SKETCHES = frozenset({"singular_values", "sketches"})
 
 # In the place of a subspace, for random numbers that belong to none.
 _DIRECTIONS = 1 << 16
@@ -64,10 +67,7 @@ class SubspaceBank:
         )
         if not layer.sketched:
             return
-        self._state[layer.parameter].update(
-            singular_values=basis.new_zeros(sum(layer.widths)),
-            sketches=torch.zeros(len(layer.widths), dtype=torch.int64),
-        )
+        self._expect_sketches(layer)
         for subspace, width in enumerate(layer.widths):
             against, free = self._forbidden(layer, subspace)
             kept = min(width, free)
@@ -101,11 +101,6 @@ class SubspaceBank:
             return False
         return bool(self._state[layer.parameter]["sketches"][SHARED] == SKETCHES_PER_REFRESH - 1)
 
-    @staticmethod
-    def sketch_size(layer: Layer) -> int:
-        """c, the columns of a layer's sketches."""
-        return sketch_size(layer.widths[SHARED], layer.codimension)
-
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
 
@@ -113,7 +108,7 @@ class SubspaceBank:
         """
         if layer not in self._directions:
             state = self._state[layer.parameter]
-            size = self.sketch_size(layer)
+            size = layer.sketch_size
             if size == layer.codimension:
                 found = torch.eye(size, dtype=layer.dtype, device=layer.parameter.device)
             else:
@@ -138,6 +133,20 @@ class SubspaceBank:
         if bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
             state["basis"] -= layer.protected @ inside
             state["next_refresh"].fill_(int(state["step"]))
+
+    def follow_refresh(self, layer: Layer) -> None:
+        """Make a state that came from elsewhere one of this kind of refresh: sketches are begun anew, or forgotten."""
+        state = self._state[layer.parameter]
+        if not layer.sketched:
+            for key in SKETCHES:
+                state.pop(key, None)
+        elif not state.keys() >= SKETCHES:
+            self._expect_sketches(layer)
+
+    def _expect_sketches(self, layer: Layer) -> None:
+        state = self._state[layer.parameter]
+        state["singular_values"] = state["basis"].new_zeros(sum(layer.widths))
+        state["sketches"] = torch.zeros(len(layer.widths), dtype=torch.int64)
 
     def advance(self, layers: Iterable[Layer]) -> None:
         """Count a step."""

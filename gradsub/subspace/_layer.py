@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from gradsub.subspace._basis import lift, project, sketch
+from gradsub.subspace._schedule import sketch_size
 from gradsub.subspace._shards import Shards, local
 
 
@@ -61,6 +62,11 @@ class Layer:
     def codimension(self) -> int:
         """The length of the weight's other axis."""
         return self.whole_shape[1 - self.axis]
+
+    @property
+    def sketch_size(self) -> int:
+        """c, the columns of its sketches."""
+        return sketch_size(self.widths[0], self.codimension)
 
     def near(self, directions: Tensor) -> Tensor:
         """Of directions along the weight's first axis, the rows that are here."""

@@ -96,7 +96,7 @@ def test_the_input_side_keeps_x_times_the_basis_and_not_x():
     assert whole >= 4 * rows * 256 * 4
     model = chain()
     optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=("a",), rank=rank, model=model)
-    for _ in range(2):  # the first two steps sketch, which needs x
+    for _ in range(2):  # the first step decomposes the gradient, which needs x
         with optimizer.task("a"):
             model(x).square().mean().backward()
         optimizer.step()

@@ -181,19 +181,36 @@ def test_momentless_optimizers_and_outside_gradients_work_too():
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("shape", [(300, 300), (120, 700)])
-def test_auto_sketches_where_that_costs_less_than_the_gradient(shape, side):
-    """c (m + n) < m n for the sketch's c columns; the largest rank that is sketched lies between the extremes."""
+@pytest.mark.parametrize(
+    ("shape", "largest"),
+    # c (m + n) < m n with c = max(2 r, r + 64) columns, at most 120 where that is the other side: c < 150, c < 102.4
+    [((300, 300), 74), ((120, 700), 38)],
+)
+def test_auto_sketches_where_that_costs_less_than_the_gradient(shape, largest, side):
     m, n = shape
-    chosen = []
-    for rank in (4, 16, 40, 80, 119):
+    for rank, sketched in [(4, True), (largest, True), (largest + 1, False), (119, False)]:
         model = nn.Sequential(nn.Linear(n, m, bias=False))
         optimizer = gems(model, rank=rank, side=side, refresh="auto")
         with optimizer.task("a"):
             model(torch.randn(3, n)).square().sum().backward()
         optimizer.step()
-        chosen.append("sketches" in optimizer.state[model[0].weight])
-        c = sketch_size(rank, m if side == "input" else n)
-        assert chosen[-1] is (c * (m + n) < m * n)
-    assert chosen == sorted(chosen, reverse=True)
-    assert not chosen[-1]
+        assert ("sketches" in optimizer.state[model[0].weight]) is sketched, rank
+
+
+@pytest.mark.parametrize(("before", "after"), [("svd", "sketch"), ("sketch", "svd")])
+def test_a_checkpoint_goes_on_with_the_other_kind_of_refresh(before, after):
+    models = [model_of(WIDTHS) for _ in range(2)]
+    first, second = (gems(model, refresh=kind) for model, kind in zip(models, (before, after), strict=True))
+    train(models[0], first, 3)
+    models[1].load_state_dict(models[0].state_dict())
+    second.load_state_dict(first.state_dict())
+    weights = models[0][0].weight, models[1][0].weight
+    for old, new in zip(bases_of(first, weights[0]), bases_of(second, weights[1]), strict=True):
+        assert torch.equal(old, new)
+    fresh = gems(model_of(WIDTHS), refresh=after)
+    assert second.state[weights[1]].keys() - first.state[weights[0]].keys() <= {"singular_values", "sketches"}
+    assert ("sketches" in second.state[weights[1]]) is (after == "sketch")
+    assert ("sketches" in fresh.state_dict()["state"][0]) is (after == "sketch")
+    train(models[1], second, 12, start=3)
+    for basis in bases_of(second, weights[1]):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[1], dtype=basis.dtype))

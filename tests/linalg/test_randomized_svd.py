@@ -304,3 +304,18 @@ def test_samplers_have_the_spectrum_they_promise():
     torch.testing.assert_close(torch.linalg.svdvals(with_spectrum(9, 7, spectrum))[:3], spectrum)
     assert int(torch.linalg.matrix_rank(of_rank(9, 7, 4, scale=1e-12))) == 4
     assert_orthonormal(orthonormal(9, 4))
+
+
+@pytest.mark.parametrize(("m", "n"), [(60, 40), (40, 60)])
+def test_from_three_quarters_of_all_directions_on_it_is_exact(m, n, device):
+    A = gaussian(m, n, seed=3, dtype=torch.float64).to(device)
+    exact = torch.linalg.svdvals(A)
+
+    def off(rank, **options):
+        return float((randomized_svd(A, rank, **options).S - exact[:rank]).abs().max())
+
+    assert off(22) < 1e-12  # 22 + 8 is 3/4 of 40
+    assert off(21) > 1e-6
+    assert off(22, power_iterations=0) > 1e-3
+    assert off(30, oversampling=0) > 1e-6
+    assert off(40, oversampling=0, power_iterations=0) < 1e-12
