@@ -60,7 +60,8 @@ def layer_bytes(
         side: ``"input"`` or ``"output"``.
         moments: how many numbers the base optimizer keeps for each entry: 2 for Adam, 1 for momentum.
         protected: k, how many directions a null space protects in the layer.
-        sketched: whether the bases are refreshed from sketches.
+        sketched: whether the bases are refreshed from sketches, as by default those of large layers at small ranks
+            are. If not, the step of a refresh holds a whole gradient (s m n) for every task instead.
         itemsize: bytes of a number in the subspaces: 4, or 8 for float64 weights.
 
     Raises:

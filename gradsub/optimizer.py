@@ -47,10 +47,9 @@ class GemsOptimizer(Optimizer):
     Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
     there, are free for clipping and belong to the shared subspace alone. `step` consumes what was captured.
 
-    With ``model``, linear layers compute the projected gradients themselves and the weight's gradient never exists, but
-    at exact refreshes (``refresh``).
-    Run the forward pass inside `task` as well: then only x B (N x r) is kept of a layer's input x (N x n), for
-    ``side="input"``. Of a forward pass outside, x is kept, as always.
+    With ``model``, linear layers compute the projected gradients themselves; the weight's gradient exists at exact
+    refreshes alone (``refresh``). Run the forward pass inside `task` as well: then only x B (N x r) is kept of a
+    layer's input x (N x n), for ``side="input"``. Of a forward pass outside, x is kept, as always.
 
     Args:
         base: any ``torch.optim.Optimizer`` that has not stepped; all its hyper-parameters, per group, stay in force.

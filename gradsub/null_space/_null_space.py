@@ -451,7 +451,12 @@ class NullSpace:
         names = [name for name in self if name in held_out]
         if not names:
             raise ValueError(f"held_out knows {sorted(held_out)}, none of the layers here: {sorted(self)}")
-        return {name: self._residual(name, held_out._statistics(name)) for name in names}
+        shares: dict[tuple[int, int], float] = {}  # layers that share their statistics are looked at once
+        keys = {name: (id(self._statistics(name)), id(held_out._statistics(name))) for name in names}
+        for name, key in keys.items():
+            if key not in shares:
+                shares[key] = self._residual(name, held_out._statistics(name))
+        return {name: shares[key] for name, key in keys.items()}
 
     def _residual(self, name: str, held_out: Statistics) -> float:
         K = self._protection(name).basis

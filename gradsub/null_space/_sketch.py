@@ -102,7 +102,7 @@ class Sketch:
         if not self._filled:
             return Spectrum(held.new_zeros(1), held.new_zeros(self.dimension, 1), 0.0, 0.0, resolution)
         _, values, vectors = exact_svd(held)
-        return Spectrum(values.square() / count, vectors, self._energy / count, self.error, resolution)
+        return Spectrum(values.square() / count, vectors, self.energy(), self.error, resolution)
 
     def energy(self, basis: Tensor | None = None) -> float:
         if basis is None:
