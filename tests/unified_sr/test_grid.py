@@ -115,6 +115,16 @@ def test_what_is_finished_is_not_touched(
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "selection.json"} == before
 
 
+def test_a_log_gets_a_line_only_where_something_has_changed(
+    llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    one = [{"name": "adamw", "rates": [], "settings": {"lr": 1e-4, "steps": 20}}]
+    assert main(command(tmp_path, llama_folder, data_folder, methods=one, seeds=[0])) == 0
+    shown = re.findall(r"adamw/seed-0 step [^\]\r]*", capfd.readouterr().err)
+    assert len(set(shown)) > 1
+    assert max(shown.count(text) for text in shown) <= 3, "again as the bar moves on, and as it closes"
+
+
 def test_other_settings_are_an_error_before_anything_runs(
     finished: Path, llama_folder: str, data_folder: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -182,4 +183,6 @@ class _Runner:
         taken = steps.read_bytes().count(b"\n") if steps.is_file() else 0
         left = max(0.0, total - (time.monotonic() - started))
         about = "" if math.isnan(total) else f", about {format_duration(left)} left"
-        bar.set_postfix_str(f"{job.name} step {taken}{about}")
+        text = f"{job.name} step {taken}{about}"
+        # On a terminal the clock runs; a log gets a line only where something has changed.
+        bar.set_postfix_str(text, refresh=sys.stderr.isatty() or text != bar.postfix)
