@@ -78,12 +78,15 @@ def sketched_basis(
         (L x 1 x 1); where it was not, ignore the others.
     """
     with full_precision(Y.device):
+        whole = Y.abs().amax((-2, -1), keepdim=True)
         if against is not None:
             Y = Y - against @ (against.mT @ Y)
         # The largest entry first: the square of a norm need not be representable.
         largest = Y.abs().amax((-2, -1), keepdim=True)
         usable = torch.isfinite(largest) & (largest > 0)
         Y = torch.where(usable, Y / largest, 0.0)
+        # What rounding leaves of a column, relative to the longest one: more, the less K leaves of Y.
+        negligible = 32 * torch.finfo(Y.dtype).eps * torch.where(usable, whole / largest, 1.0)
         Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
         if earlier is not None:
             if against is not None:
@@ -96,6 +99,10 @@ def sketched_basis(
             Z = torch.linalg.qr(gramian @ Z).Q
         leading = Y @ Z
         values = torch.linalg.vector_norm(leading, dim=-2)
+        # Beyond the rank of what is decomposed, a column is rounding error: the generator draws another, the same one
+        # however the gradient was summed.
+        vanished = values <= negligible[..., 0] * values.amax(-1, keepdim=True)
+        leading, values = leading.masked_fill(vanished.unsqueeze(-2), 0), values.masked_fill(vanished, 0)
     basis = Y.new_zeros(*Y.shape[:-1], width)
     basis[..., :columns] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     strength = values.new_zeros(*values.shape[:-1], width)
