@@ -8,6 +8,8 @@ from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
 
 _ITERATIONS = 4
+_ROUNDING = 32
+"""A singular value of so many machine epsilons of the largest one is rounding error."""
 
 
 def project(matrix: Tensor, basis: Tensor, axis: int) -> Tensor:
@@ -41,18 +43,19 @@ def dominant_basis(
         axis: the axis of length d that the basis spans.
         against: K (d x k), orthonormal columns (zero columns are allowed) to stay orthogonal to.
         free: the dimension of K's complement; columns beyond it are zero, since there is no direction left for them.
-        generator: draws the random test matrix.
+        generator: draws the random test matrix, and the columns beyond the rank of (I - K K^T) G.
 
     Returns:
         the basis (d x width).
     """
-    matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
+    whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
     if against is not None:
         matrix = matrix - against @ (against.mT @ matrix)
     basis = matrix.new_zeros(matrix.shape[0], width)
     kept = min(width, free)
     if kept:
-        leading = _randomized_svd_unchecked(matrix, kept, generator=generator).U
+        leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
+        leading, _ = _without_rounding(leading, values, _largest(whole), _largest(matrix))
         basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     return basis
 
@@ -71,22 +74,20 @@ def sketched_basis(
         earlier: B diag(s) (L x d x width), or None.
         width: columns of the result, at most the dimension of K's complement.
         against: K (L x d x k), or None.
-        generator: replaces columns that vanish.
+        generator: draws the columns beyond the rank of the matrix.
 
     Returns:
         the bases (L x d x width), their singular values s (L x width), and whether Y was usable: finite and not zero
         (L x 1 x 1); where it was not, ignore the others.
     """
     with full_precision(Y.device):
-        whole = Y.abs().amax((-2, -1), keepdim=True)
+        whole = _largest(Y)
         if against is not None:
             Y = Y - against @ (against.mT @ Y)
         # The largest entry first: the square of a norm need not be representable.
-        largest = Y.abs().amax((-2, -1), keepdim=True)
+        largest = _largest(Y)
         usable = torch.isfinite(largest) & (largest > 0)
         Y = torch.where(usable, Y / largest, 0.0)
-        # What rounding leaves of a column, relative to the longest one: more, the less K leaves of Y.
-        negligible = 32 * torch.finfo(Y.dtype).eps * torch.where(usable, whole / largest, 1.0)
         Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
         if earlier is not None:
             if against is not None:
@@ -99,12 +100,30 @@ def sketched_basis(
             Z = torch.linalg.qr(gramian @ Z).Q
         leading = Y @ Z
         values = torch.linalg.vector_norm(leading, dim=-2)
-        # Beyond the rank of what is decomposed, a column is rounding error: the generator draws another, the same one
-        # however the gradient was summed.
-        vanished = values <= negligible[..., 0] * values.amax(-1, keepdim=True)
-        leading, values = leading.masked_fill(vanished.unsqueeze(-2), 0), values.masked_fill(vanished, 0)
+        leading, values = _without_rounding(leading, values, whole, largest)
     basis = Y.new_zeros(*Y.shape[:-1], width)
     basis[..., :columns] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     strength = values.new_zeros(*values.shape[:-1], width)
     strength[..., :columns] = values
     return basis, strength, usable
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    return matrix.abs().amax((-2, -1), keepdim=True)
+
+
+def _without_rounding(columns: Tensor, values: Tensor, whole: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero the columns beyond the rank of what was decomposed, and their singular values.
+
+    There rounding alone would choose the direction, another one for every way to sum a gradient. The generator that
+    draws in its place does not. The error is relative to Y, not to the part of it that K leaves.
+
+    Args:
+        columns: the leading directions (... x d x c).
+        values: their singular values (... x c).
+        whole: the largest entry of Y (... x 1 x 1).
+        left: that of (I - K K^T) Y.
+    """
+    lost = torch.where(left > 0, whole / left, 1.0)[..., 0]
+    rounding = values <= _ROUNDING * torch.finfo(values.dtype).eps * lost * values.amax(-1, keepdim=True)
+    return columns.masked_fill(rounding.unsqueeze(-2), 0), values.masked_fill(rounding, 0)

@@ -1,0 +1,53 @@
+"""Beyond the rank of a gradient no direction is chosen by rounding: bases do not depend on how it was summed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradsub.subspace._basis import dominant_basis, sketched_basis
+
+
+def of_svd(gradient, width, against, free):
+    generator = torch.Generator().manual_seed(5)
+    return dominant_basis(gradient, width, 0, against, free, generator)
+
+
+def of_sketch(gradient, width, against, free):
+    generator = torch.Generator().manual_seed(5)
+    against = None if against is None else against[None]
+    return sketched_basis(gradient[None], None, width, against, generator)[0][0]
+
+
+@pytest.mark.parametrize("basis_of", [of_svd, of_sketch])
+@given(
+    d=st.integers(7, 40),
+    rank=st.integers(1, 3),
+    protected=st.integers(0, 2),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.sampled_from([1e-12, 1.0, 1e12]),
+    ulps=st.integers(1, 9),
+)
+def test_a_basis_wider_than_the_rank(basis_of, d, rank, protected, dtype, scale, ulps):
+    draws = torch.Generator().manual_seed(d)
+
+    def orthonormal(rows, columns):
+        return torch.linalg.qr(torch.randn(rows, columns, generator=draws, dtype=dtype)).Q
+
+    K = orthonormal(d, protected) if protected else None
+    within = torch.randn(protected, d, generator=draws, dtype=dtype)  # vanishes in the complement of K
+    gradient = scale * (orthonormal(d, rank) @ orthonormal(d, rank).mT)
+    if K is not None:
+        gradient = gradient + scale * (K @ within)
+    width = rank + 2
+    first, second = (
+        basis_of(matrix, width, K, d - protected)
+        for matrix in (gradient, gradient * (1 + ulps * torch.finfo(dtype).eps))
+    )
+    tolerance = 2e3 * torch.finfo(dtype).eps
+    torch.testing.assert_close(first @ first.mT, second @ second.mT, rtol=0, atol=tolerance)
+    torch.testing.assert_close(first.mT @ first, torch.eye(width, dtype=dtype), rtol=0, atol=tolerance)
+    left = gradient if K is None else gradient - K @ (K.mT @ gradient)
+    torch.testing.assert_close(first @ (first.mT @ left), left, rtol=0, atol=tolerance * scale * d)
