@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradsub.linalg._arithmetic import full_precision
+from gradsub.linalg._arithmetic import full_precision, largest_magnitude
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
 
@@ -50,12 +50,13 @@ def dominant_basis(
     """
     whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
     if against is not None:
-        matrix = matrix - against @ (against.mT @ matrix)
+        with full_precision(matrix.device):
+            matrix = matrix - against @ (against.mT @ matrix)
     basis = matrix.new_zeros(matrix.shape[0], width)
     kept = min(width, free)
     if kept:
         leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
-        leading, _ = _without_rounding(leading, values, _largest(whole), _largest(matrix))
+        leading = leading.masked_fill(_is_rounding(values, _error(whole, matrix)).unsqueeze(-2), 0)
         basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     return basis
 
@@ -81,13 +82,15 @@ def sketched_basis(
         (L x 1 x 1); where it was not, ignore the others.
     """
     with full_precision(Y.device):
-        whole = _largest(Y)
+        whole = Y
         if against is not None:
             Y = Y - against @ (against.mT @ Y)
+        error = _error(whole, Y)
         # The largest entry first: the square of a norm need not be representable.
-        largest = _largest(Y)
+        largest = largest_magnitude(Y)
         usable = torch.isfinite(largest) & (largest > 0)
-        Y = torch.where(usable, Y / largest, 0.0)
+        # Where K leaves nothing but rounding of Y, the earlier sketch alone decides.
+        Y = torch.where(usable & (error < 1), Y / largest, 0.0)
         Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
         if earlier is not None:
             if against is not None:
@@ -100,7 +103,10 @@ def sketched_basis(
             Z = torch.linalg.qr(gramian @ Z).Q
         leading = Y @ Z
         values = torch.linalg.vector_norm(leading, dim=-2)
-        leading, values = _without_rounding(leading, values, whole, largest)
+        # Not the values: on the Gramian small ones are inexact, and columns are left with parts of those before them.
+        new = torch.linalg.qr(leading, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+        rounding = _is_rounding(new, torch.where(error < 1, error, _ROUNDING * torch.finfo(Y.dtype).eps))
+        leading, values = leading.masked_fill(rounding.unsqueeze(-2), 0), values.masked_fill(rounding, 0)
     basis = Y.new_zeros(*Y.shape[:-1], width)
     basis[..., :columns] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     strength = values.new_zeros(*values.shape[:-1], width)
@@ -108,22 +114,17 @@ def sketched_basis(
     return basis, strength, usable
 
 
-def _largest(matrix: Tensor) -> Tensor:
-    return matrix.abs().amax((-2, -1), keepdim=True)
+def _error(whole: Tensor, left: Tensor) -> Tensor:
+    """The relative size (... x 1 x 1) at which ``left`` = (I - K K^T) ``whole`` is rounding, which is of the whole."""
+    left = largest_magnitude(left)
+    lost = torch.where(left > 0, largest_magnitude(whole) / left, 1.0)
+    return _ROUNDING * torch.finfo(left.dtype).eps * lost
 
 
-def _without_rounding(columns: Tensor, values: Tensor, whole: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero the columns beyond the rank of what was decomposed, and their singular values.
+def _is_rounding(values: Tensor, error: Tensor) -> Tensor:
+    """Which singular values (... x c) lie beyond the rank of what was decomposed.
 
-    There rounding alone would choose the direction, another one for every way to sum a gradient. The generator that
-    draws in its place does not. The error is relative to Y, not to the part of it that K leaves.
-
-    Args:
-        columns: the leading directions (... x d x c).
-        values: their singular values (... x c).
-        whole: the largest entry of Y (... x 1 x 1).
-        left: that of (I - K K^T) Y.
+    The directions there are not taken: rounding alone would choose them, other ones for every way to sum a gradient.
+    The generator that draws in their place does not.
     """
-    lost = torch.where(left > 0, whole / left, 1.0)[..., 0]
-    rounding = values <= _ROUNDING * torch.finfo(values.dtype).eps * lost * values.amax(-1, keepdim=True)
-    return columns.masked_fill(rounding.unsqueeze(-2), 0), values.masked_fill(rounding, 0)
+    return values <= error.squeeze(-1) * values.amax(-1, keepdim=True)

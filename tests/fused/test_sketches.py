@@ -77,6 +77,17 @@ def test_an_unusable_sketch_says_so(bad):
     assert usable.flatten().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("left", [0.0, 1e-8])
+def test_a_sketch_of_which_the_protection_leaves_only_rounding_does_not_count(left):
+    draws = torch.Generator().manual_seed(0)
+    K, earlier = torch.linalg.qr(torch.randn(1, 200, 60, generator=draws)).Q.split([50, 10], dim=-1)
+    strengths = torch.logspace(0, -2, 10)
+    Y = K @ torch.randn(1, 50, 18, generator=draws) + left * torch.randn(1, 200, 18, generator=draws)
+    basis, values, _ = sketched_basis(Y, earlier * strengths, 10, K, draws)
+    torch.testing.assert_close((basis[0].mT @ earlier[0]).abs(), torch.eye(10), rtol=0, atol=1e-3)
+    torch.testing.assert_close(values[0], strengths, rtol=1e-3, atol=0)
+
+
 def test_a_zero_gradient_keeps_the_basis():
     model = nn.Sequential(nn.Linear(20, 24, bias=False)).double()
     optimizer = gems(model, refresh="sketch")
