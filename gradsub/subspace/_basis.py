@@ -68,7 +68,8 @@ def sketched_basis(
 
     Y is the sketch of this step's gradient; B diag(s) is what the sketch of the step before has left of that step's.
     Merging the two as Frequent Directions does gives both batches the same say. The singular subspace of the thin
-    matrix comes from an orthogonal iteration on its Gramian, since a decomposition of that would wait.
+    matrix comes from an orthogonal iteration on its Gramian, since a decomposition of that would wait; directions whose
+    singular values are below sqrt(eps) of the largest one can be missed.
 
     Args:
         Y: sketches of L layers (L x d x c).
@@ -122,9 +123,9 @@ def _error(whole: Tensor, left: Tensor) -> Tensor:
 
 
 def _is_rounding(values: Tensor, error: Tensor) -> Tensor:
-    """Which singular values (... x c) lie beyond the rank of what was decomposed.
+    """Which columns lie beyond the rank, by their singular values or what they add to those before them (... x c).
 
-    The directions there are not taken: rounding alone would choose them, other ones for every way to sum a gradient.
-    The generator that draws in their place does not.
+    Their directions are not taken: rounding alone would choose them, other ones for every way to sum a gradient. The
+    generator that draws in their place does not.
     """
     return values <= error.squeeze(-1) * values.amax(-1, keepdim=True)
