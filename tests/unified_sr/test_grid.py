@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from examples.unified_sr.cli import main
+from examples.unified_sr.grid._forecast import Forecast
 
 SMALL = {
     "batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3,
@@ -154,6 +155,42 @@ def test_a_dry_run_says_what_is_left_and_how_long_it_takes(
     steps = [throughput["seconds_per_step"] for throughput in taken]
     assert 0.3 * 10_000 * min(steps) < estimate < 3 * 10_000 * max(steps) + 60
     assert not (finished / "slow").exists()
+
+
+def test_what_did_not_train_tells_nothing_about_training(
+    llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    slow = [{"name": "slow", "method": "adamw", "rates": [], "settings": {"steps": 5000}}]
+    assert main(command(tmp_path, llama_folder, data_folder, methods=["bm25", "zero-shot"], seeds=[0])) == 0
+    capfd.readouterr()
+    line = command(tmp_path, llama_folder, data_folder, "--dry-run", methods=["bm25", "zero-shot", *slow], seeds=[0])
+    assert main(line) == 0
+    out = capfd.readouterr().out
+    assert "2 finished" in out
+    assert "time for the 1 runs left: unknown until one of the kind has finished" in out
+
+
+def test_a_grid_that_begins_without_training_measures_some_steps_first(
+    llama_folder: str,
+    data_folder: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    methods = ["zero-shot", {"name": "adamw", "rates": [], "settings": {"lr": 1e-4}}]
+    assert main(command(tmp_path, llama_folder, data_folder, methods=methods[:1])) == 0
+    capfd.readouterr()
+    assert main(command(tmp_path, llama_folder, data_folder, methods=methods)) == 0
+    out, err = capfd.readouterr()
+    assert "a few steps of shop/adamw tell how long a step takes" in out
+    assert re.search(r"time for the 2 runs left: about .*, an estimate", out)
+    assert re.search(r"adamw/seed-0 step \d+, (about|overdue)", err)
+    shutil.rmtree(tmp_path / "out" / "shop" / "adamw")
+    monkeypatch.setattr(Forecast, "seconds", lambda self, job: 1e-3)
+    assert main(command(tmp_path, llama_folder, data_folder, methods=methods)) == 0
+    err = capfd.readouterr().err
+    assert re.search(r"adamw/seed-0 step \d+, overdue", err)
+    assert "about 0 s left" not in err
 
 
 def test_a_failure_stops_only_what_depends_on_it(

@@ -36,8 +36,9 @@ class Forecast:
     _shapes: dict[str, ModelShape] = field(default_factory=dict)
 
     def learn(self, job: Job, folder: Path) -> None:
-        """Take in what a finished run took."""
-        self.costs.setdefault((job.data, job.entry.name), []).append(_cost(folder))
+        """Take in what a finished run took; one without a language model tells nothing about the others."""
+        if not _without_language_model(job):
+            self.costs.setdefault((job.data, job.entry.name), []).append(_cost(folder))
 
     def probe(self, job: Job) -> str | None:
         """Measure a run of a few steps, whose results are thrown away; return why it failed, if it did."""
@@ -50,15 +51,19 @@ class Forecast:
         return failure
 
     def seconds(self, job: Job) -> float:
-        """Estimate how long a run takes; NaN as long as nothing was measured.
+        """Estimate how long a run takes; NaN as long as nothing of the kind was measured.
 
-        What the same method took on the same data counts first, then what any took on that data, then anything.
+        What the same method took on the same data counts first, then what any took on that data, then anything. For a
+        run that trains only those that did count: zero-shot tells nothing about a step.
         """
-        own = self.costs.get((job.data, job.entry.name), [])
-        if not own and method_named(job.entry.method).fit is not None:
-            return 0.0  # without a language model, it is over before anything could be estimated
-        near = [cost for (data, _), costs in self.costs.items() if data == job.data for cost in costs]
-        known = own or near or [cost for costs in self.costs.values() for cost in costs] or self._probed
+        if _without_language_model(job):
+            return 0.0  # it is over before anything could be estimated
+        costs = {
+            kind: [cost for cost in found if cost.per_step > 0 or not job.trained] for kind, found in self.costs.items()
+        }
+        own = costs.get((job.data, job.entry.name), [])
+        near = [cost for (data, _), found in costs.items() if data == job.data for cost in found]
+        known = own or near or [cost for found in costs.values() for cost in found] or self._probed
         if not known:
             return math.nan
         settings = job.settings()
@@ -78,7 +83,7 @@ class Forecast:
     def memory(self, job: Job) -> str:
         """Estimate what a run takes in memory, or say why that is not possible."""
         settings = job.settings()
-        if method_named(settings.method).fit is not None:
+        if _without_language_model(job):
             return "little: there is no language model"
         try:
             if settings.model not in self._shapes:
@@ -104,6 +109,10 @@ class Forecast:
         if key not in self._datasets:
             self._datasets[key] = load_data(settings)
         return self._datasets[key]
+
+
+def _without_language_model(job: Job) -> bool:
+    return method_named(job.entry.method).fit is not None
 
 
 def _trained(dataset: Dataset, settings: Settings) -> dict[str, Sequence[Example]]:

@@ -71,12 +71,12 @@ def run_grid(
         for job in jobs:
             say(f"  {job.name}: {states[job.name].value}")
     _say_memory(left, forecast, say)
-    if not dry_run and not forecast.costs and len(left) > 1:
+    if not dry_run and len(left) > 1 and math.isnan(forecast.total(left)):
         _probe(left, forecast, say)
     seconds = forecast.total(left)
     if left:
         known = (
-            "unknown until a run has finished"
+            "unknown until one of the kind has finished"
             if math.isnan(seconds)
             else f"about {format_duration(seconds)}, an estimate"
         )
@@ -181,8 +181,8 @@ class _Runner:
     def _show(self, job: Job, bar: Any, total: float, started: float) -> None:
         steps = job.folder(self._out).file("steps.jsonl")
         taken = steps.read_bytes().count(b"\n") if steps.is_file() else 0
-        left = max(0.0, total - (time.monotonic() - started))
-        about = "" if math.isnan(total) else f", about {format_duration(left)} left"
+        left = total - (time.monotonic() - started)
+        about = "" if math.isnan(total) else f", about {format_duration(left)} left" if left > 0 else ", overdue"
         text = f"{job.name} step {taken}{about}"
         # On a terminal the clock runs; a log gets a line only where something has changed.
         bar.set_postfix_str(text, refresh=sys.stderr.isatty() or text != bar.postfix)
