@@ -62,7 +62,8 @@ class GemsOptimizer(Optimizer):
         scale: factor on the lifted update, as GaLore's alpha.
         side: ``"input"``: bases span input directions, and protected inputs give the same output as before;
             ``"output"``: bases span output directions, as published.
-        orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared.
+        orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared
+            one (that of a task whose gradient is absent or zero when that one changes: from its next gradient on).
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
         null_space: the protected directions; None protects nothing.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
