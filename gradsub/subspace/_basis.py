@@ -56,7 +56,8 @@ def dominant_basis(
     kept = min(width, free)
     if kept:
         leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
-        leading = leading.masked_fill(_is_rounding(values, _error(whole, matrix)).unsqueeze(-2), 0)
+        error = _error(largest_magnitude(whole), largest_magnitude(matrix))
+        leading = leading.masked_fill(_is_rounding(values, error).unsqueeze(-2), 0)
         basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     return basis
 
@@ -83,14 +84,14 @@ def sketched_basis(
         (L x 1 x 1); where it was not, ignore the others.
     """
     with full_precision(Y.device):
-        whole = Y
+        whole = largest = largest_magnitude(Y)
         if against is not None:
             Y = Y - against @ (against.mT @ Y)
-        error = _error(whole, Y)
-        # The largest entry first: the square of a norm need not be representable.
-        largest = largest_magnitude(Y)
+            largest = largest_magnitude(Y)
         usable = torch.isfinite(largest) & (largest > 0)
-        # Where K leaves nothing but rounding of Y, the earlier sketch alone decides.
+        error = _error(whole, largest)
+        # Where K leaves nothing but rounding of Y, the earlier sketch alone decides. By the largest entry first, since
+        # the square of a norm need not be representable.
         Y = torch.where(usable & (error < 1), Y / largest, 0.0)
         Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
         if earlier is not None:
@@ -116,9 +117,8 @@ def sketched_basis(
 
 
 def _error(whole: Tensor, left: Tensor) -> Tensor:
-    """The relative size (... x 1 x 1) at which ``left`` = (I - K K^T) ``whole`` is rounding, which is of the whole."""
-    left = largest_magnitude(left)
-    lost = torch.where(left > 0, largest_magnitude(whole) / left, 1.0)
+    """The relative size at which (I - K K^T) Y is rounding, from the largest entries of Y and of that (... x 1 x 1)."""
+    lost = torch.where(left > 0, whole / left, 1.0)
     return _ROUNDING * torch.finfo(left.dtype).eps * lost
 
 
