@@ -24,6 +24,9 @@ class Covariance:
 
     @classmethod
     def restore(cls, tensor: Tensor, state: dict[str, Any]) -> Covariance:
+        _check_moment(tensor)
+        if state["count"] == 0 and bool(tensor.any()):
+            raise ValueError("their sum is not zero, but no features were counted")
         return cls(tensor, state["count"])
 
     @property
@@ -65,3 +68,19 @@ class Covariance:
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "count": self.count}
+
+
+def _check_moment(total: Tensor) -> None:
+    """Raise a ValueError unless the matrix is symmetric and nonnegative but for rounding, as every X^T X is."""
+    if total.shape[0] != total.shape[1]:
+        raise ValueError(f"a covariance is square, found {tuple(total.shape)}")
+    largest = total.abs().max()
+    scaled = total / torch.where(largest > 0, largest, 1.0)  # sums of huge or tiny entries would leave the range
+    tolerance = torch.finfo(total.dtype).eps ** 0.5
+    if bool((scaled - scaled.mT).abs().max() > tolerance):
+        raise ValueError("a covariance is symmetric, this matrix is not")
+    # Cholesky costs a small part of the eigendecomposition that follows; it fails where an eigenvalue is negative.
+    shift = tolerance * scaled.trace().clamp_min(tolerance)
+    raised = scaled + shift * torch.eye(len(scaled), dtype=scaled.dtype, device=scaled.device)
+    if bool(torch.linalg.cholesky_ex(raised.cpu() if raised.device.type == "mps" else raised).info):
+        raise ValueError("a covariance has no negative eigenvalue, this matrix has")

@@ -2,9 +2,13 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._shared import SharedStatistics
@@ -14,8 +18,15 @@ FORMAT = "gradsub.NullSpace"
 KINDS: dict[str, type[Covariance] | type[Sketch]] = {Covariance.kind: Covariance, Sketch.kind: Sketch}
 
 
+class DamagedError(ValueError):
+    """What is wrong with a file, without its name."""
+
+
 def write(path: str | os.PathLike[str], settings: dict[str, Any], shared: SharedStatistics) -> None:
-    """Every distinct accumulator once, as a tensor with its numbers in the header, and which layer holds which."""
+    """Every distinct accumulator once, as a tensor with its numbers in the header, and which layer holds which.
+
+    The file is written beside ``path`` and renamed, so that whatever interrupts it leaves the earlier file whole.
+    """
     distinct = shared.distinct()
     keys = {id(statistics): key for key, statistics in distinct.items()}
     metadata = {
@@ -26,27 +37,88 @@ def write(path: str | os.PathLike[str], settings: dict[str, Any], shared: Shared
         "versions": json.dumps(shared.versions),
     }
     tensors = {key: statistics.tensor.contiguous() for key, statistics in distinct.items()}
-    _safetensors().save_file(tensors, os.fspath(path), metadata)
+    files = _safetensors()
+    target = Path(os.path.realpath(path))  # a link stays one
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+        written = Path(folder) / target.name
+        files.save_file(tensors, str(written), metadata)
+        with written.open("rb+") as file:
+            os.fsync(file.fileno())  # or a crash of the machine could leave the new name without the content
+        written.replace(target)
 
 
 def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], SharedStatistics]:
-    """The settings and the statistics that `write` was given."""
+    """The settings and the statistics that `write` was given.
+
+    Raises:
+        DamagedError: the file is not what `write` makes, or its statistics are none of real features.
+    """
+    files = _safetensors()
+    try:
+        with files.safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            return _read(file)
+    except files.SafetensorError as error:
+        raise DamagedError(f"is empty, truncated or no safetensors file ({error})") from error
+
+
+def _read(file: Any) -> tuple[dict[str, Any], SharedStatistics]:
+    metadata = file.metadata() or {}
+    if metadata.get("format") != FORMAT:
+        raise DamagedError("is no file of NullSpace.save")
+    states = _mapping(metadata, "statistics")
+    for state in states.values():
+        _check_kind(state)  # first: a newer version's file may differ in all the rest
+    settings, layers, versions = (_mapping(metadata, part) for part in ("settings", "layers", "versions"))
+    if set(file.keys()) != set(states):
+        different = sorted(set(file.keys()) ^ set(states))
+        raise DamagedError(f"has statistics without their numbers, or the other way round: {different[:4]}")
+    if set(layers.values()) != set(states) or set(versions) != set(layers):
+        raise DamagedError(f"does not say which layers hold which statistics: {sorted(layers)[:4]}")
     shared = SharedStatistics()
-    with _safetensors().safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"path={os.fspath(path)!r} is no file of NullSpace.save")
-        distinct: dict[str, Covariance | Sketch] = {}
-        for key, state in json.loads(metadata["statistics"]).items():
-            if state["kind"] not in KINDS:
-                raise ValueError(
-                    f"path={os.fspath(path)!r} holds statistics of kind {state['kind']!r}, this version knows "
-                    f"{sorted(KINDS)}: load it with the version that saved it"
-                )
-            distinct[key] = KINDS[state["kind"]].restore(file.get_tensor(key), state)
-        shared.by_name = {name: distinct[key] for name, key in json.loads(metadata["layers"]).items()}
-        shared.versions = json.loads(metadata["versions"])
-    return json.loads(metadata["settings"]), shared
+    distinct = {key: _restored(key, state, file.get_tensor(key)) for key, state in states.items()}
+    shared.by_name = {name: distinct[key] for name, key in layers.items()}
+    shared.versions = {name: _whole_number(name, "version", version) for name, version in versions.items()}
+    return settings, shared
+
+
+def _mapping(metadata: Mapping[str, str], part: str) -> dict[str, Any]:
+    try:
+        found = json.loads(metadata[part])
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"lacks its {part} in the header") from error
+    if not isinstance(found, dict) or (part == "layers" and not all(isinstance(key, str) for key in found.values())):
+        raise DamagedError(f"has no table of {part} in the header")
+    return found
+
+
+def _check_kind(state: Any) -> None:
+    kind = state.get("kind") if isinstance(state, dict) else None
+    if kind not in KINDS:
+        raise DamagedError(
+            f"holds statistics of kind {kind!r}, this version knows {sorted(KINDS)}: load it with the version that "
+            "saved it"
+        )
+
+
+def _restored(name: str, state: dict[str, Any], tensor: Tensor) -> Covariance | Sketch:
+    _whole_number(name, "count", state.get("count"))
+    if tensor.dtype not in (torch.float32, torch.float64) or tensor.ndim != 2 or tensor.shape[1] == 0:
+        raise DamagedError(
+            f"has statistics of shape {tuple(tensor.shape)} and {tensor.dtype} for {name!r}: they are matrices of "
+            "float64 or float32"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise DamagedError(f"has NaN or Inf in the statistics of {name!r}")
+    try:
+        return KINDS[state["kind"]].restore(tensor, state)
+    except ValueError as error:
+        raise DamagedError(f"has impossible statistics for {name!r}: {error}") from error
+
+
+def _whole_number(name: str, what: str, value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise DamagedError(f"has the {what} {value!r} for {name!r}: it is a whole number")
+    return value
 
 
 def _safetensors() -> Any:
@@ -61,5 +133,6 @@ def _safetensors() -> Any:
     class Files:
         save_file = staticmethod(safetensors.torch.save_file)
         safe_open = staticmethod(safetensors.safe_open)
+        SafetensorError = safetensors.SafetensorError
 
     return Files

@@ -14,7 +14,7 @@ from gradsub.layers import ALL_LINEAR, select_layers
 from gradsub.null_space._collect import observe_features, unit_rows
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
-from gradsub.null_space._files import read, write
+from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._gradients import observe_gradients, own_loss
 from gradsub.null_space._protection import Protection, extend, protect
 from gradsub.null_space._ranks import Deal, Turns, gather
@@ -526,6 +526,17 @@ class NullSpace:
             )
         return protection
 
+    @classmethod
+    def _of(cls, settings: dict[str, Any]) -> NullSpace:
+        """The inverse of `_settings`, of a file's."""
+        expected = cls()._settings().keys()
+        if settings.keys() != expected:
+            raise DamagedError(f"has the settings {sorted(settings)}, expected {sorted(expected)}")
+        try:
+            return cls(**settings)
+        except (TypeError, ValueError) as error:
+            raise DamagedError(f"has a setting that cannot be: {error}") from error
+
     def _settings(self) -> dict[str, Any]:
         return {"side": self.side, **vars(self.criterion), "layer_memory_budget": self.layer_memory_budget}
 
@@ -545,6 +556,8 @@ class NullSpace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics and the criterion as a safetensors file, so that `load` can go on collecting.
 
+        The file takes its name when it is complete: whatever interrupts the writing leaves an earlier one as it was.
+
         Raises:
             ImportError: safetensors is not installed.
         """
@@ -560,10 +573,14 @@ class NullSpace:
 
         Raises:
             ImportError: safetensors is not installed.
-            ValueError: the file holds something else.
+            ValueError: the file is damaged or holds something else, or statistics in it are NaN, Inf, asymmetric,
+                negative or of a wrong dtype; the message names the file and the layer.
         """
-        settings, shared = read(path, device)
-        loaded = cls(**settings)
+        try:
+            settings, shared = read(path, device)
+            loaded = cls._of(settings)
+        except DamagedError as error:
+            raise ValueError(f"path={os.fspath(path)!r} {error}") from error
         loaded._shared = shared
         return loaded
 

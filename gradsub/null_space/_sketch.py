@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -54,6 +55,7 @@ class Sketch:
 
     @classmethod
     def restore(cls, tensor: Tensor, state: dict[str, Any]) -> Sketch:
+        _check_rows(tensor, state)
         sketch = cls(state["capacity"], tensor.shape[1], tensor.dtype, tensor.device)
         sketch._append(tensor)
         sketch.count, sketch._energy, sketch._loss = state["count"], state["energy"], state["loss"]
@@ -93,7 +95,7 @@ class Sketch:
         self.count += count
 
     def copy(self) -> Sketch:
-        return Sketch.restore(self._buffer[: self._filled], self.state())
+        return copy.deepcopy(self)
 
     def spectrum(self) -> Spectrum:
         held = self._buffer[: self._filled].to(accumulation_dtype(self._buffer.device))
@@ -140,3 +142,19 @@ class Sketch:
         self._filled = leading.shape[0]
         self._buffer[: self._filled] = (factors.mT @ wide).to(self._buffer.dtype)
         self._loss += float(loss)
+
+
+def _check_rows(rows: Tensor, state: dict[str, Any]) -> None:
+    """Raise a ValueError unless these rows and numbers can be a sketch's."""
+    capacity: Any = state.get("capacity")
+    energy: Any = state.get("energy")
+    if type(capacity) is not int or capacity < max(2, rows.shape[0]):
+        raise ValueError(f"{rows.shape[0]} rows in a sketch of capacity {capacity!r}")
+    for key, value in (("energy", energy), ("loss", state.get("loss"))):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
+            raise ValueError(f"{key}={value!r} must be a finite number that is not negative")
+    held = float(torch.linalg.vector_norm(rows, dtype=accumulation_dtype(rows.device)).square())
+    if held > energy * (1.0 + 1e-3):
+        raise ValueError(f"the rows hold more energy ({held:.6g}) than the features had ({energy:.6g})")
+    if state["count"] == 0 and energy:
+        raise ValueError("their energy is not zero, but no features were counted")
