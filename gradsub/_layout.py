@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsub.capture import can_fuse
-from gradsub.layers import is_transposed, select_layers, unwrap
+from gradsub.layers import is_transposed, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer, Shards, is_distributed, shards_of
 
@@ -74,7 +74,8 @@ class Layout:
         self._vectors: set[Tensor] = set()
         if model is not None:
             self._targets = _targets(model, target_modules)
-            self._names = {parameter: name for name, parameter in unwrap(model).named_parameters()}
+            for name, parameter in named_parameters(model):
+                self._names.setdefault(parameter, name)
 
     def name(self, parameter: Tensor) -> str:
         """What reports and errors call a parameter."""
@@ -310,12 +311,12 @@ class Layout:
             if self._targets is not None or self._null_space is not None
             else "they are not decomposed and take the plain inner step"
         )
-        self._warn("full rank", f"rank={rank} >= min(m, n) for {_some(names)}: {what}; lower rank to change that")
+        self._warn("full rank", f"rank={rank} >= min(m, n) for {some(names)}: {what}; lower rank to change that")
 
     def _warn_unprotected(self, layers: list[Layer]) -> None:
         bare = [layer.name for layer in layers if layer.protected is None]
         if self._null_space is not None and bare:
-            self._warn("unprotected", f"null_space has nothing for {_some(bare)}: their updates are not constrained")
+            self._warn("unprotected", f"null_space has nothing for {some(bare)}: their updates are not constrained")
 
     def _warn(self, kind: str, message: str) -> None:
         """Once for each kind of degradation."""
@@ -325,9 +326,7 @@ class Layout:
 
 
 def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[Tensor, _Target]:
-    uses: Counter[Tensor] = Counter(
-        parameter for _, parameter in unwrap(model).named_parameters(remove_duplicate=False)
-    )
+    uses: Counter[Tensor] = Counter(parameter for _, parameter in named_parameters(model))
     found: dict[Tensor, _Target] = {}
     for name, module in select_layers(model, target_modules).items():
         weight = module.weight
@@ -342,7 +341,3 @@ def _smaller_side(parameter: Tensor) -> int:
     """min(m, n) of the weight as a matrix."""
     rows = parameter.shape[0]
     return min(rows, parameter.numel() // rows) if rows else 0
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Final
 
 from torch import Tensor, nn
 
-__all__ = ["ALL_LINEAR", "is_linear", "is_transposed", "select_layers", "unwrap"]
+__all__ = [
+    "ALL_LINEAR",
+    "is_linear",
+    "is_transposed",
+    "named_layers",
+    "named_parameters",
+    "select_layers",
+    "some",
+    "unwrap",
+]
 
 ALL_LINEAR: Final = "all-linear"
 
@@ -29,13 +38,31 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``'s or data parallelism's wrapper, whose layer names have no prefix."""
-    compiled = getattr(model, "_orig_mod", None)
-    if isinstance(compiled, nn.Module):
-        return unwrap(compiled)
+    """The module inside the wrapper of ``torch.compile``, data parallelism or checkpointing, which adds no name."""
+    for attribute in ("_orig_mod", "_checkpoint_wrapped_module"):
+        inside = getattr(model, attribute, None)
+        if isinstance(inside, nn.Module):
+            return unwrap(inside)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrap(model.module)
     return model
+
+
+def named_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its names, as if no wrapper stood anywhere in between."""
+    model = unwrap(model)
+    yield prefix, model
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from named_layers(child, f"{prefix}.{name}" if prefix else name)
+
+
+def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under each of its names, as of `named_layers`."""
+    for layer, module in named_layers(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield f"{layer}.{name}" if layer else name, parameter
 
 
 def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LINEAR) -> dict[str, nn.Module]:
@@ -58,7 +85,7 @@ def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LI
         (['query', 'value'], ['value'])
     """
     model = unwrap(model)
-    linear = {name: module for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)}
+    linear = {name: module for name, module in named_layers(model) if is_linear(module)}
     if target_modules == ALL_LINEAR:
         output = getattr(model, "get_output_embeddings", None)
         head = output() if callable(output) else None
@@ -87,3 +114,9 @@ def _listing(linear: dict[str, nn.Module], most: int = 8) -> str:
         return "the model has no linear layer at all"
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"the linear layers are {names[:most]}{more}"
+
+
+def some(names: Collection[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
+    listed = ", ".join(list(names)[:most])
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")

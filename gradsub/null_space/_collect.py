@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from gradsub.null_space._streams import Streams
 
 Observe = Callable[[str, Tensor], None]
 Side = str
@@ -23,11 +25,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def _mask_of(batch: object) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
@@ -59,21 +56,41 @@ def _version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+@contextmanager
+def eager() -> Iterator[None]:
+    """Whatever ``torch.compile`` has compiled, wherever in the model, runs as it was written.
+
+    Compiled code that ran before does not call hooks that were registered since.
+    """
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    with nullcontext() if stance is None else stance("force_eager"):
+        yield
+
+
 def observe_features(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], side: Side, observe: Observe
 ) -> int:
     """Run ``batches`` through ``model`` and hand every layer's features to ``observe(name, (N, d))``; how many ran."""
-    mask: Tensor | None = None
+    streams = Streams(None)
+    warned = False
     handles = []
     # Query, key and value projections receive the very same tensor: they are handed the very same rows, so that the
     # observer can reuse what it computed.
     latest: tuple[Tensor, int, Tensor] | None = None
 
     def rows_of(name: str, source: Tensor) -> Tensor:
-        nonlocal latest
+        nonlocal latest, warned
         version = _version_of(source)
         if latest is None or latest[0] is not source or latest[1] != version:
+            mask, missing = streams.mask(source)
             rows, masked = _rows(source, mask)
+            if missing and not warned:
+                warned = True
+                warnings.warn(
+                    f"the batch is padded, but has no decoder_attention_mask: the decoder's padding counts as data in "
+                    f"{name!r} and others; pass that mask (batch x tokens), or batches without padding",
+                    stacklevel=2,
+                )
             if not masked:
                 warnings.warn(
                     f"attention_mask {tuple(mask.shape) if mask is not None else ()} does not fit the features "
@@ -85,8 +102,9 @@ def observe_features(
 
     def watch(name: str) -> Hook:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
-            source = output if side == "output" else inputs[0] if inputs else next(iter(named.values()))
-            observe(name, rows_of(name, source))
+            rows = rows_of(name, output if side == "output" else inputs[0] if inputs else next(iter(named.values())))
+            if rows.shape[0]:  # an expert that no token was sent to has seen nothing
+                observe(name, rows)
 
         return hook
 
@@ -94,10 +112,11 @@ def observe_features(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), eager():
             for batch in batches:
-                mask, latest = _mask_of(batch), None
-                call(model, batch)
+                streams, latest = Streams(batch), None
+                with streams.watching():
+                    call(model, streams.batch)
                 count += 1
     finally:
         for handle in handles:

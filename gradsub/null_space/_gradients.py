@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsub.layers import unwrap
-from gradsub.null_space._collect import Observe, call, evaluating
+from gradsub.layers import named_parameters
+from gradsub.null_space._collect import Observe, call, eager, evaluating
 from gradsub.null_space._elementwise import Unsuitable, derivative, dtypes_of
 from gradsub.subspace import is_distributed
 
@@ -41,7 +41,6 @@ def observe_gradients(
         how many batches ran; and by name, why a vector is to be left out, of which rows may have been handed on before
         that was seen.
     """
-    model = unwrap(model)
     vectors = _vectors(model)
     watch = _Watch(vectors)
     count = 0
@@ -52,6 +51,7 @@ def observe_gradients(
                 hook = module.register_forward_hook(watch.hook(own), with_kwargs=True)
                 stack.callback(hook.remove)
         stack.enter_context(evaluating(model))
+        stack.enter_context(eager())
         stack.enter_context(_only_these_train(model, vectors))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -149,11 +149,10 @@ class _Watch:
 
 def _vectors(model: nn.Module) -> dict[nn.Parameter, str]:
     """What the model has of them, by the names under which an optimizer asks for what is protected."""
-    found = {
-        parameter: name.removesuffix(".weight")
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 1 and parameter.is_floating_point()
-    }
+    found: dict[nn.Parameter, str] = {}
+    for name, parameter in named_parameters(model):
+        if parameter.ndim == 1 and parameter.is_floating_point():
+            found.setdefault(parameter, name.removesuffix(".weight"))
     if not found:
         raise ValueError("the model has no norm weights and no biases: there is nothing to collect gradients of")
     sharded = [name for parameter, name in found.items() if is_distributed(parameter)]

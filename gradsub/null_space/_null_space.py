@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsub.distributed import Ranks
-from gradsub.layers import ALL_LINEAR, select_layers
+from gradsub.layers import ALL_LINEAR, select_layers, some
 from gradsub.null_space._collect import observe_features, unit_rows
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._criterion import Criterion
@@ -110,6 +110,7 @@ class NullSpace:
         self._shared = SharedStatistics()
         self._protected: dict[str, Protection] = {}
         self._warned: set[str] = set()
+        self._unseen: set[str] = set()
 
     def collect(
         self,
@@ -123,14 +124,16 @@ class NullSpace:
     ) -> NullSpace:
         """Add what ``batches`` show of every targeted layer, in one pass for all layers; call again to add more.
 
-        The model runs in evaluation mode without gradients, and every module's mode is restored. On several ranks each
+        The model runs in evaluation mode without gradients, uncompiled, and every module's mode is restored. A layer
+        that saw no features is named by a warning. On several ranks each
         runs its part of the batches, and every rank ends with the statistics of all, the same bits everywhere:
         covariances add exactly, sketches merge within their bound.
 
         Args:
             model: the model whose layers are protected; layers are named as in ``model.named_modules()``.
             batches: each is a tensor (``model(batch)``), a tuple (``model(*batch)``) or a mapping (``model(**batch)``).
-                A mapping's ``attention_mask`` (batch x tokens) keeps padding out of the statistics.
+                A mapping's ``attention_mask`` (batch x tokens) keeps padding out of the statistics; of an encoder and
+                a decoder, that of the encoder's positions, and ``decoder_attention_mask`` that of the decoder's.
             target_modules: ``"all-linear"``, a regular expression, or names; see `gradsub.layers.select_layers`.
             normalize: divide every token's features by their norm, so that all tokens count the same. Language models
                 have layers where few tokens are thousands of times as large as the others (massive activations, arXiv
@@ -145,17 +148,16 @@ class NullSpace:
             itself, so that ``NullSpace().collect(model, batches)`` reads as one expression.
 
         Raises:
-            ValueError: no layer matches, there is no batch, or a feature is NaN or Inf (the layer is named); or
-                ``shard`` is true and the ranks have different batches.
+            ValueError: no layer matches or sees any features, there is no batch, or a feature is NaN or Inf (the
+                layer is named); or ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
         """
-        return self._gathered(
-            model,
-            batches,
-            shard,
-            process_group,
-            lambda into, dealt: into._collect(model, dealt, target_modules, normalize),
+        layers = select_layers(model, target_modules)
+        self._gathered(
+            model, batches, shard, process_group, lambda into, dealt: into._collect(model, dealt, layers, normalize)
         )
+        self._check_seen(list(layers))
+        return self
 
     def collect_gradients(
         self,
@@ -245,11 +247,10 @@ class NullSpace:
         self,
         model: nn.Module,
         batches: Iterable[tuple[Any, bool]],
-        target_modules: str | Iterable[str],
+        layers: Mapping[str, nn.Module],
         normalize: bool,
     ) -> int:
         """Run the batches and take in those that count; how many ran."""
-        layers = select_layers(model, target_modules)
         latest: tuple[Tensor, Tensor, Steps] | None = None
         turns = Turns(batches)
 
@@ -262,6 +263,24 @@ class NullSpace:
             self._add(name, *latest[1:])
 
         return observe_features(model, layers, turns, self.side, observe)
+
+    def _check_seen(self, names: list[str]) -> None:
+        """Name the layers that no features have reached so far, once; raise a ValueError if none did."""
+        unseen = [name for name in names if name not in self]
+        if len(unseen) == len(names):
+            raise ValueError(
+                f"none of the targeted layers ({some(names)}) saw any features: the model does not call them, or all "
+                "positions are masked; choose other target_modules, or pass other batches"
+            )
+        new = [name for name in unseen if name not in self._unseen]
+        self._unseen.update(new)
+        if new:
+            warnings.warn(
+                f"{some(new, 12)} saw no features, so nothing of them is protected: the model goes around them (as "
+                "torch's attention does around its out_proj), or no token was sent there; pass more batches, freeze "
+                "them, or leave them out of target_modules",
+                stacklevel=3,
+            )
 
     def _collect_gradients(
         self, model: nn.Module, batches: Iterable[tuple[Any, bool]], loss: Callable[[nn.Module, Any], Tensor] | None

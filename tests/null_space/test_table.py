@@ -110,9 +110,10 @@ def test_update_of_one_layer_leaves_those_it_shared_with(budget):
         assert null_space.version(name) == version + (name == "key")
 
 
+@pytest.mark.filterwarnings("ignore:.* saw no features")
 @quick
 @given(
-    st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=6), min_size=1, max_size=4),
+    st.lists(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=6), min_size=1, max_size=4),
     budgets,
     st.integers(0, 2**16),
 )
