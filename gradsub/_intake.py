@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,7 +40,8 @@ class Intake:
         self._bank = bank
         self._exchange = exchange
         self._witness = ScaleWitness()
-        self.capture = GenericCapture(bank, name, partial(_arrived_outside, self._witness, exchange))
+        self._outside = _Outside(self._witness, exchange)
+        self.capture = GenericCapture(bank, name, self._outside)
         self.fused = FusedCapture(bank, self.capture)
         self.samples: dict[int, float] = {}
         self.mixed_samples = 0.0
@@ -84,6 +86,8 @@ class Intake:
                     self.samples[task] = self.samples.get(task, 0.0) + count
                 self.mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
                 self._bear_witness()
+            else:
+                self._outside.emptied = what
             self._open = False
         if not arrived and self.losses.keys() != seen:
             self._exchange.check_nothing_kept_back()
@@ -173,9 +177,31 @@ class Intake:
         self.samples.clear()
         self.mixed_samples = 0.0
         self._scale = None
+        self._outside.emptied = None
         self._exchange.reset()
 
 
-def _arrived_outside(witness: ScaleWitness, exchange: Exchange, parameter: Tensor) -> None:
-    exchange.check_open()
-    witness.joined(parameter)
+class _Outside:
+    """Is told of every gradient of no task.
+
+    Attributes:
+        emptied: how errors call a block of this step that was closed without a gradient, or None.
+    """
+
+    def __init__(self, witness: ScaleWitness, exchange: Exchange) -> None:
+        self._witness = witness
+        self._exchange = exchange
+        self._warned = False
+        self.emptied: str | None = None
+
+    def __call__(self, parameter: Tensor) -> None:
+        self._exchange.check_open()
+        self._witness.joined(parameter)
+        if self.emptied is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.emptied} was closed before any backward pass, and now a gradient arrives outside of it: it "
+                "belongs to no task, so no gate weighs it and the task's subspace never sees it. Call backward() "
+                "inside the block of its task",
+                stacklevel=3,
+            )

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsub._coverage import Coverage
+from gradsub._effective import own_weight
 from gradsub.capture import can_fuse
-from gradsub.layers import is_transposed, named_parameters, select_layers, some
+from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, other_matrices, select_layers, some
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer, Shards, is_distributed, shards_of
 
@@ -65,7 +67,14 @@ class Layout:
         self._refresh = refresh
         self._tasks = tasks
         self._null_space = null_space
+        self._model = model
+        self._target_modules = target_modules
         self._targets: dict[Tensor, _Target] | None = None
+        self._computed: list[str] = []
+        self._aliases: dict[Tensor, list[str]] = defaultdict(list)
+        self._given: dict[Tensor, bool] = {}
+        self._held: set[Tensor] = set()
+        self._reported: set[str] = set()
         self._names: dict[Tensor, str] = {}
         self._seen: dict[Tensor, tuple[int, ...]] = {}
         self._count = 0
@@ -73,9 +82,12 @@ class Layout:
         self._shards: Shards | None = None
         self._vectors: set[Tensor] = set()
         if model is not None:
-            self._targets = _targets(model, target_modules)
+            self._targets, self._computed = _targets(model, target_modules)
             for name, parameter in named_parameters(model):
                 self._names.setdefault(parameter, name)
+            for name, module in named_layers(model):
+                if is_linear(module) and (weight := own_weight(module)) is not None:
+                    self._aliases[weight].append(name)
 
     def name(self, parameter: Tensor) -> str:
         """What reports and errors call a parameter."""
@@ -85,50 +97,51 @@ class Layout:
         """The layers among a parameter group's parameters; the others take the plain inner step."""
         layers: list[Layer] = []
         full_rank: list[str] = []
+        plain: list[str] = []
         for place, parameter in enumerate(group["params"]):
             index, self._count = self._count, self._count + 1
             names = group.get("param_names")
             self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
+            self._given[parameter] = group["subspace"]
             self._check_dtype(parameter)
             protecting = self._protecting(parameter)
             too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= _smaller_side(parameter)
             if not self._decomposed(parameter, group, bool(protecting)):
                 if group["subspace"] and too_small and self._targets is None:
                     full_rank.append(self.name(parameter))
-                if protecting:
-                    self._add_plain(parameter, protecting)
+                if protecting and parameter.ndim == 1:
+                    self._add_vector(parameter, protecting)
+                elif protecting:
+                    plain.append(self.name(parameter))
+                    self._reported.update(protecting)
                 continue
             if too_small:
                 full_rank.append(self.name(parameter))
             layers.append(self._layer(parameter, group, index, protecting))
         self._warn_full_rank(full_rank, group["rank"])
         self._warn_unprotected(layers)
+        if plain:
+            warnings.warn(
+                f"{some(plain)} is protected by null_space but takes the plain inner step, which does not obey it: "
+                "leave subspace=True for it, target it, or freeze it",
+                UserWarning,
+                stacklevel=4,
+            )
         return layers
 
-    def _add_plain(self, parameter: Tensor, protecting: list[str]) -> None:
-        if parameter.ndim != 1:
-            self._warn(
-                "plain",
-                f"{self.name(parameter)} is protected by null_space but takes the plain inner step, which does not "
-                "obey it: leave subspace=True for it, target it, or freeze it",
-            )
-            return
+    def _add_vector(self, parameter: Tensor, protecting: list[str]) -> None:
+        self._reported.update(protecting)
         try:
             shards_of(parameter, self.name(parameter))
         except ValueError as error:
             self._warn("distributed vector", f"{error}. It is not protected; freeze it if it is to stay")
             return
         self._vectors.add(parameter)
+        self._held.add(parameter)
         self._seen[parameter] = self._versions(protecting)
         protected = self.vector(parameter)
         assert protected is not None
-        self._warn_no_freedom(self.name(parameter), protected)
-        if not protected.shape[1]:
-            self._warn(
-                "no direction",
-                f"null_space protects no direction of {self.name(parameter)}: its criterion asks for none. A threshold "
-                "is in squared units of the features, which are gradients here; energy has no units",
-            )
+        self._warn_extremes(self.name(parameter), protected)
 
     def vector(self, parameter: Tensor) -> Tensor | None:
         """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
@@ -165,7 +178,8 @@ class Layout:
         if not protecting:
             return layer
         layer.protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
-        self._warn_no_freedom(layer.name, layer.protected)
+        self._warn_extremes(layer.name, layer.protected)
+        self._held.add(parameter)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
 
@@ -254,9 +268,8 @@ class Layout:
         """The names under which the null space knows the parameter."""
         if self._null_space is None:
             return []
-        target = (self._targets or {}).get(parameter)
-        names = target.names if target else (self.name(parameter).removesuffix(".weight"),)
-        return [name for name in names if name in self._null_space]
+        names = [*self._aliases.get(parameter, ()), self.name(parameter).removesuffix(".weight")]
+        return [name for name in dict.fromkeys(names) if name in self._null_space]
 
     def _protected(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Tensor:
         """K (d x k) of a parameter; of a weight that several modules share, what protects all of them."""
@@ -289,19 +302,119 @@ class Layout:
                 "pass master_weights=True",
             )
 
-    def check_names(self) -> None:
-        """Raise a ValueError if a null space was given, but nothing that could be looked up in it."""
-        if self._null_space is not None and not any(self._protecting(p) for p in list(self._names)):
+    def check(self) -> None:
+        """Say what is not decomposed, and what the null space knows but nothing holds.
+
+        Raises:
+            ValueError: nothing of either can be found among the base optimizer's parameters.
+        """
+        if self._model is not None:
+            self._check_model(self._model)
+            self._warn_left_out(self._model)
+        if self._null_space is None or not len(self._null_space):
+            return
+        if not any(self._protecting(p) for p in list(self._names)) and not self._known(self._computed):
             known = list(self._null_space)[:4]
             raise ValueError(
                 f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
                 "pass the model= on which it was collected, or build the base optimizer from named_parameters()"
             )
+        self._warn_loose(self._null_space)
 
-    def _warn_no_freedom(self, name: str, protected: Tensor) -> None:
+    def _known(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if self._null_space is not None and name in self._null_space]
+
+    def _check_model(self, model: nn.Module) -> None:
+        """Raise a ValueError if the base optimizer trains another model; say which matrices belong to none."""
+        own = {parameter for _, parameter in named_parameters(model)}
+        outside = [p for p, subspace in self._given.items() if p not in own and subspace and _smaller_side(p) > 1]
+        strangers = [p for p in self._given if p not in own]
+        decomposed = any(parameter in self._given for parameter in self._targets or {})
+        if len(strangers) == len(self._given) or (outside and not decomposed and self._targets):
+            raise ValueError(
+                f"model= has {len(self._given) - len(strangers)} of the base optimizer's {len(self._given)} parameters "
+                "and no layer to decompose among them: it is another copy of the model (a deepcopy, or one that was "
+                "loaded, moved or sharded since). Build the base optimizer from the parameters of the model= you pass"
+            )
+        if outside:
+            self._warn(
+                "outside",
+                f"{len(outside)} matrices of the base optimizer ({self._share(outside)}) are not in model=, the first "
+                f"of shape {tuple(outside[0].shape)}: they take the plain inner step. Pass a model that has them, or "
+                "give their group subspace=False if that is meant",
+            )
+
+    def _warn_left_out(self, model: nn.Module) -> None:
+        """Name targeted layers, and matrices that no linear layer has, that are not decomposed."""
+        targets = self._targets or {}
+        absent = [t.names[0] for p, t in targets.items() if p not in self._given and p.requires_grad]
+        absent = [name for name in absent if not self._known([name])]
+        if absent:
+            self._warn(
+                "absent",
+                f"{some(absent)} of target_modules require gradients, but are not among the base optimizer's "
+                "parameters: they are not decomposed. Give them to it, freeze them, or leave them out of "
+                "target_modules",
+            )
+        layers = dict(named_layers(model))
+        computed = [
+            name
+            for name in self._computed
+            if not self._known([name]) and any(self._given.get(p) for p in layers[name].parameters() if p.ndim > 1)
+        ]
+        if computed:
+            self._warn(
+                "computed",
+                f"the weights of {some(computed)} are computed from other parameters (parametrized, normalised or "
+                "pruned): these take the plain inner step and are not decomposed. Make the weight permanent, or leave "
+                "the layer out of target_modules",
+            )
+        others = other_matrices(model, self._target_modules)
+        left = {p: name for name, p in others.items() if self._given.get(p) and p.requires_grad and p not in targets}
+        left = {p: name for p, name in left.items() if _smaller_side(p) > 1}
+        if left:
+            unprotected = "" if self._null_space is None else ", unprotected by null_space"
+            self._warn(
+                "left out",
+                f"{some(list(left.values()))} ({self._share(left)}) are matrices outside of linear layers, such as "
+                f"fused experts: they are not decomposed and take the plain inner step{unprotected}. Freeze them, or "
+                "give their group subspace=False if that is meant",
+            )
+
+    def _share(self, parameters: Iterable[Tensor]) -> str:
+        whole = sum(p.numel() for p in self._given if p.requires_grad)
+        return f"{sum(p.numel() for p in parameters) / max(whole, 1):.0%} of the trained weights"
+
+    def _warn_loose(self, null_space: NullSpace) -> None:
+        """Name what the null space knows, but something moves that does not obey it."""
+        targeted = [*self._computed, *(name for target in (self._targets or {}).values() for name in target.names)]
+        coverage = Coverage(self._model, self._given, self._held, self._names, targeted)
+        found: dict[str, list[str]] = defaultdict(list)
+        for name in null_space:
+            reason = None if name in self._reported else coverage.loose(name, self._side == "input")
+            if reason is not None:
+                self._reported.add(name)
+                found[reason].append(name)
+        if found:
+            listed = "; ".join(f"{some(names)}: {reason}" for reason, names in list(found.items())[:4])
+            more = len(found) - 4
+            warnings.warn(
+                f"null_space knows layers that nothing holds in it. {listed}{f'; and {more} more' * (more > 0)}. They "
+                "are not protected: freeze what moves, decompose it, or collect a null space of the model as it is now",
+                UserWarning,
+                stacklevel=4,
+            )
+
+    def _warn_extremes(self, name: str, protected: Tensor) -> None:
         dimension, count = protected.shape
         if count >= dimension:
             self._warn("no freedom", f"null_space protects all {dimension} directions of {name}: it cannot learn")
+        if not count:
+            self._warn(
+                "no direction",
+                f"null_space protects no direction of {name}: its criterion asks for none, or its features were zero. "
+                "A threshold is in squared units of the features (for vectors, of gradients); energy has no units",
+            )
 
     def _warn_full_rank(self, names: list[str], rank: int) -> None:
         if not names:
@@ -325,19 +438,25 @@ class Layout:
             warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[Tensor, _Target]:
+def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> tuple[dict[Tensor, _Target], list[str]]:
+    """The weights to decompose, and the names of layers whose weight is no parameter."""
     uses: Counter[Tensor] = Counter(parameter for _, parameter in named_parameters(model))
     found: dict[Tensor, _Target] = {}
+    computed = []
     for name, module in select_layers(model, target_modules).items():
-        weight = module.weight
-        assert isinstance(weight, Tensor)
+        weight = own_weight(module)
+        if weight is None:
+            computed.append(name)
+            continue
         earlier = found.get(weight)
         names, modules = (earlier.names, earlier.modules) if earlier else ((), ())
         found[weight] = _Target((*names, name), (*modules, module), is_transposed(module), uses[weight] > 1)
-    return found
+    return found, computed
 
 
 def _smaller_side(parameter: Tensor) -> int:
     """min(m, n) of the weight as a matrix."""
+    if parameter.ndim < 2:
+        return 0
     rows = parameter.shape[0]
     return min(rows, parameter.numel() // rows) if rows else 0

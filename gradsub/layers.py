@@ -14,6 +14,7 @@ __all__ = [
     "is_transposed",
     "named_layers",
     "named_parameters",
+    "other_matrices",
     "select_layers",
     "some",
     "unwrap",
@@ -84,28 +85,53 @@ def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LI
         >>> list(select_layers(model)), list(select_layers(model, ["value"]))
         (['query', 'value'], ['value'])
     """
-    model = unwrap(model)
     linear = {name: module for name, module in named_layers(model) if is_linear(module)}
     if target_modules == ALL_LINEAR:
-        output = getattr(model, "get_output_embeddings", None)
-        head = output() if callable(output) else None
+        head = _head(model)
         chosen = {name: module for name, module in linear.items() if module is not head}
     elif isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
-        chosen = {name: module for name, module in linear.items() if pattern.fullmatch(name)}
+        chosen = {name: module for name, module in linear.items() if _names(target_modules, name)}
     else:
         targets = tuple(target_modules)
-        chosen = {
-            name: module
-            for name, module in linear.items()
-            if any(name == target or name.endswith(f".{target}") for target in targets)
-        }
-        unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in chosen)]
+        chosen = {name: module for name, module in linear.items() if _names(targets, name)}
+        unmatched = [target for target in targets if not any(_names((target,), name) for name in chosen)]
         if unmatched and chosen:
             raise ValueError(f"target_modules: {unmatched} match no linear layer; {_listing(linear)}")
     if not chosen:
         raise ValueError(f"target_modules={target_modules!r} matches no linear layer of the model; {_listing(linear)}")
     return chosen
+
+
+def other_matrices(model: nn.Module, target_modules: str | Iterable[str] = ALL_LINEAR) -> dict[str, nn.Parameter]:
+    """Parameters with two dimensions or more that `select_layers` leaves out though ``target_modules`` names them.
+
+    These are the matrices of modules that are no linear layer: fused experts, convolutions, recurrent layers, the joint
+    projection of torch's attention. ``"all-linear"`` names every one but embeddings and the output head.
+    """
+    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    head = _head(model)
+    found: dict[str, nn.Parameter] = {}
+    below: list[str] = []
+    for layer, module in named_layers(model):
+        if is_linear(module) or module is head or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            below.append(f"{layer}." if layer else "")
+        if any(f"{layer}.".startswith(prefix) for prefix in below):
+            continue  # also what a parametrized weight is computed from
+        if targets == ALL_LINEAR or _names(targets, layer):
+            own = {key: p for key, p in module._parameters.items() if p is not None and p.ndim > 1}
+            found.update({f"{layer}.{key}" if layer else key: p for key, p in own.items()})
+    return found
+
+
+def _names(target_modules: str | Iterable[str], name: str) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def _head(model: nn.Module) -> object:
+    output = getattr(unwrap(model), "get_output_embeddings", None)
+    return output() if callable(output) else None
 
 
 def _listing(linear: dict[str, nn.Module], most: int = 8) -> str:

@@ -188,7 +188,7 @@ class GemsOptimizer(Optimizer):
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
         self._intake = Intake(self._bank, self._exchange, self._layout.name)
         found = [self._lay_out(base, group, position) for position, group in enumerate(self.param_groups)]
-        self._layout.check_names()
+        self._layout.check()
         # Nothing can be refused any more: only now is the base optimizer taken over.
         self._inner = Inner(base)
         self._stepper.attach(self.state)
@@ -401,6 +401,7 @@ class GemsOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             layers = self._lay_out(self._inner.base, group, len(self.param_groups) - 1)
+            self._layout.check()
         except Exception:
             self.param_groups.pop()
             raise

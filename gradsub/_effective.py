@@ -1,0 +1,89 @@
+"""Whether what a layer multiplies by is its decomposed weight, and nothing that moves otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradsub.capture import can_fuse
+from gradsub.null_space._collect import evaluating
+
+# What may move of an answer that must stay, as a share of what moves of others: more than rounding of low precision.
+_TOLERANCE = 0.05
+_ROWS = 8
+
+
+def own_weight(module: nn.Module) -> nn.Parameter | None:
+    """The weight if it is a parameter; None if it is computed from others: parametrized, normalised or pruned."""
+    return module._parameters.get("weight")
+
+
+def is_bias(name: str) -> bool:
+    """Whether a parameter of a linear layer is its bias, or what that is computed from."""
+    return name.startswith(("bias", "parametrizations.bias."))
+
+
+def carries_protection(module: nn.Module, input_side: bool, transposed: bool) -> bool:
+    """Whether the module answers protected inputs as before when its weight moves in their null space.
+
+    A linear layer does, and one whose forward pass another library has wrapped; one that computes with something else
+    than its weight, as weight standardisation does, does not. It is tried where it cannot be known: with a large change
+    D that satisfies D k = 0 for a random input k, or k^T D = 0 for a random direction k of outputs.
+
+    Args:
+        module: the layer; its weight is a parameter.
+        input_side: whether inputs are protected, or outputs.
+        transposed: whether the weight is ``in_features x out_features``.
+    """
+    weight = own_weight(module)
+    if weight is None or can_fuse(module):
+        return weight is not None
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(weight)
+
+    W = weight.detach()
+    change = noise(*W.shape) * (W.square().mean().sqrt() if bool(W.any()) else 1.0)
+    axis = 1 if input_side != transposed else 0
+    k = F.normalize(noise(W.shape[axis]), dim=0)
+    in_the_way = torch.outer(k, k @ change.movedim(axis, 0))
+    obedient = change - (in_the_way.mT if axis == 1 else in_the_way)
+    x = k[None] if input_side else noise(_ROWS, W.shape[0 if transposed else 1])
+    with torch.no_grad(), evaluating(module):
+        before, after, free = (
+            torch.func.functional_call(module, {"weight": W + step}, (x,)) for step in (0.0, obedient, change)
+        )
+    moved, most = ((y - before if input_side else (y - before) @ k).norm() for y in (after, free))
+    return bool(moved <= _TOLERANCE * most)
+
+
+def adds_to(outer: nn.Module, layer: nn.Module) -> bool:
+    """Whether ``outer`` answers with what ``layer`` answers to the same input and something added, as adapters do."""
+    weight = own_weight(layer)
+    if weight is None or weight.ndim != 2:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_ROWS, weight.shape[1], generator=generator).to(weight)
+    added: Tensor | None = None
+    asked: list[Any] = []
+
+    def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        asked.append(inputs[0])
+        return output if added is None else output + added
+
+    handle = layer.register_forward_hook(see)
+    try:
+        # A module that draws random numbers itself may not change what the user draws next.
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad(), evaluating(outer):
+            plain = outer(x)
+            added = torch.randn(*plain.shape, generator=generator).to(plain)
+            moved = outer(x) - plain
+            return torch.equal(asked[0], x) and bool((moved - added).norm() <= _TOLERANCE * added.norm())
+    except Exception:
+        return False  # it takes or returns something else: it does not stand in a linear layer's place
+    finally:
+        handle.remove()
