@@ -192,8 +192,9 @@ class Stepper:
         if self._surgery is None or measured is None or len(shares) < 2:
             return shares
         gramian = measured.gramian.sum(0)
-        share = torch.tensor([shares.get(k, 0.0) for k in range(len(self._tasks))])
-        share = share.to(gramian, non_blocking=True)
+        share = torch.tensor(
+            [shares.get(k, 0.0) for k in range(len(self._tasks))], dtype=gramian.dtype, device="cpu"
+        ).to(gramian.device, non_blocking=True)
         weights = self._surgery(share[:, None] * gramian * share)
         return {task: share[task] * weights[task] for task in shares}
 
