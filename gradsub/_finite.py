@@ -17,7 +17,9 @@ class NonFiniteError(FloatingPointError, ValueError):
 def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of the tensors' largest absolute entries (0-dim): NaN or Inf if any entry of any of them is."""
     here = [local(tensor) for tensor in tensors]
-    norms = torch._foreach_norm([tensor for tensor in here if tensor.numel()] or [torch.zeros(1)], math.inf)
+    norms = torch._foreach_norm(
+        [tensor for tensor in here if tensor.numel()] or [torch.zeros(1, dtype=torch.float32, device="cpu")], math.inf
+    )
     return torch.stack(
         [norm.to(norms[0].device, torch.float64 if norm.is_cpu else torch.float32) for norm in norms]
     ).sum()

@@ -59,14 +59,19 @@ def measure(
     own_norms = torch.cat([by_task(block, found, zero) for block, found in zip(blocks, norms, strict=True)])
     own_norms = _over_shards(blocks, own_norms.square()).sqrt() if _split(blocks) else own_norms
     own_norms = own_norms.clamp_max(largest)
-    present = torch.tensor([[k in block.own for k in range(tasks)] for block in blocks for _ in block.layers])
-    present = present.to(zero.device, non_blocking=True)
+    present = torch.tensor(
+        [[k in block.own for k in range(tasks)] for block in blocks for _ in block.layers],
+        dtype=torch.bool,
+        device="cpu",
+    ).to(zero.device, non_blocking=True)
     memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in layers])
     unseen = [losses[k].to(unknown) if k in losses else unknown for k in range(tasks)]
     inputs = GateInputs(
         losses=torch.stack(unseen),
         gradient_norms=own_norms,
-        samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)]).to(zero, non_blocking=True),
+        samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], dtype=zero.dtype, device="cpu").to(
+            zero.device, non_blocking=True
+        ),
         present=present,
         memory=memory,
         alignment=_alignments(blocks, tasks, state).to(zero) if needs_alignment(gate) else None,
@@ -105,7 +110,9 @@ def _over_shards(blocks: Sequence[Block], values: Tensor) -> Tensor:
     shards = next(layer.shards for layer in layers if layer.splits_coordinates)
     assert shards is not None
     # What every rank has as a whole must count once.
-    counts = torch.tensor([layer.splits_coordinates or shards.first for layer in layers])
+    counts = torch.tensor(
+        [layer.splits_coordinates or shards.first for layer in layers], dtype=torch.bool, device="cpu"
+    )
     counts = counts.to(values.device, non_blocking=True).view(-1, *[1] * (values.ndim - 1))
     summed = torch.where(counts, values, 0)
     shards.sum_([summed])
@@ -131,7 +138,8 @@ def _alignments(blocks: Sequence[Block], tasks: int, state: Mapping[Tensor, Any]
 def _gramian(block: Block, tasks: int) -> Tensor:
     """Inner products (L x K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
     if not block.parts:
-        return torch.zeros(len(block.layers), tasks, tasks)
+        layer = block.layers[0]
+        return torch.zeros(len(block.layers), tasks, tasks, dtype=layer.dtype, device=layer.parameter.device)
     rows = torch.stack([part.flatten(1) for part in block.parts.values()], dim=1)
     products = rows @ rows.mT
     if len(block.parts) == tasks:

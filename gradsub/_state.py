@@ -193,7 +193,9 @@ def restore(
                 device = parameter.device
             else:
                 device = like.device if isinstance(like, Tensor) else value.device
-            state[parameter][key] = value.detach().to(device, copy=True)
+            # Steps were counted in float32 once, which stops at 2^24.
+            dtype = torch.int64 if key == "step" else value.dtype
+            state[parameter][key] = value.detach().to(device, dtype, copy=True)
 
 
 def group_parameters(groups: Sequence[Mapping[str, Any]]) -> list[torch.nn.Parameter]:

@@ -14,7 +14,7 @@ from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_ste
 from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Projected, gather, mix
 from gradsub.gates import Gate
-from gradsub.inner import Inner, decays_decoupled, decoupled_shrinkage
+from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.report import Measurements
 from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments
 from gradsub.update import PROTECTED, apply_updates, hold_protected, initialise_update
@@ -192,8 +192,9 @@ class Stepper:
         if self._surgery is None or measured is None or len(shares) < 2:
             return shares
         gramian = measured.gramian.sum(0)
-        share = torch.tensor([shares.get(k, 0.0) for k in range(len(self._tasks))])
-        share = share.to(gramian, non_blocking=True)
+        share = torch.tensor(
+            [shares.get(k, 0.0) for k in range(len(self._tasks))], dtype=gramian.dtype, device="cpu"
+        ).to(gramian.device, non_blocking=True)
         weights = self._surgery(share[:, None] * gramian * share)
         return {task: share[task] * weights[task] for task in shares}
 
@@ -223,7 +224,7 @@ class Stepper:
     def _with_coupled_decay(self, block: Block, group: Mapping[str, Any], shared: Tensor) -> Tensor:
         """Coupled (L2) weight decay joins the shared gradient, where the weight itself is known."""
         decay = group.get("weight_decay", 0.0)
-        if not decay or decays_decoupled(self._inner.base, group):
+        if not decay or self._inner.traits[block.group].decay != "coupled":
             return shared
         sign = -1.0 if group.get("maximize") else 1.0
         coordinates = torch.stack([self._coordinates(layer, SHARED) for layer in block.layers])
@@ -291,7 +292,7 @@ class Stepper:
                 states,
                 torch.cat(scaled, dim=1 + block.layers[0].axis),
                 [self._bank.joint_basis(layer, taken) for layer in block.layers],
-                decoupled_shrinkage(self._inner.base, group),
+                decoupled_shrinkage(self._inner.traits[block.group], group),
             )
             if needs_alignment(self._gate):
                 for task in block.own:

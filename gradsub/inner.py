@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,49 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub._pieces import pieces
+from gradsub._probe import Probes, Traits, base_step, constant_like, pattern
 
-__all__ = ["Inner", "check_elementwise", "check_wrappable", "decays_decoupled", "decoupled_shrinkage"]
-
-# torch's optimizers that add weight decay to the gradient (L2) unless a flag in the group says otherwise.
-_COUPLED_DECAY = frozenset(
-    {"SGD", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adamax", "Adadelta", "Rprop", "ASGD", "SparseAdam"}
-)
-_TRUST_RATIO = ("lamb", "lars")
-_REEVALUATES = ("sam", "lbfgs")
-_WHOLE_MATRICES = (
-    *("muon", "adafactor", "shampoo", "soap", "came", "galore", "novograd", "sm3", "lomo", "adammini", "kron", "psgd"),
-    *("scion", "apollo", "dion", "nero", "fromage", "adalite"),
-)
-_POSITION = ("prodigy", "madgrad", "dowg", "cocob")
+__all__ = ["Inner", "check_wrappable", "decoupled_shrinkage"]
 
 
 def check_wrappable(base: Optimizer) -> None:
-    """Refuse an optimizer whose step cannot be run on a zero proxy.
+    """Refuse what is no fresh optimizer; what its steps depend on is found out for each group, by `Probes`.
 
     Raises:
         TypeError: ``base`` is no optimizer.
-        ValueError: it has stepped already, evaluates its closure several times, scales by the parameter's norm, or
-            remembers the parameter's position.
+        ValueError: it has stepped already, or is differentiable.
     """
     if not isinstance(base, Optimizer):
         raise TypeError(f"base must be a torch.optim.Optimizer, found {type(base).__name__}")
     name = type(base).__name__
-    kinds = [cls.__name__.lower() for cls in type(base).__mro__]
-    if any(kind.endswith(_REEVALUATES) for kind in kinds):
-        raise ValueError(
-            f"base={name} evaluates its closure several times a step, but captured gradients exist once: "
-            "wrap a first-order optimizer such as torch.optim.AdamW"
-        )
-    if any(word in kind for kind in kinds for word in _TRUST_RATIO):
-        raise ValueError(
-            f"base={name} scales its step by the parameter's norm, which is 0 for the proxies that stand for the "
-            "subspace: wrap an optimizer without a trust ratio, such as torch.optim.AdamW"
-        )
-    if any(word in kind for kind in kinds for word in _POSITION):
-        raise ValueError(
-            f"base={name} measures how far the parameter has come from where it started, but proxies start from 0 at "
-            "every step: wrap an optimizer whose step depends on gradients alone, such as torch.optim.AdamW"
-        )
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(f"base={name}(differentiable=True) is not supported: pass differentiable=False")
     for state in base.state.values():
@@ -65,36 +38,12 @@ def check_wrappable(base: Optimizer) -> None:
             )
 
 
-def check_elementwise(base: Optimizer, layer: str) -> None:
-    """Refuse an optimizer that looks at whole matrices, for a layer of which each rank has some rows.
-
-    Raises:
-        ValueError: naming the optimizer and the layer.
-    """
-    kinds = [cls.__name__.lower() for cls in type(base).__mro__]
-    if any(word in kind for kind in kinds for word in _WHOLE_MATRICES):
-        raise ValueError(
-            f"base={type(base).__name__} looks at whole matrices, but {layer} is sharded and each rank steps its own "
-            'rows: wrap an elementwise optimizer such as torch.optim.AdamW, or pass side="output"'
-        )
-
-
-def decays_decoupled(base: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether the group's ``weight_decay`` shrinks the weight directly (AdamW) or is added to the gradient (SGD)."""
-    for flag in ("decoupled_weight_decay", "weight_decouple"):
-        if flag in group:
-            return bool(group[flag])
-    return not any(
-        kind.__module__.startswith("torch.optim") and kind.__name__ in _COUPLED_DECAY for kind in type(base).__mro__
-    )
-
-
-def decoupled_shrinkage(base: Optimizer, group: Mapping[str, Any]) -> float | Tensor:
+def decoupled_shrinkage(traits: Traits, group: Mapping[str, Any]) -> float | Tensor:
     """The share of the weight that decoupled decay takes away in a step: lr times weight decay, 0 if it is coupled."""
     decay = group.get("weight_decay", 0.0)
-    if not decay or not decays_decoupled(base, group):
+    if not decay or traits.decay in ("coupled", "none"):
         return 0.0
-    shrinkage: float | Tensor = decay if group.get("fixed_decay") else group["lr"] * decay
+    shrinkage: float | Tensor = decay if traits.decay == "fixed" else group["lr"] * decay
     return shrinkage
 
 
@@ -104,12 +53,20 @@ class Inner:
     A proxy has the shape of a projected gradient. It is zero before the inner step and holds the step d after it.
     Between steps its storage is released. Weight decay of a proxy is 0: decay needs the weight, so it is the wrapper's.
 
+    Outside of its steps the base optimizer shows the outer groups as its own: whoever writes a learning rate there, as
+    a scheduler does, steers.
+
     Args:
-        base: the wrapped optimizer; its ``param_groups`` are replaced.
+        base: the wrapped optimizer.
+        probes: say what its steps depend on.
     """
 
-    def __init__(self, base: Optimizer) -> None:
+    def __init__(self, base: Optimizer, probes: Probes) -> None:
         self.base = base
+        self.probes = probes
+        self.traits: list[Traits] = []
+        self._probed: list[dict[str, Any]] = []
+        self._warned = False
         # What an optimizer put into its state when it was built (Adagrad's accumulators), to give it to proxies too.
         self._initial = {parameter: dict(state) for parameter, state in base.state.items()}
         self._stands_for: dict[Tensor, Tensor] = {}
@@ -117,16 +74,26 @@ class Inner:
         self._plain: list[dict[str, Any]] = []
         self._proxied: list[dict[str, Any]] = []
         base.state.clear()
-        base.param_groups = []
 
-    def add_group(self, options: Mapping[str, Any], plain: Iterable[Tensor], proxies: Mapping[Tensor, Tensor]) -> None:
+    def add_group(
+        self,
+        options: Mapping[str, Any],
+        traits: Traits,
+        plain: Iterable[Tensor],
+        proxies: Mapping[Tensor, Tensor],
+    ) -> None:
         """Add one outer group.
 
         Args:
             options: its hyper-parameters.
+            traits: what the base optimizer's steps depend on with these.
             plain: the parameters that the base optimizer steps itself.
             proxies: proxy -> the weight that it stands for.
         """
+        if proxies:
+            self._warn_of_decay(traits, options)
+        self.traits.append(traits)
+        self._probed.append(dict(options))
         self._plain.append({**options, "params": list(plain)})
         self._proxied.append({**options, "params": list(proxies)})
         if "weight_decay" in options:
@@ -144,9 +111,7 @@ class Inner:
                 key: value.flatten()[0].clone().expand(value.shape) if isinstance(value, Tensor) else value
                 for key, value in self._initial[parameter].items()
             }
-        new = [group for group in (self._plain[-1], self._proxied[-1]) if group["params"]]
-        self.base.param_groups.extend(new)
-        self._populate(new)
+        self._populate([group for group in (self._plain[-1], self._proxied[-1]) if group["params"]])
         self._release(self._proxied[-1]["params"])
 
     @staticmethod
@@ -156,12 +121,47 @@ class Inner:
 
     @property
     def relative(self) -> bool:
-        """Whether the step's length follows the parameter's: then a proxy has to start as the weight's coordinates."""
-        return any("adafactor" in kind.__name__.lower() for kind in type(self.base).__mro__)
+        """Whether a step's length follows the parameter's: then a proxy has to start as the weight's coordinates."""
+        return any(traits.relative for traits in self.traits)
+
+    def check_options(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Find out anew what steps depend on, where somebody else has switched an option on or off.
+
+        Args:
+            groups: the outer groups.
+
+        Raises:
+            ValueError: with these options the base optimizer cannot be wrapped.
+        """
+        for position, (outer, used) in enumerate(zip(groups, self._proxied, strict=True)):
+            traits, probed = self.traits[position], self._probed[position]
+            if not used["params"]:
+                continue
+            self._warn_of_decay(traits, outer)
+            changed = {
+                key: outer[key]
+                for key in (used.keys() & probed.keys()) - traits.counters
+                if outer[key] is not used[key] and pattern(key, outer[key]) != pattern(key, probed[key])
+            }
+            if changed:
+                options = {**probed, **changed}
+                weights = [self._stands_for[proxy] for proxy in used["params"]]
+                self.traits[position] = self.probes.traits(options, weights, self._initial)
+                self._probed[position] = options
+
+    def _warn_of_decay(self, traits: Traits, group: Mapping[str, Any]) -> None:
+        if traits.decay == "other" and group.get("weight_decay") and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"weight_decay={group['weight_decay']} of base={type(self.base).__name__} neither joins the gradient "
+                "nor takes a share of lr * weight_decay off the weight, as it does for decomposed weights: pass "
+                "weight_decay=0, or an optimizer such as torch.optim.AdamW, if that matters",
+                stacklevel=3,
+            )
 
     def step(
         self,
-        groups: Iterable[dict[str, Any]],
+        groups: Sequence[dict[str, Any]],
         gradients: Mapping[Tensor, Tensor],
         starts: Mapping[Tensor, Tensor],
     ) -> dict[Tensor, Tensor]:
@@ -176,26 +176,27 @@ class Inner:
         Returns:
             d, the step taken, for every proxy in ``gradients``.
         """
-        groups = list(groups)
         self._read_options(groups)
         for (proxy, gradient), zero in zip(gradients.items(), _zeros_like(list(gradients.values())), strict=True):
             proxy.data = starts[proxy].clone() if proxy in starts else zero
             proxy.grad = gradient
-        self._base_step()
+        shown = self.base.param_groups
+        self.base.param_groups = [
+            group for pair in zip(self._plain, self._proxied, strict=True) for group in pair if group["params"]
+        ]
+        try:
+            self._base_step()
+        finally:
+            self.base.param_groups = shown
         self._write_options(groups)
         steps = {proxy: proxy.data - starts[proxy] if proxy in starts else proxy.data for proxy in gradients}
         self._release(gradients)
         return steps
 
     def _base_step(self) -> None:
-        """The base optimizer's step without torch's wrapper, which would fire the global step hooks a second time."""
-        step = type(self.base).step
-        if not getattr(step, "hooked", False):
-            self.base.step()
-            return
         for before in list(self.base._optimizer_step_pre_hooks.values()):
             before(self.base, (), {})
-        step.__wrapped__(self.base)  # type: ignore[attr-defined]
+        base_step(self.base)
         for after in list(self.base._optimizer_step_post_hooks.values()):
             after(self.base, (), {})
 
@@ -224,16 +225,16 @@ class Inner:
         parameter = self._stands_for[proxy]
         initial = self._initial.get(parameter)
         if initial:
-            self.base.state[proxy] = {key: _like(value, parameter, proxy) for key, value in initial.items()}
+            self.base.state[proxy] = {key: constant_like(value, parameter, proxy) for key, value in initial.items()}
 
-    def _read_options(self, groups: list[dict[str, Any]]) -> None:
+    def _read_options(self, groups: Sequence[dict[str, Any]]) -> None:
         for outer, plain, proxied in zip(groups, self._plain, self._proxied, strict=True):
             for key in plain.keys() - {"params"}:
                 plain[key] = outer[key]
                 if key != "weight_decay":
                     proxied[key] = outer[key]
 
-    def _write_options(self, groups: list[dict[str, Any]]) -> None:
+    def _write_options(self, groups: Sequence[dict[str, Any]]) -> None:
         for outer, plain, proxied in zip(groups, self._plain, self._proxied, strict=True):
             used = proxied if proxied["params"] else plain
             for key in used.keys() - {"params", "weight_decay"}:
@@ -248,7 +249,7 @@ class Inner:
                 empty[kind] = proxy.data.new_empty(0)
             proxy.data = empty[kind]
 
-    def _populate(self, groups: list[dict[str, Any]]) -> None:
+    def _populate(self, groups: Sequence[dict[str, Any]]) -> None:
         """Create the base optimizer's state now, where torch lets us, so that its shapes never depend on data.
 
         Distributed checkpoints ask for the state before the first step. An optimizer without torch's ``_init_group``
@@ -290,10 +291,3 @@ def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
             for position, zero in zip(some, cut, strict=True):
                 zeros[position] = zero.view(tensors[position].shape)
     return zeros
-
-
-def _like(value: Any, parameter: Tensor, proxy: Tensor) -> Any:
-    """A constant accumulator of the weight's shape, as one of the proxy's shape."""
-    if isinstance(value, Tensor) and value.shape == parameter.shape:
-        return value.flatten()[0].to(proxy.dtype).expand(proxy.shape).clone()
-    return value.clone() if isinstance(value, Tensor) else value

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub import _settings as settings
+from gradsub._facade import put_before
 from gradsub._finite import NonFiniteError
 from gradsub._intake import Intake
 from gradsub._layout import Layout
+from gradsub._probe import PLAIN, Probes, Traits
 from gradsub._state import check_compatible, hand_down, mirror, restore, show_shards, take_shards
 from gradsub._step import Stepper
 from gradsub.capture import MIXED, MixedRows, Part
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
-from gradsub.inner import Inner, check_elementwise, check_wrappable
+from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
 from gradsub.report import Measurements, Report, make_report
@@ -187,15 +189,21 @@ class GemsOptimizer(Optimizer):
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(self.state, orthogonalize, seed)
         self._intake = Intake(self._bank, self._exchange, self._layout.name)
-        found = [self._lay_out(base, group, position) for position, group in enumerate(self.param_groups)]
+        probes = Probes(base)
+        found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check()
-        # Nothing can be refused any more: only now is the base optimizer taken over.
-        self._inner = Inner(base)
+        # Nothing can be refused any more: only now is the base optimizer taken over, with the very dictionaries that
+        # others may hold.
+        for own_group, theirs in zip(self.param_groups, base.param_groups, strict=True):
+            theirs.update(own_group)
+        self.param_groups = list(base.param_groups)
+        self._inner = Inner(base, probes)
+        put_before(base, self)
         self._stepper.attach(self.state)
         self._stepper.connect(self._bank, self._inner)
         self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
-        for group, layers in zip(self.param_groups, found, strict=True):
-            self._adopt(group, layers)
+        for group, (layers, traits) in zip(self.param_groups, found, strict=True):
+            self._adopt(group, layers, traits)
 
     # --- gradients in ------------------------------------------------------------------------------------------------
 
@@ -309,6 +317,9 @@ class GemsOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        # For schedulers that were built on the base optimizer: they ask whether it has stepped before them.
+        self._inner.base._opt_called = True  # type: ignore[attr-defined]
+        self._inner.check_options(self.param_groups)
         self._intake.check_dense(self._stepper.layers)
         self._intake.unscale()
         self._intake.reduce(merge=self._stepper.sums)
@@ -400,22 +411,31 @@ class GemsOptimizer(Optimizer):
             return  # called by torch's constructor: the groups are adopted together once everything is there
         group = self.param_groups[-1]
         try:
-            layers = self._lay_out(self._inner.base, group, len(self.param_groups) - 1)
+            found = self._lay_out(self._inner.base, self._inner.probes, group, len(self.param_groups) - 1)
             self._layout.check()
         except Exception:
             self.param_groups.pop()
             raise
-        self._adopt(group, layers)
+        self._adopt(group, *found)
 
-    def _lay_out(self, base: Optimizer, group: dict[str, Any], position: int) -> list[Layer]:
+    def _lay_out(
+        self, base: Optimizer, probes: Probes, group: dict[str, Any], position: int
+    ) -> tuple[list[Layer], Traits]:
+        """The group's layers, and what steps depend on."""
         settings.check_group(group)
+        known = (_base_options(group), group["params"], base.state)
+        decomposable = group["subspace"] and any(parameter.ndim > 1 for parameter in group["params"])
+        traits = probes.traits(*known) if decomposable else PLAIN
         layers = self._layout.add_group(group, position)
-        for layer in layers:
-            if layer.splits_coordinates:
-                check_elementwise(base, layer.name)
-        return layers
+        sharded = next((layer.name for layer in layers if layer.splits_coordinates), None)
+        if sharded is not None and not probes.rows_are_independent(*known):
+            raise ValueError(
+                f"base={type(base).__name__} looks at whole matrices, but {sharded} is sharded and each rank steps its "
+                'own rows: wrap an elementwise optimizer such as torch.optim.AdamW, or pass side="output"'
+            )
+        return layers, traits
 
-    def _adopt(self, group: dict[str, Any], layers: list[Layer]) -> None:
+    def _adopt(self, group: dict[str, Any], layers: list[Layer], traits: Traits) -> None:
         proxies: dict[Tensor, Tensor] = {}
         for layer in layers:
             mine = self._stepper.adopt(layer)
@@ -424,8 +444,7 @@ class GemsOptimizer(Optimizer):
         self._stepper.proxies.update({parameter: {"": parameter} for parameter in plain})
         for parameter in plain:
             self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
-        options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
-        self._inner.add_group(options, plain, proxies)
+        self._inner.add_group(_base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:
             fused = self._layout.fused(layer.parameter)
@@ -484,9 +503,10 @@ class GemsOptimizer(Optimizer):
             self._intake.fused.reinstall()
 
     def _attach(self) -> None:
-        """Everybody follows to the state that torch has put in the place of the old one."""
+        """Everybody follows to the state and the groups that torch has put in the place of the old ones."""
         self._bank.attach(self.state)
         self._stepper.attach(self.state)
+        put_before(self._inner.base, self)
 
     # --- diagnostics -------------------------------------------------------------------------------------------------
 
@@ -501,6 +521,11 @@ class GemsOptimizer(Optimizer):
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
         self._intake.fused.remove()
         self._intake.capture.remove()
+
+
+def _base_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a group's options that are the base optimizer's."""
+    return {key: value for key, value in group.items() if key not in settings.NOT_INNER}
 
 
 def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -32,14 +32,14 @@ def clip_captured(
         layers: the parameters that are decomposed.
         in_common: sums over the ranks that hold different parts of the gradients.
     """
-    here, everywhere = [torch.zeros(())], [torch.zeros(())]
+    device = next(iter(held)).device
+    here, everywhere = ([torch.zeros((), dtype=torch.float32, device=device)] for _ in range(2))
     for parameter, captured in held.items():
         layer = layers.get(parameter)
         split = bool(sharded_over(parameter))
         if layer is not None:
             split = layer.splits_coordinates and captured.squared_norm is None
         (here if split else everywhere).append(captured.norm_known())
-    device = next(iter(held)).device
     sums = [torch.stack([square.to(device).double() for square in squares]).sum() for squares in (here, everywhere)]
     norm = (in_common(sums[0]) + sums[1]).sqrt()
     scale_captured(held, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))

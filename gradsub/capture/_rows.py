@@ -56,7 +56,7 @@ class MixedRows:
             return None
         if rows[-1] - rows[0] + 1 == len(rows):
             return rows[0], rows[-1] + 1
-        return torch.tensor(rows, device=device)
+        return torch.tensor(rows, dtype=torch.int64, device=device)
 
     def loss(self, losses: Tensor) -> Tensor:
         """The loss to call ``backward()`` on: sum_k w_k L_k, with L_k the mean over the task's rows.
@@ -74,7 +74,7 @@ class MixedRows:
         total = sum(self.samples.values())
         parts = []
         for task, rows in self.rows.items():
-            mean = losses[torch.tensor(rows, device=losses.device)].mean()
+            mean = losses[torch.tensor(rows, dtype=torch.int64, device=losses.device)].mean()
             self._observe(task, mean)
             parts.append(mean * (self.samples[task] / total))
         return torch.stack(parts).sum()

@@ -66,7 +66,7 @@ def agree(
     arrived = [gradients.get(key, {}).keys() for key in keys]
     arrived.append(dict.fromkeys(outside).keys())
     flags = [float(parameter in found) for found in arrived for parameter in parameters]
-    numbers = torch.tensor([*counts, *seen, float(scale is not None), *flags], dtype=dtype).to(
+    numbers = torch.tensor([*counts, *seen, float(scale is not None), *flags], dtype=dtype, device="cpu").to(
         device, non_blocking=True
     )
     weighted = torch.stack(

@@ -185,7 +185,8 @@ class Exchange:
         """`fully_shard` weighs the ranks equally, which is right for equal numbers of samples only."""
         counts = [samples.get(task, 0.0) for task in (*range(self._tasks), MIXED)]
         device = next(iter(self._parameters)).device
-        least, greatest = self._ranks.extremes(torch.tensor(counts, dtype=torch.float32).to(device))
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        least, greatest = self._ranks.extremes(torch.tensor(counts, dtype=dtype, device=device))
         if not torch.equal(least, greatest):
             raise RuntimeError(
                 "under fully_shard every rank needs the same number of samples of every task, since it averages the "

@@ -12,6 +12,6 @@ def gaussian(rows: int, columns: int, *, like: Tensor, generator: torch.Generato
     It is drawn on the generator's own device and moved, so a CPU generator gives the same numbers on every device. A
     batch shares one draw: each of its matrices is answered as if it came alone. The first ``skip`` numbers are dropped.
     """
-    source = torch.Generator().manual_seed(_SEED) if generator is None else generator
+    source = torch.Generator(device="cpu").manual_seed(_SEED) if generator is None else generator
     numbers = torch.randn(skip + rows * columns, generator=source, device=source.device, dtype=like.dtype)
     return numbers[skip:].view(rows, columns).to(like.device)

@@ -30,8 +30,8 @@ BasisChanged = Callable[[Layer, int, Tensor, Tensor], None]
 class SubspaceBank:
     """Every layer's bases, and when each is due for a refresh; all of it lives in the optimizer's state.
 
-    A layer's state holds ``"step"`` (a count of the layer's steps, 0-dim, CPU), ``"basis"`` (d x sum of widths: the
-    shared basis, then one a task) and ``"next_refresh"`` (the step at which each basis is due, int64, CPU). A basis
+    A layer's state holds ``"step"`` (a count of the layer's steps, 0-dim, int64, CPU), ``"basis"`` (d x sum of widths:
+    the shared basis, then one a task) and ``"next_refresh"`` (the step at which each basis is due, int64, CPU). A basis
     that could not be refreshed when it was due, because its gradient was absent or zero, stays as it is and stays due.
 
     There are two kinds of refresh. An exact one (`refresh`) decomposes the whole gradient before the step. A sketched
@@ -63,7 +63,7 @@ class SubspaceBank:
         """
         basis = torch.zeros(layer.dimension, sum(layer.widths), dtype=layer.dtype, device=layer.parameter.device)
         self._state[layer.parameter].update(
-            step=torch.tensor(0.0), basis=basis, next_refresh=torch.zeros(len(layer.widths), dtype=torch.int64)
+            step=torch.zeros((), dtype=torch.int64, device="cpu"), basis=basis, next_refresh=_counts(layer)
         )
         if not layer.sketched:
             return
@@ -146,7 +146,7 @@ class SubspaceBank:
     def _expect_sketches(self, layer: Layer) -> None:
         state = self._state[layer.parameter]
         state["singular_values"] = state["basis"].new_zeros(sum(layer.widths))
-        state["sketches"] = torch.zeros(len(layer.widths), dtype=torch.int64)
+        state["sketches"] = _counts(layer)
 
     def advance(self, layers: Iterable[Layer]) -> None:
         """Count a step."""
@@ -275,3 +275,8 @@ class SubspaceBank:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_directions": {}}
+
+
+def _counts(layer: Layer) -> Tensor:
+    """A zero for each subspace, whatever the default dtype and device are."""
+    return torch.zeros(len(layer.widths), dtype=torch.int64, device="cpu")

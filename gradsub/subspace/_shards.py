@@ -46,7 +46,7 @@ class Shards:
         from torch.distributed.tensor import DTensor
 
         shape = torch.Size((self.rows, *rows.shape[1:]))
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, dtype=rows.dtype, device="meta").stride()
         return DTensor.from_local(rows, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def unwrap(self, tensor: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class GradVac:
         check_interval("beta", beta, 0.0, 1.0)
         self.beta = float(beta)
         self.generator = generator
-        self._targets = torch.zeros(0, 0)
+        self._targets = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
 
     @property
     def targets(self) -> Tensor:
@@ -124,7 +124,7 @@ class GradVac:
 
     def reset(self) -> None:
         """Forget the targets; the next call sets the number of tasks anew."""
-        self._targets = torch.zeros(0, 0)
+        self._targets = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state as plain tensors: a copy of ``targets``."""
@@ -156,7 +156,8 @@ class _Vaccinated(NamedTuple):
 
 
 def _as_targets(target: float | Tensor, gramian: Tensor) -> Tensor:
-    return torch.as_tensor(target).detach().to(widen(gramian)).expand(gramian.shape)
+    wide = widen(gramian)
+    return torch.as_tensor(target, dtype=wide.dtype, device=wide.device).detach().expand(gramian.shape)
 
 
 def _vaccinate(gramian: Tensor, targets: Tensor, order: Tensor) -> _Vaccinated:

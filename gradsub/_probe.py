@@ -1,0 +1,488 @@
+"""What a base optimizer's step depends on, found out by running it on a small matrix rather than by its name."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
+
+__all__ = ["PLAIN", "Probes", "Traits", "base_step", "constant_like", "pattern", "patterns"]
+
+Options = Mapping[str, Any]
+Decay = Literal["coupled", "rate", "fixed", "none", "other"]
+Setting = tuple[torch.dtype, torch.device]
+
+_AS_IS: Options = {}
+_ROWS, _COLUMNS = 8, 4
+_STEPS = 12  # past the averaging of a lookahead (every 5 or 6 steps) and the warm-up of RAdam
+_MORE_STEPS = 120  # for positions in the state that no step has used so far
+_RATE = 0.02
+_DECAY = 0.05
+# How steps are computed, not which: True would only ask for another device.
+_IMPLEMENTATION = ("foreach", "fused", "capturable")
+_REMEDY = "wrap an optimizer whose step depends on gradients alone, such as torch.optim.AdamW"
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the wrapper has to know of a base optimizer under a group's options.
+
+    Attributes:
+        relative: the step's length follows the parameter's, so a proxy has to start as the weight's coordinates.
+        decay: what ``weight_decay`` does: ``"coupled"``: it times the weight joins the gradient; ``"rate"``: lr times
+            it is taken off the weight; ``"fixed"``: it is; ``"none"``: nothing; ``"other"``: something else.
+        counters: options that the optimizer itself changes in a step.
+    """
+
+    relative: bool
+    decay: Decay
+    counters: frozenset[str]
+
+
+# Of a group in which nothing can have a proxy.
+PLAIN = Traits(relative=False, decay="rate", counters=frozenset())
+
+
+def base_step(base: Optimizer, *arguments: Any) -> None:
+    """The class's own step: not what was patched over it, nor torch's wrapper, which fires the global step hooks."""
+    step = type(base).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(base, *arguments)  # type: ignore[attr-defined]
+
+
+def constant_like(value: Any, parameter: Tensor, other: Tensor) -> Any:
+    """A constant accumulator of a parameter's shape, as one of another parameter's shape."""
+    if isinstance(value, Tensor) and value.shape == parameter.shape:
+        return value.flatten()[0].to(other).expand(other.shape).clone()
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def pattern(option: str, value: Any) -> Any:
+    """What of an option decides which terms a step has: whether a number is 0, and every choice.
+
+    A schedule changes numbers in every step; a term that was switched off appears when one leaves 0.
+    """
+    if isinstance(value, (tuple, list)):
+        return tuple(pattern(option, item) for item in value)
+    if isinstance(value, (str, bool)) or value is None:
+        return value
+    if option in ("lr", "weight_decay"):
+        return "number"
+    # Reading a tensor would wait for the device.
+    return value != 0 if isinstance(value, (int, float)) else type(value).__name__
+
+
+class Probes:
+    """Runs copies of a base optimizer on a small matrix; groups whose options have one `pattern` share a result.
+
+    Nothing of the optimizer, no random number generator and no hook is touched. It costs some 60 steps of one matrix.
+
+    Args:
+        base: the optimizer.
+    """
+
+    def __init__(self, base: Optimizer) -> None:
+        self._base = base
+        self._traits: dict[Any, Traits] = {}
+        self._independent: dict[Any, bool] = {}
+
+    def traits(self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> Traits:
+        """Compare steps from one place, and on from there, with steps from 0 each time, as inside a subspace.
+
+        Of an optimizer that can be wrapped they are the same.
+
+        Args:
+            options: of the group.
+            parameters: of the group.
+            states: what the optimizer put into its state when it was built.
+
+        Raises:
+            ValueError: steps need a closure, or depend on where the parameter stands or started otherwise than by a
+                length that is a continuous function of the parameter's.
+        """
+        key = patterns(options)
+        if key not in self._traits:
+            self._traits[key] = _traits(_Trial(self._base, options, _sample(parameters, states)))
+        return self._traits[key]
+
+    def rows_are_independent(
+        self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]
+    ) -> bool:
+        """Whether some rows of a matrix are stepped alone as they are with the others."""
+        key = patterns(options)
+        if key not in self._independent:
+            sample = _sample(parameters, states)
+            whole = _Trial(self._base, options, sample).from_zero(_STEPS)
+            part = _Trial(self._base, options, sample, rows=_ROWS // 2).from_zero(_STEPS)
+            pairs = zip(whole.steps, part.steps, strict=True)
+            self._independent[key] = all(_close(a[: _ROWS // 2], b) for a, b in pairs)
+        return self._independent[key]
+
+
+def patterns(options: Options) -> frozenset[tuple[str, Any]]:
+    """The `pattern` of all options."""
+    return frozenset((key, pattern(key, value)) for key, value in options.items())
+
+
+def _traits(trial: _Trial) -> Traits:
+    inside, alone = trial.from_zero(_STEPS), trial.alone(_STEPS)
+    if not inside.moved and not alone.moved:
+        inside, alone = trial.from_zero(_MORE_STEPS), trial.alone(_MORE_STEPS)
+        if not inside.moved:
+            raise ValueError(
+                f"base={trial.name} does not move what is in its param_groups, as a wrapper around another optimizer "
+                "does: wrap the innermost one"
+            )
+    relative = not _alike(inside, alone)
+    if relative:
+        trial.check_relative(inside, alone)
+    elif trial.comes_back(inside, alone):
+        raise ValueError(trial.refusal("takes other steps in the long run where the parameter started elsewhere"))
+    return Traits(relative, trial.decay(), inside.counters)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What the small matrix stands for: where the parameters are, and what was put into the state for one of them."""
+
+    parameter: Tensor | None
+    state: Mapping[str, Any]
+
+
+def _sample(parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> _Sample:
+    for parameter in parameters:
+        if states.get(parameter):
+            return _Sample(parameter, states[parameter])
+    return _Sample(parameters[0] if parameters else None, {})
+
+
+@dataclass
+class _Run:
+    """Steps, where the matrix was before each, and what the optimizer was left with."""
+
+    steps: list[Tensor]
+    positions: list[Tensor]
+    kept: list[Any]
+    counters: frozenset[str]
+
+    @property
+    def moved(self) -> bool:
+        return any(bool(step.any()) for step in self.steps)
+
+
+class _Trial:
+    """Runs of fresh copies of a base optimizer, all with the same gradients and the same random numbers."""
+
+    def __init__(self, base: Optimizer, options: Options, sample: _Sample, rows: int = _ROWS) -> None:
+        self.base, self.options, self.sample, self.rows = base, options, sample, rows
+        self.name = type(base).__name__
+        numbers = np.random.default_rng(0)
+        self._start = torch.from_numpy(3.0 * numbers.standard_normal((_ROWS, _COLUMNS)))[:rows]
+        mean = numbers.standard_normal((_ROWS, _COLUMNS))
+        # A common part, so that an optimizer that looks for its rate finds one.
+        self._gradients = [
+            torch.from_numpy(mean + numbers.standard_normal((_ROWS, _COLUMNS)))[:rows] for _ in range(_MORE_STEPS)
+        ]
+        for gradient in self._gradients[1::2]:
+            # Orthogonal to the weight: some optimizers do something else then (AdamP).
+            along = (gradient * self._start).sum(1, keepdim=True) / self._start.square().sum(1, keepdim=True)
+            gradient -= along * self._start
+        self._setting = self._possible_setting()
+
+    def _possible_setting(self) -> Setting:
+        """The first dtype and device on which a step can be taken: double precision on the CPU where possible."""
+        cpu = torch.device("cpu")
+        settings = [(torch.float64, cpu), (torch.float32, cpu)]
+        if self.sample.parameter is not None and self.sample.parameter.device.type not in ("cpu", "meta"):
+            settings.append((torch.float32, self.sample.parameter.device))
+        first: Exception | None = None
+        for setting in settings:
+            self._setting = setting
+            try:
+                self.from_zero(1)
+            except Exception as error:  # whatever a step raises
+                first = first or error
+            else:
+                return setting
+        if self._wants_closure(settings[0], first):
+            raise ValueError(
+                f"base={self.name} evaluates its closure several times a step, or cannot step without one, but "
+                "captured gradients exist once: wrap a first-order optimizer such as torch.optim.AdamW"
+            ) from first
+        raise ValueError(
+            f"base={self.name} could not take a step on a matrix of {_ROWS} x {_COLUMNS}, on which its kind is found "
+            f"out: {type(first).__name__}: {first}"
+        ) from first
+
+    def _wants_closure(self, setting: Setting, without: Exception | None) -> bool:
+        """Whether it was for want of a closure that a step raised."""
+        calls = 0
+        try:
+            with _isolated(setting[1]):
+                twin = _Twin(self.base, self.options, self.sample, setting, self.rows)
+
+                def closure() -> Tensor:
+                    nonlocal calls
+                    calls += 1
+                    for tensor in (twin.weight, twin.elsewhere):
+                        tensor.grad = torch.ones_like(tensor)
+                    return torch.zeros((), dtype=setting[0], device=setting[1])
+
+                twin.weight.grad = torch.ones_like(twin.weight)
+                base_step(twin.optimizer, closure)
+        except Exception as error:  # it may want a graph as well; what it says is no longer that a closure is missing
+            return calls > 0 and (type(error), str(error)) != (type(without), str(without))
+        return calls > 0
+
+    def from_zero(self, steps: int, changes: Options = _AS_IS) -> _Run:
+        """As proxies inside a subspace: at 0 before every step."""
+        return self.at([torch.zeros_like(self._start)] * steps, changes=changes)
+
+    def alone(self, steps: int, changes: Options = _AS_IS) -> _Run:
+        """As the bare optimizer: from one place, and on from there."""
+        return self.at([self._start, *([None] * (steps - 1))], changes=changes)
+
+    def at(self, positions: Sequence[Tensor | None], pull: float = 0.0, changes: Options = _AS_IS) -> _Run:
+        """From given places; None: where the last step led. ``pull`` times the place is added to the gradients."""
+        options = {**self.options, **({"weight_decay": 0.0} if "weight_decay" in self.options else {}), **changes}
+        with _isolated(self._setting[1]) as reseed:
+            twin = _Twin(self.base, options, self.sample, self._setting, self.rows)
+            before, steps, places = dict(twin.group), [], []
+            for number, position in enumerate(positions):
+                reseed(number)
+                place, step = twin.take(self._gradients[number], position, pull)
+                places.append(place)
+                steps.append(step)
+            changed = {key for key in twin.group if key not in before or not _same(before[key], twin.group[key])}
+            return _Run(steps, places, twin.kept(), frozenset(changed - {"params"}))
+
+    def comes_back(self, inside: _Run, alone: _Run, changes: Options = _AS_IS) -> bool:
+        """Whether a position that is left in the state, though no step has used it so far, makes a difference later."""
+        same = len(inside.kept) == len(alone.kept) and all(map(_close, inside.kept, alone.kept))
+        return not same and not _alike(self.from_zero(_MORE_STEPS, changes), self.alone(_MORE_STEPS, changes))
+
+    def check_relative(self, inside: _Run, alone: _Run) -> None:
+        """Refuse all steps but those whose length is a continuous function of the parameter's, as Adafactor's are."""
+        elsewhere = self.at([place.flip(0, 1) for place in alone.positions])
+        if not _alike(elsewhere, alone):
+            raise ValueError(self.refusal("takes other steps where the parameter stands, or started, elsewhere"))
+        nearly_zero = self.at([place * 1e-20 for place in alone.positions])
+        if not _alike(nearly_zero, inside):
+            # Of a step that jumps at 0, coordinates that happen to be 0 would get another than those beside it.
+            raise ValueError(
+                f"base={self.name} scales its step by the parameter's norm, which is 0 for the proxies "
+                "that stand for the subspace: wrap an optimizer without a trust ratio, such as torch.optim.AdamW"
+            )
+
+    def refusal(self, what: str) -> str:
+        """The message, with the option that is to blame if one is."""
+        blame = next((key for key, value in self.options.items() if self._to_blame(key, value)), None)
+        which, remedy = "", _REMEDY
+        if blame is not None:
+            off = False if isinstance(self.options[blame], bool) else 0
+            which = f" with {blame}={self.options[blame]!r}"
+            remedy = f"pass {blame}={off} (and weight_decay, if decay is wanted), or {_REMEDY}"
+        return (
+            f"base={self.name}{which} {what} with the same gradients, but proxies inside a subspace stand at 0 before "
+            f"every step: {remedy}"
+        )
+
+    def _to_blame(self, key: str, value: Any) -> bool:
+        if (
+            key in ("lr", "weight_decay", "initial_lr", *_IMPLEMENTATION)
+            or not isinstance(value, (int, float))
+            or not value
+        ):
+            return False
+        without = {key: type(value)(0)}
+        try:
+            inside, alone = self.from_zero(_STEPS, without), self.alone(_STEPS, without)
+        except Exception:  # an option that cannot be 0
+            return False
+        fine = inside.moved and _finite(inside, alone) and _alike(inside, alone)
+        return fine and not self.comes_back(inside, alone, without)
+
+    def decay(self) -> Decay:
+        """What ``weight_decay`` does."""
+        if "weight_decay" not in self.options:
+            return "rate"
+        decayed = self.alone(_STEPS, {"weight_decay": _DECAY})
+        sign = -1.0 if self.options.get("maximize") else 1.0
+        if _alike(self.at(decayed.positions, pull=sign * _DECAY), decayed):
+            return "coupled"
+        without = self.at(decayed.positions)
+        if _alike(without, decayed):
+            return "none"
+        # Decay before or after the step, divided by 1 + s or multiplied by 1 - s: that is all the same to first order.
+        tolerance = 0.05
+        kinds: tuple[tuple[Literal["rate", "fixed"], float], ...] = (("rate", _RATE * _DECAY), ("fixed", _DECAY))
+        for kind, share in kinds:
+            if all(
+                _close(step - bare, -share * place, place, tolerance)
+                for step, bare, place in zip(decayed.steps, without.steps, decayed.positions, strict=True)
+                if bool(bare.any())  # some only prepare at first, and decay nothing (SOAP)
+            ):
+                return kind
+        return "other"
+
+
+class _Twin:
+    """A copy of a base optimizer with one small matrix in its groups, and nothing in common with the original."""
+
+    def __init__(self, base: Optimizer, options: Options, sample: _Sample, setting: Setting, rows: int) -> None:
+        dtype, device = setting
+        self.weight = nn.Parameter(torch.zeros(rows, _COLUMNS, dtype=dtype, device=device))
+        # What stands for the parameters in the optimizer's own attributes.
+        self.elsewhere = nn.Parameter(torch.zeros_like(self.weight))
+        self.optimizer = object.__new__(type(base))
+        memo: dict[int, Any] = {id(base): self.optimizer}
+        for group in base.param_groups:
+            memo.update((id(parameter), self.elsewhere) for parameter in group["params"])
+        if sample.parameter is not None:
+            memo[id(sample.parameter)] = self.elsewhere
+        for key, value in vars(base).items():
+            if key.startswith("_optimizer_") and key.endswith("_hooks"):
+                vars(self.optimizer)[key] = OrderedDict()
+            elif key not in ("state", "param_groups", "step"):
+                vars(self.optimizer)[key] = _copied(value, memo)
+        self.group = {key: _copied(value, memo) for key, value in options.items()}
+        self.group["params"] = [self.weight]
+        self.group.update(dict.fromkeys(self.group.keys() & set(_IMPLEMENTATION), False))
+        if isinstance(self.group.get("lr"), (int, float, Tensor)):
+            self.group["lr"] = _RATE  # a schedule may have begun at 0, where all steps are the same
+        self.optimizer.param_groups = [self.group]
+        self.optimizer.state = defaultdict(dict)
+        if sample.parameter is not None and sample.state:
+            self.optimizer.state[self.weight] = {
+                key: constant_like(value, sample.parameter, self.weight) for key, value in sample.state.items()
+            }
+
+    def take(self, gradient: Tensor, position: Tensor | None, pull: float) -> tuple[Tensor, Tensor]:
+        """Where the matrix was, and a step from there."""
+        if position is not None:
+            self.weight.copy_(position)
+        before = self.weight.detach().clone()
+        self.weight.grad = gradient.to(before) + pull * before
+        try:
+            base_step(self.optimizer)
+        except Exception:
+            if torch.equal(self.weight, before):
+                raise
+            # It has taken the step: what it raises afterwards is for the user's own step to raise.
+        return before, self.weight.detach() - before
+
+    def kept(self) -> list[Tensor]:
+        """All numbers in the state and in attributes."""
+        found: list[Tensor] = []
+        _collect(
+            {**vars(self.optimizer), "param_groups": self.optimizer.param_groups},
+            {id(self.weight), id(self.elsewhere)},
+            found,
+        )
+        return found
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy, as far as there can be one: process groups and the like are shared, and a model is never copied."""
+    if isinstance(value, nn.Module):
+        return value
+    if isinstance(value, Tensor) and id(value) not in memo:
+        return value.detach().clone()
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # whatever cannot be copied
+        return value
+
+
+def _collect(value: Any, seen: set[int], found: list[Tensor]) -> None:
+    if isinstance(value, (str, bytes, nn.Module)) or id(value) in seen:
+        return
+    if isinstance(value, Tensor):
+        found.append(value.detach().clone())
+    elif isinstance(value, (int, float)):
+        found.append(torch.tensor(float(value), dtype=torch.float64, device="cpu"))
+    elif isinstance(value, Mapping):
+        seen.add(id(value))
+        for item in list(value.values()):
+            _collect(item, seen, found)
+    elif isinstance(value, (list, tuple)):
+        seen.add(id(value))
+        for item in value:
+            _collect(item, seen, found)
+
+
+def _alike(one: _Run, other: _Run) -> bool:
+    return all(
+        _close(a, b, torch.stack([p.abs().max(), q.abs().max()]))
+        for a, b, p, q in zip(one.steps, other.steps, one.positions, other.positions, strict=True)
+    )
+
+
+def _finite(*runs: _Run) -> bool:
+    return all(bool(step.isfinite().all()) for run in runs for step in run.steps)
+
+
+def _close(a: Tensor, b: Tensor, places: Tensor | None = None, tolerance: float = 1e-6) -> bool:
+    """Equal, within what rounding at these places does."""
+    if torch.equal(a, b) or not b.numel():
+        return True
+    rounding = 0.0 if places is None else 64 * torch.finfo(places.dtype).eps * float(places.abs().max())
+    if a.shape != b.shape:
+        return False
+    a, b = a.double(), b.double()
+    size = max(float(a.abs().max()), float(b.abs().max()))
+    different = (a - b).abs() > tolerance * size + rounding
+    return not bool((different | (a.isnan() != b.isnan())).any())
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return bool(one == other)
+
+
+@contextmanager
+def _isolated(device: torch.device) -> Iterator[Callable[[int], None]]:
+    """Random numbers of its own, no global step hooks, no default device, nothing recorded and nothing said."""
+    accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
+
+    def reseed(number: int) -> None:
+        torch.default_generator.manual_seed(number)
+        random.seed(number)
+        np.random.seed(number)  # noqa: NPY002 (the optimizer's own choice)
+        if accelerator is not None:
+            accelerator.manual_seed(number)
+
+    hooks: tuple[Any, ...] = (
+        torch_optimizer._global_optimizer_pre_hooks,
+        torch_optimizer._global_optimizer_post_hooks,
+    )
+    kept = [dict(each) for each in hooks]
+    numbers, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with ExitStack() as stack:
+        devices = [] if accelerator is None else [device]
+        stack.enter_context(torch.random.fork_rng(devices, device_type="cuda" if accelerator is None else device.type))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(device)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        try:
+            for each in hooks:
+                each.clear()
+            yield reseed
+        finally:
+            for each, held in zip(hooks, kept, strict=True):
+                each.update(held)
+            random.setstate(numbers)
+            np.random.set_state(legacy)  # noqa: NPY002
