@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradsub.capture import can_fuse
 from gradsub.layers import is_transposed, select_layers, unwrap
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, Shards, is_distributed, shards_of
+from gradsub.subspace import Layer, Shards, is_distributed, local, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -148,6 +148,7 @@ class Layout:
         axis = 1 if self._side == "input" else 0
         if target is not None and target.transposed:
             axis = 1 - axis
+        self._check_memory(parameter)
         most = _smaller_side(parameter)
         task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
         shards = shards_of(parameter, self.name(parameter))
@@ -167,6 +168,14 @@ class Layout:
         self._warn_no_freedom(layer.name, layer.protected)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
+
+    def _check_memory(self, parameter: Tensor) -> None:
+        here = local(parameter)
+        if any(size > 1 and stride == 0 for size, stride in zip(here.shape, here.stride(), strict=True)):
+            raise ValueError(
+                f"{self.name(parameter)} is expanded (strides {here.stride()}), so several of its entries share one "
+                "number, which cannot take several updates: pass a .clone() of it as the parameter"
+            )
 
     def _check_mesh(self, parameter: Tensor, shards: Shards | None) -> None:
         if shards is None or shards.group is None:
