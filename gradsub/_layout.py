@@ -149,8 +149,6 @@ class Layout:
         if target is not None and target.transposed:
             axis = 1 - axis
         self._check_memory(parameter)
-        most = _smaller_side(parameter)
-        task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
         shards = shards_of(parameter, self.name(parameter))
         self._check_mesh(parameter, shards)
         layer = Layer(
@@ -158,7 +156,7 @@ class Layout:
             parameter=parameter,
             index=index,
             axis=axis,
-            widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
+            widths=self.widths(parameter, group),
             shards=shards,
         )
         layer.sketched = self._sketched(layer)
@@ -168,6 +166,12 @@ class Layout:
         self._warn_no_freedom(layer.name, layer.protected)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
+
+    def widths(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+        """The ranks of a weight's subspaces under a group's options: the shared one first, then one a task."""
+        most = _smaller_side(parameter)
+        task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
+        return (min(group["rank"], most), *([min(task_rank, most)] * self._tasks))
 
     def _check_memory(self, parameter: Tensor) -> None:
         here = local(parameter)
@@ -249,6 +253,11 @@ class Layout:
         for name in names:
             kept = self._null_space.extended(name, kept)
         return kept
+
+    def reconsider(self, parameter: Tensor) -> None:
+        """Directions came from elsewhere: at the next occasion the null space says what it knows beyond them."""
+        if self._protecting(parameter):
+            self._seen[parameter] = ()
 
     def outdated(self, parameter: Tensor) -> bool:
         """Whether the null space has seen more of a parameter since its directions were last taken."""
