@@ -14,7 +14,7 @@ from gradsub._effective import own_weight
 from gradsub.capture import can_fuse
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, other_matrices, select_layers, some
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, Shards, is_distributed, shards_of
+from gradsub.subspace import Layer, Shards, is_distributed, local, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -162,8 +162,7 @@ class Layout:
         axis = 1 if self._side == "input" else 0
         if target is not None and target.transposed:
             axis = 1 - axis
-        most = _smaller_side(parameter)
-        task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
+        self._check_memory(parameter)
         shards = shards_of(parameter, self.name(parameter))
         self._check_mesh(parameter, shards)
         layer = Layer(
@@ -171,7 +170,7 @@ class Layout:
             parameter=parameter,
             index=index,
             axis=axis,
-            widths=(min(group["rank"], most), *([min(task_rank, most)] * self._tasks)),
+            widths=self.widths(parameter, group),
             shards=shards,
         )
         layer.sketched = self._sketched(layer)
@@ -182,6 +181,20 @@ class Layout:
         self._held.add(parameter)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
+
+    def widths(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+        """The ranks of a weight's subspaces under a group's options: the shared one first, then one a task."""
+        most = _smaller_side(parameter)
+        task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
+        return (min(group["rank"], most), *([min(task_rank, most)] * self._tasks))
+
+    def _check_memory(self, parameter: Tensor) -> None:
+        here = local(parameter)
+        if any(size > 1 and stride == 0 for size, stride in zip(here.shape, here.stride(), strict=True)):
+            raise ValueError(
+                f"{self.name(parameter)} is expanded (strides {here.stride()}), so several of its entries share one "
+                "number, which cannot take several updates: pass a .clone() of it as the parameter"
+            )
 
     def _check_mesh(self, parameter: Tensor, shards: Shards | None) -> None:
         if shards is None or shards.group is None:
@@ -255,6 +268,11 @@ class Layout:
         for name in names:
             kept = self._null_space.extended(name, kept)
         return kept
+
+    def reconsider(self, parameter: Tensor) -> None:
+        """Directions came from elsewhere: at the next occasion the null space says what it knows beyond them."""
+        if self._protecting(parameter):
+            self._seen[parameter] = ()
 
     def outdated(self, parameter: Tensor) -> bool:
         """Whether the null space has seen more of a parameter since its directions were last taken."""

@@ -8,11 +8,16 @@ from torch import Tensor
 
 from gradsub._measure import PREVIOUS_STEP
 from gradsub.inner import Inner
-from gradsub.subspace import SKETCHES, Layer, is_distributed, shards_of
-from gradsub.update import ANCHOR, MASTER, PROTECTED
+from gradsub.subspace import Layer, is_distributed, shards_of
+from gradsub.update import ANCHOR, MASTER
 
 INNER = "inner."
-NULL_SPACE = frozenset({ANCHOR, PROTECTED})
+WEIGHING = ("surgery", "gate")
+
+
+def is_weighing(key: str) -> bool:
+    """Whether a key of a parameter's state is for the state of a callable that weighs the tasks."""
+    return key.split(".")[0] in WEIGHING
 
 
 def mirror(states: MutableMapping[Tensor, Any], parameter: Tensor, inner: Inner, proxies: Mapping[str, Tensor]) -> None:
@@ -37,61 +42,6 @@ def hand_down(state: Mapping[str, Any], inner: Inner, proxies: Mapping[str, Tens
         mine = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
         # A task named "a" must not take what belongs to a task named "a.b".
         inner.load_state(proxy, {key: value for key, value in mine.items() if "." not in key})
-
-
-def check_compatible(
-    saved: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Tensor, Any],
-    layers: Mapping[Tensor, Layer],
-) -> None:
-    """Raise before anything is loaded if a checkpoint comes from other tasks, ranks, shapes or another optimizer.
-
-    Raises:
-        ValueError: the message names the parameter and the difference.
-    """
-    params = group_parameters(groups)
-    order = [index for group in saved["param_groups"] for index in group["params"]]
-    if len(order) != len(params):
-        raise ValueError(
-            f"state_dict has {len(order)} parameters, the optimizer has {len(params)}: load the same model"
-        )
-    for theirs, ours in zip(saved["param_groups"], groups, strict=False):
-        for option in ("tasks", "side"):
-            there, here = theirs.get(option, ours[option]), ours[option]
-            if list(there) != list(here):
-                raise ValueError(f"state_dict: {option} is {there!r} there and {here!r} here: use the same")
-    for index, parameter in zip(order, params, strict=True):
-        layer = layers.get(parameter)
-        name = layer.name if layer else f"parameter {index}"
-        _check_parameter(name, saved["state"].get(index, {}), state.get(parameter, {}), decomposed=layer is not None)
-
-
-def _check_parameter(name: str, theirs: Mapping[str, Any], ours: Mapping[str, Any], decomposed: bool) -> None:
-    if decomposed != ("basis" in theirs):
-        there, here = ("a plain", "a decomposed") if decomposed else ("a decomposed", "a plain")
-        raise ValueError(
-            f"state_dict: {name} is {there} parameter there and {here} one here: save it from a GemsOptimizer with the "
-            "same rank, target_modules and subspace options"
-        )
-    # What is protected may be more, or less, than it was then.
-    for key in (key for key in ours if key in theirs and key not in NULL_SPACE):
-        value, other = ours[key], theirs[key]
-        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape != other.shape:
-            raise ValueError(
-                f"state_dict: {key!r} of {name} has shape {tuple(other.shape)} there and {tuple(value.shape)} here: "
-                "use the same tasks, rank, task_rank, side and null space"
-            )
-    inner_theirs, inner_ours = ({key for key in keys if key.startswith(INNER)} for keys in (theirs, ours))
-    # Some optimizers have no state before their first step, on either side.
-    if inner_theirs and inner_ours and inner_theirs != inner_ours:
-        raise ValueError(
-            f"state_dict: the base optimizer's state of {name} differs in {sorted(inner_theirs ^ inner_ours)}: wrap "
-            "the same optimizer with the same options"
-        )
-    missing = {key for key in ours if not key.startswith(INNER)} - theirs.keys() - NULL_SPACE - SKETCHES
-    if missing:
-        raise ValueError(f"state_dict: {name} lacks {sorted(missing)}: use the same gate and master_weights")
 
 
 def show_shards(
@@ -162,40 +112,6 @@ def _by_row(layer: Layer, key: str, value: Any) -> bool:
     if not isinstance(value, Tensor) or value.ndim != 2:
         return False
     return key == MASTER or (layer.splits_coordinates and (key.startswith((INNER, PREVIOUS_STEP)) or key == ANCHOR))
-
-
-def restore(
-    saved: Mapping[str, Any],
-    groups: Sequence[Mapping[str, Any]],
-    state: Mapping[Tensor, Any],
-    earlier: Mapping[Tensor, Any],
-) -> None:
-    """Put the saved tensors back with the dtypes they had, where their parameters are now.
-
-    torch casts what it loads to the parameter's dtype, which would round float32 moments of bfloat16 weights and turn
-    counts into floats. Counts stay on the host, but for those of a fused or capturable optimizer.
-
-    Args:
-        saved: the state dict that was loaded.
-        groups: the optimizer's parameter groups.
-        state: what torch made of it.
-        earlier: the state before.
-    """
-    order = [index for group in saved["param_groups"] for index in group["params"]]
-    options = [group for group in groups for _ in group["params"]]
-    for index, group, parameter in zip(order, options, group_parameters(groups), strict=True):
-        on_device = group.get("fused") or group.get("capturable")
-        for key, value in saved["state"].get(index, {}).items():
-            if not isinstance(value, Tensor):
-                continue
-            like = earlier.get(parameter, {}).get(key)
-            if key not in ("next_refresh", "sketches") and (value.ndim or (on_device and key.startswith(INNER))):
-                device = parameter.device
-            else:
-                device = like.device if isinstance(like, Tensor) else value.device
-            # Steps were counted in float32 once, which stops at 2^24.
-            dtype = torch.int64 if key == "step" else value.dtype
-            state[parameter][key] = value.detach().to(device, dtype, copy=True)
 
 
 def group_parameters(groups: Sequence[Mapping[str, Any]]) -> list[torch.nn.Parameter]:

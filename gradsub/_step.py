@@ -48,7 +48,7 @@ class Stepper:
         self._layout = layout
         self._gate = gate
         self._surgery = surgery
-        self._moments = moments
+        self.moments = moments
         self._master_weights = master_weights
         self.layers: dict[Tensor, Layer] = {}
         self.proxies: dict[Tensor, dict[str, Tensor]] = {}
@@ -158,7 +158,9 @@ class Stepper:
     def _follow(self, layer: Layer) -> None:
         """Take up what the null space has come to know of a layer since."""
         if self._layout.outdated(layer.parameter):
-            self.protect(layer, self._layout.renewed(layer.parameter, layer.protected))
+            protected = self._layout.renewed(layer.parameter, layer.protected)
+            if protected is not layer.protected:
+                self.protect(layer, protected)
 
     def protect(self, layer: Layer, protected: Tensor | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
@@ -167,24 +169,33 @@ class Stepper:
         self._bank.enforce(layer)
 
     def restore_protection(self) -> None:
-        """After loading: protect what the checkpoint did, and what the null space knows beyond it."""
+        """After loading: protect what the checkpoint did; what the null space knows beyond it is taken up when it would
+        have been, had the run never stopped: at the next refresh. A checkpoint that protected nothing has the null
+        space obeyed from now on.
+        """
         for parameter in self.proxies:
             kept = self.state.get(parameter, {}).get(PROTECTED)
             layer = self.layers.get(parameter)
             if layer is not None:
                 self._bank.follow_refresh(layer)
-                self.protect(layer, self._layout.renewed(parameter, kept, layer.protected))
+            if kept is not None:
+                self._layout.reconsider(parameter)
+            if layer is None:
+                known = self._layout.vector(parameter) if kept is None else kept
+                self.vectors.protect(parameter, known)
+            elif kept is None:
+                self.protect(layer, self._layout.renewed(parameter, None, layer.protected))
             else:
-                self.vectors.protect(parameter, self._layout.renewed(parameter, kept, self._layout.vector(parameter)))
+                layer.protected = kept
 
     def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
         proxy = self._proxy(layer, subspace)
         previous = self.state[layer.parameter].get(previous_step(subspace - 1))
         if previous is not None:
             carry_moments({"exp_avg": previous}, old, new, layer.axis)
-        if self._moments == "rotate":
+        if self.moments == "rotate":
             carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
-        elif self._moments == "reset":
+        elif self.moments == "reset":
             self._inner.reset(proxy)
 
     def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:

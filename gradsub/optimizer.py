@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,10 @@ from gradsub._facade import put_before
 from gradsub._finite import NonFiniteError
 from gradsub._intake import Intake
 from gradsub._layout import Layout
+from gradsub._loading import StateDictReader
 from gradsub._probe import PLAIN, Probes, Traits
-from gradsub._state import check_compatible, hand_down, mirror, restore, show_shards, take_shards
+from gradsub._state import group_parameters, hand_down, mirror, show_shards
+from gradsub._stateful import Stateful
 from gradsub._step import Stepper
 from gradsub.capture import MIXED, MixedRows, Part
 from gradsub.distributed import Exchange
@@ -171,6 +174,7 @@ class GemsOptimizer(Optimizer):
         clash = sorted(own.keys() & base.defaults.keys())
         if clash:
             raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
+        weigh, gates = None if surgery == "sum" else _surgery(surgery), resolve_gate(gate)
         self._nonfinite = nonfinite
         self._layout = Layout(
             side, len(self.tasks), null_space, model, target_modules, master_weights, capture, refresh
@@ -178,8 +182,8 @@ class GemsOptimizer(Optimizer):
         self._stepper = Stepper(
             self.tasks,
             self._layout,
-            resolve_gate(gate),
-            None if surgery == "sum" else _surgery(surgery),
+            gates,
+            weigh,
             moments,
             master_weights,
         )
@@ -204,6 +208,13 @@ class GemsOptimizer(Optimizer):
         self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
         for group, (layers, traits) in zip(self.param_groups, found, strict=True):
             self._adopt(group, layers, traits)
+        trained = group_parameters(self.param_groups)
+        self._weighing = {"surgery": Stateful("surgery", weigh, trained), "gate": Stateful("gate", gates, trained)}
+        for layer in list(self._stepper.layers.values())[:1] if self.tasks else []:
+            count = len(self.tasks)
+            for part in self._weighing.values():
+                part.expect(torch.zeros(count, count, dtype=layer.dtype, device=layer.parameter.device))
+        self._show_callables()
 
     # --- gradients in ------------------------------------------------------------------------------------------------
 
@@ -457,20 +468,70 @@ class GemsOptimizer(Optimizer):
             mirror(self.state, parameter, self._inner, proxies)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict` as if never interrupted; every tensor keeps the dtype that it was saved with.
+        """Go on from a `state_dict` as if never interrupted.
+
+        Hooks see what they see in torch, and what they return is loaded. Every tensor takes the dtype, the device and
+        the memory format that it has here, numbers become tensors where tensors belong, and options that the groups
+        lack stay as they are here.
 
         Raises:
-            ValueError: the checkpoint comes from other tasks, ranks, shapes or parameters; nothing was loaded.
+            ValueError: the checkpoint comes from other tasks, ranks, shapes or parameters, or is damaged (NaN, missing
+                or unknown keys, counts and bases that cannot be); nothing was loaded.
             RuntimeError: gradients were captured and not stepped: step or ``zero_grad()`` first.
         """
         if self._intake.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
-        state_dict = take_shards(state_dict, self.param_groups, self._stepper.layers)
-        check_compatible(state_dict, self.param_groups, self.state, self._stepper.layers)
-        earlier = self.state
-        super().load_state_dict(state_dict)
+        if isinstance(state_dict, Mapping):
+            state_dict = dict(state_dict)  # hooks may put other entries into it, as into torch's own copy
+        for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        with torch.no_grad():
+            reader = StateDictReader(
+                self.param_groups,
+                self.state,
+                self._stepper.layers,
+                self._stepper.proxies,
+                self._layout,
+                self._bank,
+                self._inner,
+                self._stepper.moments == "reset",
+            )
+            loaded = reader.read(state_dict)
+            self._load_callables(loaded.weighing)
+            # Nothing can be refused any more.
+            self._intake.clear()
+            self.__setstate__({"state": defaultdict(dict, loaded.state), "param_groups": loaded.groups})
+            self._settle()
+            for after in list(self._optimizer_load_state_dict_post_hooks.values()):
+                after(self)
+                self._settle()  # it may have put other tensors into the state
+        self._show_callables()
+
+    def _load_callables(self, saved: Mapping[str, Any]) -> None:
+        """Give surgery and gate the state that they had, both or none."""
+        undo: Callable[[], None] | None = None
+        for what, part in self._weighing.items():
+            mine = {key: value for key, value in saved.items() if key.startswith(f"{what}.") or key == what}
+            if bool(mine) != bool(part.parts):
+                warnings.warn(
+                    f"the state_dict has no state of {what}=, as an earlier version's, or one without state: it begins "
+                    "anew"
+                    if part.parts
+                    else f"the state_dict has a state of {what}=, but {what}= here has none",
+                    stacklevel=3,
+                )
+                continue
+            try:
+                undo = part.load(mine) if mine else undo
+            except ValueError:
+                if undo is not None:
+                    undo()
+                raise
+
+    def _settle(self) -> None:
+        """Everybody goes on from what is in the state."""
         self._attach()
-        restore(state_dict, self.param_groups, self.state, earlier)
         for parameter, proxies in self._stepper.proxies.items():
             hand_down(self.state.get(parameter, {}), self._inner, proxies)
         self._stepper.restore_protection()
@@ -485,9 +546,18 @@ class GemsOptimizer(Optimizer):
             raise RuntimeError(
                 "state_dict between backward and step would lose gradients: call step() or zero_grad() first"
             )
+        if "_weighing" in self.__dict__:
+            self._show_callables()
         saved = super().state_dict()
         layers = self._stepper.layers if "_stepper" in self.__dict__ else {}
         return show_shards(saved, self.param_groups, layers)
+
+    def _show_callables(self) -> None:
+        """Put the state of surgery and gate where checkpoints find it: beside that of one layer."""
+        holder = next((layer.parameter for layer in self._stepper.layers.values()), None)
+        if holder is not None:
+            for part in self._weighing.values():
+                self.state[holder].update(part.state())
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.
@@ -546,5 +616,6 @@ _OWN_ATTRIBUTES = frozenset(
         "_bank",
         "_stepper",
         "_inner",
+        "_weighing",
     }
 )

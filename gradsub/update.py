@@ -73,13 +73,15 @@ def _add_batched(layers: Sequence[Layer], steps: Tensor, bases: Sequence[Tensor]
     Updates of at most ``most`` entries exist at a time (or that of one layer).
     """
     axis = layers[0].axis
-    weights = [layer.matrix(layer.parameter) for layer in layers]
+    weights = [local(layer.parameter) for layer in layers]
     bases = bases if axis == 1 else [layer.near(basis) for layer, basis in zip(layers, bases, strict=True)]
     size = max(1, most // max(1, weights[0].numel()))
     for start in range(0, len(weights), size):
         some = slice(start, start + size)
         updates = lift(steps[some], torch.stack(list(bases[some])), axis)
-        torch._foreach_add_(list(weights[some]), list(updates.unbind()))
+        # The update takes the weight's shape, never the reverse: as a matrix, a channels_last weight is a copy.
+        shaped = [update.reshape(weight.shape) for update, weight in zip(updates.unbind(), weights[some], strict=True)]
+        torch._foreach_add_(weights[some], shaped)
 
 
 def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: float | Tensor) -> None:
@@ -136,4 +138,4 @@ def _precise(layer: Layer, state: State) -> Tensor:
 def _write(layer: Layer, precise: Tensor) -> None:
     weight = local(layer.parameter)
     if precise.data_ptr() != weight.data_ptr():
-        weight.copy_(precise.view(weight.shape))
+        weight.copy_(precise.reshape(weight.shape))

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
-from gradsub.subspace._basis import dominant_basis, sketched_basis
+from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, next_multiple, next_place
+from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place
 
 SHARED = 0
 
@@ -22,6 +22,9 @@ SKETCHES = frozenset({"singular_values", "sketches"})
 
 # In the place of a subspace, for random numbers that belong to none.
 _DIRECTIONS = 1 << 16
+
+# In multiples of the gap that is in force: how far ahead a refresh may be planned in a checkpoint.
+_LONGEST_GAP = 1024
 
 State = MutableMapping[Tensor, Any]
 BasisChanged = Callable[[Layer, int, Tensor, Tensor], None]
@@ -124,15 +127,50 @@ class SubspaceBank:
     def enforce(self, layer: Layer) -> None:
         """Keep bases that came from elsewhere out of the protected directions, and let them be refreshed soon.
 
-        A checkpoint may know of another null space, or of none; bases that obey this one stay bit for bit.
+        A checkpoint may know of no null space; bases that obey this one stay bit for bit.
         """
         if layer.protected is None:
             return
         state = self._state[layer.parameter]
         inside = layer.protected.mT @ state["basis"]
-        if bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
+        if inside.numel() and bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
             state["basis"] -= layer.protected @ inside
             state["next_refresh"].fill_(int(state["step"]))
+
+    def check(self, layer: Layer, state: Mapping[str, Any], update_proj_gap: int) -> None:
+        """Raise if a layer's state from elsewhere, of the right shapes, cannot have come about.
+
+        Args:
+            layer: the layer.
+            state: with the protected directions that its bases were taken under, if any.
+            update_proj_gap: steps between refreshes.
+
+        Raises:
+            ValueError: a count or a time is out of range, or a basis is not orthonormal.
+        """
+        of = f"of {layer.name}"
+        check_steps_taken(f"state_dict: 'step' {of}", state["step"])
+        step, due = int(state["step"]), state["next_refresh"].tolist()
+        # The gap may have been longer when the refresh was planned.
+        latest = step + _LONGEST_GAP * update_proj_gap
+        if not all(0 <= time <= latest for time in due):
+            raise ValueError(
+                f"state_dict: 'next_refresh' {of} is {due}: it must lie between 0 and {latest} at step {step}"
+            )
+        if "sketches" in state and not all(0 <= n < SKETCHES_PER_REFRESH for n in state["sketches"].tolist()):
+            raise ValueError(f"state_dict: 'sketches' {of} must be 0 to {SKETCHES_PER_REFRESH - 1}")
+        if "singular_values" in state and bool((state["singular_values"] < 0).any()):
+            raise ValueError(f"state_dict: 'singular_values' {of} has negative entries")
+        free = layer.dimension - (state["protected"].shape[1] if "protected" in state else 0)
+        for subspace, width in enumerate(layer.widths):
+            room = free
+            if subspace != SHARED and self._orthogonalize == "shared_first":
+                room -= min(layer.widths[SHARED], free)
+            basis = state["basis"][:, layer.columns(subspace)]
+            if not _plausible(basis, min(width, room), step >= due[subspace]):
+                raise ValueError(
+                    f"state_dict: 'basis' {of} is not orthonormal in its columns {layer.columns(subspace)}"
+                )
 
     def follow_refresh(self, layer: Layer) -> None:
         """Make a state that came from elsewhere one of this kind of refresh: sketches are begun anew, or forgotten."""
@@ -280,3 +318,16 @@ class SubspaceBank:
 def _counts(layer: Layer) -> Tensor:
     """A zero for each subspace, whatever the default dtype and device are."""
     return torch.zeros(len(layer.widths), dtype=torch.int64, device="cpu")
+
+
+def _plausible(basis: Tensor, columns: int, due: bool) -> bool:
+    """Whether a basis (d x r) can have come about: orthonormal in as many columns as there is room for, else zero.
+
+    One that is due may also be zero still, or what new protected directions have left of it.
+    """
+    gramian = basis.mT @ basis
+    slack = orthonormality(basis.dtype)
+    if due:
+        return not gramian.numel() or float(torch.linalg.eigvalsh(gramian)[-1]) <= 1 + slack
+    there = gramian.diagonal() != 0
+    return int(there.sum()) == columns and float((gramian - there.diag().to(gramian)).abs().amax()) <= slack

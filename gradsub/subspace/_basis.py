@@ -29,6 +29,13 @@ def sketch(matrix: Tensor, directions: Tensor, axis: int) -> Tensor:
     return matrix.mT @ directions if axis == 1 else matrix @ directions
 
 
+def orthonormality(dtype: torch.dtype) -> float:
+    """How far products of orthonormal columns may be from 0 and 1: far above rounding, far below what a copy in half
+    precision has lost.
+    """
+    return 1e-4 if torch.finfo(dtype).bits <= 32 else 1e-5
+
+
 def dominant_basis(
     gradient: Tensor, width: int, axis: int, against: Tensor | None, free: int, generator: torch.Generator
 ) -> Tensor:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+from torch import Tensor
+
 # One sketch only comes close to the exact decomposition of its batch; what a second batch adds makes the basis better
 # for the batches that follow than that decomposition (measured in benchmarks/refresh).
 SKETCHES_PER_REFRESH = 2
@@ -31,3 +36,17 @@ def next_place(step: int, gap: int, index: int) -> int:
 def sketch_size(rank: int, codimension: int) -> int:
     """How many directions a sketch looks through; all of them where that is no more."""
     return min(codimension, max(2 * rank, rank + 64))
+
+
+def check_steps_taken(what: str, value: Tensor | float) -> None:
+    """Raise unless counting steps, one by one, can have led to this number.
+
+    Raises:
+        ValueError: it is negative, fractional, not finite, or beyond what can be counted in its dtype.
+    """
+    number = float(value)
+    # A float32 count stays at 2^24: adding 1 does not change it.
+    narrow = isinstance(value, Tensor) and value.is_floating_point()
+    most = min(2.0**53, 2 / torch.finfo(value.dtype).eps) if narrow else 2.0**53  # type: ignore[union-attr]
+    if not (0 <= number <= most and number == math.floor(number)):
+        raise ValueError(f"{what} is {number:g}: it counts steps, so it must be a whole number from 0 to {most:g}")

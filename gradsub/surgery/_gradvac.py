@@ -68,8 +68,8 @@ class GradVac:
     where φ_ij is the cosine before the correction. A pair with an absent task keeps its target, and a Gramian with NaN
     or Inf changes none. One object serves one Gramian: give each layer, or each group of layers, its own.
 
-    Calling it never waits for the device. The order of the meetings comes from ``generator``, whose own state is its
-    owner's to save.
+    Calling it never waits for the device. The order of the meetings comes from ``generator``, whose state is part of
+    this object's.
 
     Args:
         beta: β, the share of the newest cosine, in [0, 1], per call. The paper trains with 0.01; 0.5 is the default of
@@ -110,8 +110,7 @@ class GradVac:
         """Weights, shape (K,), of the Gramian's tasks; then the targets move."""
         check_gramian(gramian)
         tasks = gramian.shape[0]
-        if self._targets.numel() == 0:
-            self._targets = torch.zeros_like(widen(gramian))
+        self.expect(gramian)
         if self._targets.shape != gramian.shape:
             raise ValueError(
                 f"gramian has {tasks} tasks, but the targets were learnt for {self._targets.shape[0]}: call reset() to "
@@ -122,19 +121,31 @@ class GradVac:
         self._targets = torch.lerp(self._targets.to(met), met, self.beta).where(met == met, self._targets.to(met))
         return weights
 
+    def expect(self, gramian: Tensor) -> None:
+        """Take the number of tasks from a Gramian before the first call, so that the state has its shape; learns
+        nothing, and does nothing later.
+
+        Raises:
+            ValueError: ``gramian`` is none.
+        """
+        check_gramian(gramian)
+        if self._targets.numel() == 0:
+            self._targets = torch.zeros_like(widen(gramian))
+
     def reset(self) -> None:
         """Forget the targets; the next call sets the number of tasks anew."""
         self._targets = torch.zeros(0, 0, dtype=torch.float32, device="cpu")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as plain tensors: a copy of ``targets``."""
-        return {"targets": self._targets.clone()}
+        """The state as plain tensors: a copy of ``targets``, and the generator's state if there is one."""
+        state = {"targets": self._targets.clone()}
+        return state if self.generator is None else {**state, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take the targets from a `state_dict`.
+        """Take the targets from a `state_dict`, and the generator's state if both have one.
 
         Raises:
-            ValueError: it holds no square floating-point matrix under "targets".
+            ValueError: it holds no square floating-point matrix of cosines under "targets".
         """
         targets = state_dict.get("targets")
         if not isinstance(targets, Tensor) or targets.ndim != 2 or targets.shape[0] != targets.shape[1]:
@@ -142,6 +153,11 @@ class GradVac:
             raise ValueError(
                 f"state_dict['targets'] must be a (K, K) tensor, got {found!r}: pass what state_dict() gave."
             )
+        # A little above 1 by rounding at most; NaN is no cosine.
+        if not bool((targets.abs() <= 1 + 1e-4).all()):
+            raise ValueError("state_dict['targets'] must be cosines in [-1, 1]: pass what state_dict() gave.")
+        if self.generator is not None and "generator" in state_dict:
+            self.generator.set_state(state_dict["generator"].cpu())
         self._targets = widen(targets).clone()
 
     def __repr__(self) -> str:

@@ -20,7 +20,9 @@ def features(side: str, rows: int, seed: int, directions: int) -> Tensor:
     return torch.randn(rows, directions, generator=generator) @ basis.mT
 
 
-def build(null_space: NullSpace, model: nn.Module | None = None) -> tuple[nn.Module, GemsOptimizer]:
+def build(
+    null_space: NullSpace, model: nn.Module | None = None, refresh: str = "auto"
+) -> tuple[nn.Module, GemsOptimizer]:
     if model is None:
         torch.manual_seed(0)
         model = nn.ModuleDict({"layer": nn.Linear(14, 10)})
@@ -33,6 +35,7 @@ def build(null_space: NullSpace, model: nn.Module | None = None) -> tuple[nn.Mod
         side=null_space.side,
         model=model,
         null_space=null_space,
+        refresh=refresh,
     )
     return model, optimizer
 
@@ -124,29 +127,39 @@ def test_data_of_known_directions_changes_nothing():
 
 
 @pytest.mark.parametrize("after", [GAP + 2, 2 * GAP, 2 * GAP + 1], ids=["told", "before the refresh", "taken up"])
-def test_a_run_resumed_after_the_growth_protects_the_same(after):
-    null_space = NullSpace(energy=1.0)
-    null_space.update("layer", features("input", 20, 1, 2))
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+def test_a_run_resumed_after_the_growth_goes_on_bit_for_bit(after, side, refresh):
+    """The growth is taken up at the next refresh, as it would have been."""
+    null_space = NullSpace(side=side, energy=1.0)
+    null_space.update("layer", features(side, 20, 1, 2))
     old = null_space.basis("layer")
-    model, optimizer = build(null_space)
+    model, optimizer = build(null_space, refresh=refresh)
     start = model["layer"].weight.detach().clone()
     train(model, optimizer, range(GAP + 1))
-    more = features("input", 20, 2, 3)
+    more = features(side, 20, 2, 3)
     null_space.update("layer", more)
     train(model, optimizer, range(GAP + 1, after))
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-
     file.seek(0)
     checkpoint = torch.load(file, weights_only=True)
+    held = model["layer"].weight.detach().clone()
+    for step in range(after, 5 * GAP):
+        train(model, optimizer, range(step, step + 1))
+        if step == 2 * GAP + 2:
+            held = model["layer"].weight.detach().clone()
+
     torch.manual_seed(0)
     again = nn.ModuleDict({"layer": nn.Linear(14, 10)})
     again.load_state_dict(checkpoint["model"])
-    again, resumed = build(null_space, again)
+    again, resumed = build(null_space, again, refresh=refresh)
     resumed.load_state_dict(checkpoint["optimizer"])
-    middle = again["layer"].weight.detach().clone()
     end = train(again, resumed, range(after, 5 * GAP))
-    assert moved(end - start, old, "input") < STILL
+    assert torch.equal(end, model["layer"].weight)
+    for key, value in optimizer.state[model["layer"].weight].items():
+        assert torch.equal(value, resumed.state[again["layer"].weight][key]), key
+    assert moved(end - start, old, side) < STILL
     new = torch.linalg.qr(more.mT[:, :3]).Q
-    assert moved(end - middle, new, "input") < STILL  # a resume takes the growth up at once
-    assert (end - middle).norm() > 0.05
+    assert moved(end - held, new, side) < STILL
+    assert (end - held).norm() > 0.05

@@ -1,0 +1,495 @@
+"""What a state dict has to say: all of it is checked and converted before anything of the optimizer changes."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsub import _settings as settings
+from gradsub._layout import Layout
+from gradsub._state import INNER, group_parameters, is_weighing, take_shards
+from gradsub.inner import Inner
+from gradsub.subspace import SKETCHES, Layer, SubspaceBank, check_steps_taken, is_distributed, local, orthonormality
+from gradsub.update import ANCHOR, PROTECTED
+
+NULL_SPACE = frozenset({ANCHOR, PROTECTED})
+
+# What says how the layers were built: compared by what it comes to, and then kept as it is here.
+_STRUCTURE = frozenset({"params", "tasks", "side", "subspace", "rank", "task_rank"})
+
+
+@dataclass
+class Loaded:
+    """What to go on from; every tensor is a copy, in the dtype and the memory format, and where, it is used here.
+
+    Attributes:
+        groups: complete parameter groups.
+        state: by parameter.
+        weighing: the state of the callables that weigh the tasks.
+    """
+
+    groups: list[dict[str, Any]]
+    state: dict[Tensor, dict[str, Any]]
+    weighing: dict[str, Any]
+
+
+class StateDictReader:
+    """Makes of a state dict what an optimizer goes on from, or says why that cannot be.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        state: its state, which says what is expected.
+        layers: by weight.
+        proxies: what the base optimizer steps for each parameter, by the prefix of its state.
+        layout: what errors call a parameter.
+        bank: knows what bases are like.
+        inner: knows what the base optimizer's state and options are like.
+        begins_anew: whether a new basis resets the base optimizer's state.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        layers: Mapping[Tensor, Layer],
+        proxies: Mapping[Tensor, Mapping[str, Tensor]],
+        layout: Layout,
+        bank: SubspaceBank,
+        inner: Inner,
+        begins_anew: bool,
+    ) -> None:
+        self._begins_anew = begins_anew
+        self._groups = groups
+        self._state = state
+        self._layers = layers
+        self._proxies = proxies
+        self._layout = layout
+        self._bank = bank
+        self._inner = inner
+        self._weighing: dict[str, Any] = {}
+        self._trials: dict[Any, dict[str, Any]] = {}
+
+    def read(self, saved: Any) -> Loaded:
+        """Check and convert.
+
+        Raises:
+            ValueError: naming the parameter, or the group, the key, what was found and what was expected.
+        """
+        order = check_structure(saved, self._groups)
+        saved = take_shards(saved, self._groups, self._layers)
+        groups = [
+            self._options(position, theirs, ours)
+            for position, (theirs, ours) in enumerate(zip(saved["param_groups"], self._groups, strict=True))
+        ]
+        options = [group for group in groups for _ in group["params"]]
+        entries = {
+            index: (parameter, self._entry(index, group, parameter, saved["state"].get(index, {})))
+            for index, group, parameter in zip(order, options, group_parameters(self._groups), strict=True)
+        }
+        state: dict[Tensor, dict[str, Any]] = dict(entries[index] for index in saved["state"])
+        return Loaded(groups, state, self._weighing)
+
+    # --- options -----------------------------------------------------------------------------------------------------
+
+    def _options(self, position: int, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, Any]:
+        """The group as it is here, with all that the saved one says of it."""
+        where = f"of param_groups[{position}]"
+        for option in ("tasks", "side"):
+            there, here = theirs.get(option, ours[option]), ours[option]
+            if not isinstance(there, (str, list, tuple)) or list(there) != list(here):
+                raise ValueError(f"state_dict: {option} is {there!r} there and {here!r} here: use the same")
+        names = theirs.get("param_names", ours.get("param_names"))
+        if "param_names" in theirs and (not isinstance(names, (list, tuple)) or len(names) != len(ours["params"])):
+            raise ValueError(
+                f"state_dict: param_names={names!r} {where} must name its {len(ours['params'])} parameters"
+            )
+        for key in theirs.keys() & ours.keys() - {"params", "param_names", "tasks", "side"}:
+            _check_option(f"{key}={theirs[key]!r} {where}", theirs[key], ours[key])
+        merged = {**ours, **copy.deepcopy({key: value for key, value in theirs.items() if key != "params"})}
+        try:
+            settings.check_group(merged)
+        except ValueError as error:
+            raise ValueError(f"state_dict: {error} ({where.removeprefix('of ')})") from None
+        for parameter in ours["params"]:
+            layer = self._layers.get(parameter)
+            widths = None if layer is None else self._layout.widths(parameter, merged)
+            if layer is not None and widths != layer.widths:
+                there, here = ((layer.dimension, sum(ranks or ())) for ranks in (widths, layer.widths))
+                raise ValueError(
+                    f"state_dict: 'basis' of {layer.name} has shape {there} there and {here} here, for subspaces of "
+                    f"the ranks {widths} and {layer.widths}: use the same rank and task_rank"
+                )
+        given = self._inner.upgraded({key: value for key, value in merged.items() if key not in settings.NOT_INNER})
+        proven = {key: ours[key] for key in ours.keys() - settings.NOT_INNER}
+        stepped = [proxy for parameter in ours["params"] for proxy in self._proxies[parameter].values()][:1]
+        refusal = next((self._inner.refusal(given, proven, proxy) for proxy in stepped), None)
+        if refusal is not None:
+            raise ValueError(
+                f"state_dict: the options {where} are none of {type(self._inner.base).__name__}'s: {refusal}"
+            )
+        return {**merged, **given, **{key: ours[key] for key in _STRUCTURE}}
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def _entry(
+        self, index: Any, group: Mapping[str, Any], parameter: Tensor, theirs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        layer = self._layers.get(parameter)
+        name = self._layout.name(parameter) if layer is None else layer.name
+        ours = self._state.get(parameter, {})
+        for key in theirs:
+            if not isinstance(key, str):
+                raise ValueError(f"state_dict: {key!r} is no key of the state of {name}: keys are strings")
+        self._set_aside(name, {key: value for key, value in theirs.items() if is_weighing(key)})
+        theirs = {key: value for key, value in theirs.items() if not is_weighing(key)}
+        if layer is not None and not theirs:
+            raise ValueError(f"state_dict lacks the state of {name}, parameter {index!r}: pass what state_dict() gave")
+        if (layer is not None) != ("basis" in theirs):
+            there, here = ("a plain", "a decomposed") if layer is not None else ("a decomposed", "a plain")
+            raise ValueError(
+                f"state_dict: {name} is {there} parameter there and {here} one here: save it from a GemsOptimizer with "
+                "the same rank, target_modules and subspace options"
+            )
+        found = self._own(name, layer, parameter, theirs, ours)
+        found.update(self._of_inner(name, layer, group, parameter, {**theirs, **found}))
+        if layer is not None:
+            self._bank.check(layer, found, group["update_proj_gap"])
+            if PROTECTED in found and _overlap(found[PROTECTED], found["basis"]) > orthonormality(found["basis"].dtype):
+                raise ValueError(
+                    f"state_dict: 'basis' of {name} is not orthogonal to its 'protected' directions: one of them is "
+                    "damaged, or of another checkpoint"
+                )
+            self._check_steps(name, layer, found)
+        return {key: found[key] for key in theirs if key in found}
+
+    def _set_aside(self, name: str, weighing: Mapping[str, Any]) -> None:
+        """The state of surgery and gate is beside that of any one parameter: hooks may have renumbered them."""
+        twice = sorted(weighing.keys() & self._weighing.keys())
+        if twice:
+            raise ValueError(f"state_dict: {twice[0]!r} is in the state of {name} and of another parameter: remove one")
+        self._weighing.update(weighing)
+
+    def _own(
+        self,
+        name: str,
+        layer: Layer | None,
+        parameter: Tensor,
+        theirs: Mapping[str, Any],
+        ours: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """What is not the base optimizer's."""
+        expected = {key: value for key, value in ours.items() if not key.startswith(INNER) and not is_weighing(key)}
+        optional = NULL_SPACE | SKETCHES if layer is not None else frozenset({PROTECTED})
+        given = {key for key in theirs if not key.startswith(INNER)}
+        found = {
+            key: convert(f"{key!r} of {name}", theirs[key], expected[key], parameter)
+            for key in expected
+            if key in given and key not in optional
+        }
+        missing, extra = expected.keys() - given - optional, given - expected.keys() - optional
+        if missing or extra:
+            raise ValueError(
+                f"state_dict: {name} {_difference(missing, extra)}: use the same gate and master_weights, and what "
+                "GemsOptimizer.state_dict() gave"
+            )
+        found.update(self._protection(name, layer, parameter, theirs))
+        if layer is not None and layer.sketched:
+            pair = {key for key in SKETCHES if key in theirs}
+            if pair and pair != SKETCHES:
+                raise ValueError(f"state_dict: {name} lacks {sorted(SKETCHES - pair)}, but has {sorted(pair)}")
+            for key in pair:
+                found[key] = convert(f"{key!r} of {name}", theirs[key], ours[key], parameter)
+        return found
+
+    def _protection(
+        self, name: str, layer: Layer | None, parameter: Tensor, theirs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What is protected may be more, or less, than it is here."""
+        wanted = NULL_SPACE if layer is not None else {PROTECTED}
+        given = {key for key in wanted if key in theirs}
+        if not given:
+            return {}
+        if given != wanted:
+            raise ValueError(f"state_dict: {name} lacks {sorted(wanted - given)}, but has {sorted(given)}")
+        K = theirs[PROTECTED]
+        dimension = layer.dimension if layer is not None else parameter.numel()
+        if not isinstance(K, Tensor) or K.ndim != 2 or K.shape[0] != dimension or K.shape[1] > dimension:
+            raise ValueError(
+                f"state_dict: 'protected' of {name} is {_described(K)}, expected at most {dimension} directions of "
+                f"length {dimension}"
+            )
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        like = torch.zeros(K.shape, dtype=dtype, device=parameter.device)
+        found = {PROTECTED: convert(f"'protected' of {name}", K, like, parameter)}
+        eye = torch.eye(K.shape[1], dtype=dtype, device=parameter.device)
+        if K.shape[1] and float((found[PROTECTED].mT @ found[PROTECTED] - eye).abs().max()) > orthonormality(dtype):
+            raise ValueError(f"state_dict: 'protected' of {name} has no orthonormal columns: it is damaged")
+        if layer is not None:
+            rows, columns = layer.shape
+            shape = (rows, K.shape[1]) if layer.axis == 1 else (K.shape[1], columns)
+            found[ANCHOR] = convert(f"'anchor' of {name}", theirs[ANCHOR], like.new_zeros(shape), parameter)
+        return found
+
+    def _of_inner(
+        self,
+        name: str,
+        layer: Layer | None,
+        group: Mapping[str, Any],
+        parameter: Tensor,
+        theirs: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """The base optimizer's state of a parameter, or of its proxies."""
+        left = {key for key in theirs if key.startswith(INNER)}
+        found: dict[str, Any] = {}
+        for subspace, (prefix, proxy) in enumerate(self._proxies[parameter].items()):
+            start = f"{INNER}{prefix}"
+            # A task named "a" must not take what belongs to a task named "a.b".
+            mine = {key for key in left if key.startswith(start) and "." not in key.removeprefix(start)}
+            left -= mine
+            shape = parameter.shape if layer is None else torch.Size(layer.coordinates(subspace))
+            like = self._inner.state_of(proxy) if self._inner.populated(proxy) else {}
+            if not mine and not (like and parameter.requires_grad) and not self._has_stepped(layer, subspace, theirs):
+                continue  # frozen, or an optimizer whose state begins with its first step
+            strict = bool(like)
+            if not strict and not is_distributed(parameter):
+                like = self._trial(group, proxy, shape)
+            expected = {f"{start}{key}": value for key, value in like.items()}
+            missing, extra = expected.keys() - mine, (mine - expected.keys()) if strict else set()
+            if missing or extra:
+                raise ValueError(
+                    f"state_dict: the base optimizer's state of {name} {_difference(missing, extra)}: wrap the same "
+                    "optimizer with the same options"
+                )
+            device = parameter.device if group.get("fused") or group.get("capturable") else None
+            usual = self._trial(group, proxy, torch.Size([4, 6] if len(shape) > 1 else [6]))
+            for key in mine:
+                seen, what = usual.get(key.removeprefix(start)), f"{key!r} of {name}"
+                found[key] = convert(
+                    what, theirs[key], expected.get(key, _ANYTHING), parameter, device, finite=_finite(seen)
+                )
+                _check_usual(f"state_dict: {what}", found[key], seen)
+        if left:
+            raise ValueError(
+                f"state_dict: the base optimizer's state of {name} {_difference(set(), left)}: use the same tasks and "
+                "base optimizer"
+            )
+        return found
+
+    def _has_stepped(self, layer: Layer | None, subspace: int, theirs: Mapping[str, Any]) -> bool:
+        """Whether a saved layer shows that the base optimizer had stepped in a subspace, and not begun anew since."""
+        if layer is None or layer.sketched or self._begins_anew:
+            return False
+        due, basis = theirs["next_refresh"], theirs["basis"]
+        return bool(due[subspace] > 0) and bool((basis[:, layer.columns(subspace)] != 0).any())
+
+    def _trial(self, group: Mapping[str, Any], proxy: Tensor, shape: torch.Size) -> dict[str, Any]:
+        """The state that the base optimizer has of such a parameter once it has stepped, found out by stepping one."""
+        options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
+        key = id(group), shape, proxy.dtype, proxy.device
+        if key not in self._trials:
+            try:
+                self._trials[key] = self._inner.trial(options, shape, proxy.dtype, proxy.device)
+            except Exception:
+                self._trials[key] = {}  # it does not step on its own: nothing is known of its state
+        return self._trials[key]
+
+    def _check_steps(self, name: str, layer: Layer, found: Mapping[str, Any]) -> None:
+        """The base optimizer cannot have stepped more often than the layer."""
+        taken = float(found["step"])
+        for prefix in self._proxies[layer.parameter]:
+            key = f"{INNER}{prefix}step"
+            value = found.get(key)
+            if isinstance(value, (Tensor, float, int)) and _numbers(value) == 1 and float(value) > taken + 1:
+                raise ValueError(
+                    f"state_dict: {key!r} of {name} is {float(value):g}, but the layer took {taken:g} steps"
+                )
+
+
+_ANYTHING = object()
+
+
+def _check_usual(what: str, value: Any, seen: Any) -> None:
+    """Raise if a value is what the base optimizer never makes: where steps in both directions left nothing negative
+    (a second moment, a count), it makes nothing negative.
+    """
+    if not isinstance(seen, (Tensor, float, int)) or not isinstance(value, (Tensor, float, int)):
+        return
+    least, most = _range(seen)
+    if least >= 0 and most > 0 and _range(value)[0] < 0:
+        raise ValueError(f"{what} has negative entries, which the base optimizer never makes: it is damaged")
+    if least == most == Inner.TRIAL_STEPS and _numbers(value) == 1:
+        check_steps_taken(what, value)
+
+
+def check_structure(saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The saved numbers of the parameters, in their order.
+
+    Raises:
+        ValueError: the groups or the numbers are not those of the optimizer.
+    """
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        found = list(saved)[:4] if isinstance(saved, Mapping) else type(saved).__name__
+        raise ValueError(f"state_dict must have 'state' and 'param_groups', found {found}: pass what state_dict() gave")
+    theirs, states = saved["param_groups"], saved["state"]
+    if not isinstance(theirs, (list, tuple)) or not isinstance(states, Mapping):
+        raise ValueError(
+            f"state_dict: 'param_groups' must be a list and 'state' a dict, found {type(theirs).__name__} and "
+            f"{type(states).__name__}: pass what state_dict() gave"
+        )
+    for position, group in enumerate(theirs):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(f"state_dict: param_groups[{position}] must be a dict with a list of 'params'")
+    order = [index for group in theirs for index in group["params"]]
+    count = len(group_parameters(groups))
+    if len(order) != count:
+        raise ValueError(f"state_dict has {len(order)} parameters, the optimizer has {count}: load the same model")
+    if [len(group["params"]) for group in theirs] != [len(group["params"]) for group in groups]:
+        raise ValueError(
+            f"state_dict has parameter groups of {[len(group['params']) for group in theirs]} parameters, the "
+            f"optimizer of {[len(group['params']) for group in groups]}: build it with the same groups"
+        )
+    if any(not isinstance(index, (int, str)) for index in order) or len(set(order)) != count:
+        raise ValueError(f"state_dict: 'params' must be different numbers (or names), found {order}")
+    for index, held in states.items():
+        if index not in order:
+            raise ValueError(
+                f"state_dict has a state of {index!r}, but its groups know only {order[:4]}{' ...' * (count > 4)}: "
+                "keys of 'state' are the numbers in 'params' (JSON makes strings of them)"
+            )
+        if not isinstance(held, Mapping):
+            raise ValueError(f"state_dict: the state of parameter {index!r} is {_described(held)}, expected a dict")
+    return order
+
+
+def _check_option(what: str, there: Any, here: Any) -> None:
+    """Raise if an option is of another kind than here, or not finite."""
+    kinds = [(bool, type(None)), (int, float, Tensor), (str, type(None)), (list, tuple)]
+    number = isinstance(here, (int, float, Tensor)) and not isinstance(here, bool)
+    kind = (int, float, Tensor, type(None)) if number else next((k for k in kinds if isinstance(here, k)), object)
+    # None stands for "the default" in many places; the base optimizer itself judges that.
+    if here is None:
+        fits = not isinstance(there, Mapping)
+    else:
+        fits = isinstance(there, kind) and not (number and isinstance(there, bool))
+    if isinstance(here, (list, tuple)):
+        fits = fits and len(there) == len(here)
+    if not fits:
+        raise ValueError(f"state_dict: {what} is {here!r} here: that is another kind of value")
+    if not _finite(there) and _finite(here):
+        raise ValueError(f"state_dict: {what} is not finite")
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_finite, value))
+    if isinstance(value, Tensor):
+        return bool(local(value).isfinite().all())
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def convert(
+    what: str,
+    value: Any,
+    like: Any,
+    parameter: Tensor,
+    device: torch.device | None = None,
+    finite: bool = True,
+) -> Any:
+    """A copy of a saved value as it is used here: its dtype, device and memory format are those of ``like``.
+
+    Args:
+        what: names it in errors.
+        value: from a state dict.
+        like: what stands in its place here, or would; a number for a tensor and the reverse are converted.
+        parameter: whose state it is.
+        device: where numbers go, if not where ``like`` is.
+        finite: whether NaN and Inf are refused.
+
+    Raises:
+        ValueError: it is of another kind or shape, not finite, or cannot be had in that dtype.
+    """
+    if like is _ANYTHING:
+        if isinstance(value, Tensor):
+            like = value if value.device.type == "meta" else value.detach().to(parameter.device)
+        else:
+            like = value
+    if isinstance(like, Tensor):
+        return _tensor(what, value, like, device, finite)
+    if isinstance(like, (int, float)) and not isinstance(like, bool):
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"state_dict: {what} is {_described(value)}, expected a number")
+        if finite and not math.isfinite(value):
+            raise ValueError(f"state_dict: {what} is {value}: the checkpoint is damaged, or its run had diverged")
+        return value
+    if type(value) is not type(like):
+        raise ValueError(f"state_dict: {what} is {_described(value)}, expected {_described(like)}")
+    return copy.deepcopy(value)
+
+
+def _tensor(what: str, value: Any, like: Tensor, device: torch.device | None, finite: bool) -> Tensor:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and like.ndim == 0:
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type == "meta":
+        raise ValueError(f"state_dict: {what} is {_described(value)}, expected a tensor of shape {tuple(like.shape)}")
+    if value.shape != like.shape:
+        raise ValueError(
+            f"state_dict: {what} has shape {tuple(value.shape)} there and {tuple(like.shape)} here: use the same "
+            "tasks, rank, task_rank, side and null space"
+        )
+    counts = like.ndim == 0 or not like.is_floating_point()
+    fits = value.dtype == like.dtype or (
+        not value.is_complex() and value.dtype != torch.bool and like.dtype != torch.bool
+    )
+    if not fits or not (counts or value.is_floating_point()):
+        raise ValueError(f"state_dict: {what} has dtype {value.dtype} there and {like.dtype} here")
+    value = value.detach()
+    # As an empty copy, so that it lies in memory like its parameter: fused optimizers read both side by side.
+    where = device if device is not None and like.ndim == 0 else like.device
+    found = torch.empty_like(like, device=where, requires_grad=False).copy_(value)
+    here = local(found)
+    if finite and not bool(here.isfinite().all()):
+        raise ValueError(f"state_dict: {what} holds NaN or Inf: the checkpoint is damaged, or its run had diverged")
+    if value.is_floating_point() and not like.is_floating_point() and not bool((value.cpu() == here.cpu()).all()):
+        raise ValueError(f"state_dict: {what} has values that are no {like.dtype}")
+    return found
+
+
+def _numbers(value: Tensor | float) -> int:
+    return value.numel() if isinstance(value, Tensor) else 1
+
+
+def _range(value: Tensor | float) -> tuple[float, float]:
+    """The smallest and the largest entry; NaN where there is none."""
+    if not isinstance(value, Tensor):
+        return float(value), float(value)
+    here = local(value)
+    if not here.numel() or here.is_complex() or here.dtype == torch.bool:
+        return math.nan, math.nan
+    return float(here.min()), float(here.max())
+
+
+def _overlap(K: Tensor, basis: Tensor) -> float:
+    return float((K.mT @ basis).abs().max()) if K.shape[1] and basis.numel() else 0.0
+
+
+def _difference(missing: set[str] | frozenset[str], extra: set[str]) -> str:
+    parts = [f"{verb} {sorted(keys)}" for verb, keys in (("lacks", missing), ("has in addition", extra)) if keys]
+    return " and ".join(parts)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)} ({value.layout}, {value.device})"
+    return (
+        f"{value!r} ({type(value).__name__})"
+        if value is None or isinstance(value, (int, str))
+        else f"a {type(value).__name__}"
+    )
