@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradsub.capture._fused import Part
 from gradsub.capture._linear import Rows
+from gradsub.capture._losses import weighted, when_weighted
 
 
 class MixedRows:
@@ -61,7 +63,8 @@ class MixedRows:
     def loss(self, losses: Tensor) -> Tensor:
         """The loss to call ``backward()`` on: sum_k w_k L_k, with L_k the mean over the task's rows.
 
-        Each L_k is also reported to the gate, which does not learn the tasks' losses otherwise.
+        Each L_k is also reported to the gate, which does not learn the tasks' losses otherwise, as the backward pass
+        weighs it: a loss scale reaches it, and so does a division by a number of parts.
 
         Args:
             losses: (B,) the loss of every row.
@@ -72,12 +75,18 @@ class MixedRows:
         if losses.shape != (self.size,):
             raise ValueError(f"losses has shape {tuple(losses.shape)}, expected one loss a row: ({self.size},)")
         total = sum(self.samples.values())
-        parts = []
-        for task, rows in self.rows.items():
-            mean = losses[torch.tensor(rows, device=losses.device)].mean()
-            self._observe(task, mean)
-            parts.append(mean * (self.samples[task] / total))
-        return torch.stack(parts).sum()
+        means = {task: losses[torch.tensor(rows, device=losses.device)].mean() for task, rows in self.rows.items()}
+        loss = torch.stack([mean * (self.samples[task] / total) for task, mean in means.items()]).sum()
+        values = {task: mean.detach() for task, mean in means.items()}
+        if loss.requires_grad:
+            when_weighted(loss, partial(self._report, values))
+        else:
+            self._report(values, torch.ones_like(loss))
+        return loss
+
+    def _report(self, means: Mapping[int, Tensor], weight: Tensor) -> None:
+        for task, mean in means.items():
+            self._observe(task, weighted(mean, weight))
 
 
 def _index(tasks: Sequence[str], task: str | int) -> int:
