@@ -245,12 +245,16 @@ class GemsOptimizer(Optimizer):
 
     @contextmanager
     def mixed(
-        self, task_ids: Sequence[str | int] | Tensor, samples: Mapping[str, float] | None = None
+        self,
+        task_ids: Sequence[str | int] | Tensor,
+        samples: Mapping[str, float] | None = None,
+        other_rows: Sequence[Sequence[str | int] | Tensor] = (),
     ) -> Iterator[MixedRows]:
         """One forward and one backward pass for a batch whose rows belong to several tasks.
 
         Equal to a pass for each task within rounding: the layers of ``model`` tell the rows apart in their backward
-        pass. It needs the fused capture and batches whose first axis is that of the rows. Inside, either call
+        pass. It needs the fused capture, and layers whose inputs' first axis is that of the rows; an axis that is
+        another of the same length cannot be told from it, as with (T, B, d) where T == B. Inside, either call
         ``backward()`` on the mean over all rows, or on ``rows.loss(losses)`` of the losses of the rows, which also
         tells the gate each task's loss. Parameters without subspaces take the gradient of that one loss, whatever
         ``surgery`` says.
@@ -260,21 +264,26 @@ class GemsOptimizer(Optimizer):
                 does not wait for the device).
             samples: task -> what it counts in the shared gradient, if not its number of rows; the loss must weigh the
                 tasks likewise, as a mean over tokens does with numbers of tokens.
+            other_rows: for layers whose inputs' first axis is of another length: the task of each of its entries, one
+                sequence for each length. ``task_ids.repeat_interleave(T)`` where a model flattens (B, T, d) to
+                (B * T, d), ``task_ids.repeat(2)`` for a tower over two batches one after another,
+                ``task_ids[:, None].expand(B, T)[mask]`` for chosen tokens.
 
         Yields:
             the rows, with ``rows.loss``.
 
         Raises:
-            ValueError: no layer is captured by its forward pass; ``task_ids`` or ``samples`` do not fit the tasks.
-            RuntimeError: another block is open; a layer's input has another number of rows, or a decomposed weight's
-                gradient comes from elsewhere.
+            ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples`` or ``other_rows`` do not fit
+                the tasks or one another.
+            RuntimeError: another block is open; a layer's input has a number of rows that none of them has, or a
+                decomposed weight's gradient comes from elsewhere.
         """
         if not self._intake.fused:
             raise ValueError(
                 'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
-        rows = MixedRows(self.tasks, task_ids, samples, self._intake.saw_loss)
+        rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
         with self._intake.open(parts, counts, "mixed(...)"):
