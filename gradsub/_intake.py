@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsub._finite import find_nonfinite, largest_entry
+from gradsub._finite import find_nonfinite
 from gradsub.capture import (
     MIXED,
     Captured,
@@ -18,13 +19,15 @@ from gradsub.capture import (
     GenericCapture,
     LossWatcher,
     Part,
-    ScaleWitness,
+    Unscaling,
     clip_captured,
-    loss_scale,
+    leaves,
     scale_captured,
+    scale_norms,
+    watch_through,
 )
 from gradsub.distributed import Exchange
-from gradsub.subspace import Layer, SubspaceBank
+from gradsub.subspace import Layer, SubspaceBank, is_distributed, local
 
 
 class Intake:
@@ -39,14 +42,14 @@ class Intake:
     def __init__(self, bank: SubspaceBank, exchange: Exchange, name: Callable[[Tensor], str]) -> None:
         self._bank = bank
         self._exchange = exchange
-        self._witness = ScaleWitness()
-        self._outside = _Outside(self._witness, exchange)
+        self._unscaling = Unscaling()
+        self._outside = _Outside(self._unscaling, exchange)
         self.capture = GenericCapture(bank, name, self._outside)
         self.fused = FusedCapture(bank, self.capture)
         self.samples: dict[int, float] = {}
         self.mixed_samples = 0.0
         self.losses: dict[int, Tensor] = {}
-        self._scale: Tensor | None = None
+        self._clipped = False
         self._open = False
 
     @property
@@ -64,13 +67,17 @@ class Intake:
             what: how errors call this block.
 
         Raises:
-            RuntimeError: another block is open; or no gradient arrived although a loss was seen.
+            RuntimeError: another block is open; the gradients of this step were divided by the scale of the loss; or
+                no gradient arrived although a loss was seen.
         """
         if self._open:
             raise RuntimeError(f"{what} inside another task: a backward pass belongs to one, close it first")
-        if self._witness.lost():
-            # The scaler skipped the step and only model.zero_grad() was called: what was captured is of that step.
-            self.clear()
+        self.forget_skipped()
+        if self.unscaled:
+            raise RuntimeError(
+                f"{what} after this step's gradients were divided by the scale of the loss, which would not reach "
+                "those captured now: unscale after the last backward pass, and call step() or zero_grad() first"
+            )
         self._open = True
         self.capture.open(MIXED if len(parts) > 1 else parts[0].task)
         self.fused.open(parts)
@@ -85,50 +92,94 @@ class Intake:
                 for task, count in samples.items():
                     self.samples[task] = self.samples.get(task, 0.0) + count
                 self.mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
-                self._bear_witness()
             else:
                 self._outside.emptied = what
             self._open = False
         if not arrived and self.losses.keys() != seen:
             self._exchange.check_nothing_kept_back()
 
-    def watch(self, task: int | None) -> LossWatcher:
-        """A context that notes the scale of each loss that ``backward()`` is called on.
+    def watch(self, task: int, loss: Tensor | None) -> AbstractContextManager[object]:
+        """Note the task's loss while its backward passes run.
 
         Args:
-            task: whose loss it is, to be noted as well; None: of nobody in particular.
+            task: whose loss it is.
+            loss: the loss, if ``backward()`` itself may be called on something else.
         """
-        return LossWatcher(self._saw_scale if task is None else partial(self.saw_loss, task))
+        observe = partial(self.saw_loss, task)
+        return LossWatcher(observe) if loss is None else watch_through(loss, observe)
 
     def saw_loss(self, task: int, loss: Tensor) -> None:
         """Add to the task's loss of this step."""
-        self._saw_scale(loss)
         loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32)).sum()
         self.losses[task] = self.losses[task] + loss if task in self.losses else loss
 
-    def _saw_scale(self, loss: Tensor) -> None:
-        if self._scale is None:
-            self._scale = loss_scale(loss)
+    @property
+    def expects(self) -> bool:
+        """Whether something may have to be divided by the scale of the loss; the same on every rank."""
+        return bool(self.gradients) or self._exchange.size > 1
 
-    def _bear_witness(self) -> None:
-        """Let a `GradScaler` know what was captured, if the loss was scaled."""
-        if self._scale is not None:
-            held = [captured.tensors()[0] for found in self.gradients.values() for captured in found.values()]
-            with torch.no_grad():
-                self._witness.place(self.capture.watched, largest_entry(held))
+    def show(self, scaler: dict[str, Any]) -> list[Tensor]:
+        """Leaves with the captured gradients in ``.grad``, which a `GradScaler` is about to divide and to check.
 
-    def announce(self) -> None:
-        """Let a `GradScaler` know what `reduce` has made of the gradients."""
-        self._witness.refresh()
-        self._bear_witness()
+        They are summed over the ranks before, so that all ranks find the same Inf.
 
-    def unscale(self) -> None:
-        """Divide captured gradients by the loss scale, if a `GradScaler` was at work."""
-        factor = self._witness.withdraw(self._scale)
+        Args:
+            scaler: what it keeps of the optimizer.
+
+        Raises:
+            RuntimeError: gradients were clipped before.
+        """
+        self._check_unclipped()
+        self.forget_skipped()
+        self.reduce(merge=False)  # clipping may follow, and is by task
+        held = [captured for found in self.gradients.values() for captured in found.values()]
+        shown = [tensor for captured in held for tensor in captured.tensors()]
+        if not shown:
+            return []
+        sharded = next((parameter for parameter in self.capture.watched if is_distributed(parameter)), None)
+        factor = self._unscaling.begin(scaler, local(shown[0]).device)
+        return leaves([*shown, factor], sharded)
+
+    def settle(self) -> None:
+        """Have losses and norms follow the gradients that a `GradScaler` has divided."""
+        self.forget_skipped()
+        factor = self._unscaling.take()
         if factor is not None:
-            self._exchange.check_unscaled(factor)
             for held in self.gradients.values():
-                scale_captured(held, factor)
+                scale_norms(held, factor)
+            self._scale_losses(factor)
+
+    def unscale(self, scale: Tensor) -> None:
+        """Divide what was captured by the scale of the loss (0-dim).
+
+        Raises:
+            RuntimeError: gradients were clipped before.
+        """
+        self._check_unclipped()
+        for held in self.gradients.values():
+            scale_captured(held, scale.reciprocal())
+        self._scale_losses(scale.reciprocal())
+        self._unscaling.done = True
+
+    @property
+    def unscaled(self) -> bool:
+        """Whether what was captured was divided by the scale of the loss."""
+        return self._unscaling.done
+
+    def _scale_losses(self, factor: Tensor) -> None:
+        self.losses = {task: loss * factor.to(loss) for task, loss in self.losses.items()}
+
+    def _check_unclipped(self) -> None:
+        if self._clipped and not self.unscaled:
+            raise RuntimeError(
+                "clip_grad_norm_() before the gradients were divided by the scale of the loss has clipped scaled ones: "
+                "call scaler.unscale_(optimizer), or optimizer.unscale_(scale), before it"
+            )
+
+    def forget_skipped(self) -> None:
+        """Forget what was captured if a `GradScaler` has left out the step of it and nobody cleared it since."""
+        if self._unscaling.skipped:
+            self.clear()
 
     def reduce(self, merge: bool) -> None:
         """Make of this rank's gradients, samples and losses those of all ranks.
@@ -136,18 +187,13 @@ class Intake:
         Args:
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
         """
-        carrier = self._witness.carrier
-        agreed = self._exchange.reduce(
-            self.capture.gradients, self.samples, self.mixed_samples, self.losses, self._scale, carrier, merge
-        )
+        agreed = self._exchange.reduce(self.capture.gradients, self.samples, self.mixed_samples, self.losses, merge)
         if agreed is not None:
-            if carrier is not None and any(parameter is carrier for parameter in agreed.outside):
-                self._witness.joined(carrier)  # another rank has a gradient there
-            self.samples, self.mixed_samples = agreed.samples, agreed.mixed
-            self.losses, self._scale = agreed.losses, agreed.scale
+            self.samples, self.mixed_samples, self.losses = agreed.samples, agreed.mixed, agreed.losses
 
     def clip(self, max_norm: float, layers: Mapping[Tensor, Layer]) -> dict[int, Tensor]:
         """Scale each task's gradient to a norm of at most ``max_norm``; the norms before, by task."""
+        self._clipped = True
         return {
             task: clip_captured(held, max_norm, layers, self._exchange.in_common)
             for task, held in self.gradients.items()
@@ -170,13 +216,13 @@ class Intake:
 
     def clear(self) -> None:
         """Forget all that has come in."""
-        self._witness.withdraw(None)
+        self._unscaling.reset()
+        self._clipped = False
         self.capture.clear()
         self._bank.forget_directions()
         self.losses.clear()
         self.samples.clear()
         self.mixed_samples = 0.0
-        self._scale = None
         self._outside.emptied = None
         self._exchange.reset()
 
@@ -188,15 +234,16 @@ class _Outside:
         emptied: how errors call a block of this step that was closed without a gradient, or None.
     """
 
-    def __init__(self, witness: ScaleWitness, exchange: Exchange) -> None:
-        self._witness = witness
+    def __init__(self, unscaling: Unscaling, exchange: Exchange) -> None:
+        self._unscaling = unscaling
         self._exchange = exchange
         self._warned = False
         self.emptied: str | None = None
 
     def __call__(self, parameter: Tensor) -> None:
+        if self._unscaling.skipped:
+            self._exchange.reset()  # what the ranks had summed is of a step that a scaler has left out
         self._exchange.check_open()
-        self._witness.joined(parameter)
         if self.emptied is not None and not self._warned:
             self._warned = True
             warnings.warn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ from gradsub._probe import PLAIN, Probes, Traits
 from gradsub._state import group_parameters, hand_down, mirror, show_shards
 from gradsub._stateful import Stateful
 from gradsub._step import Stepper
-from gradsub.capture import MIXED, MixedRows, Part
+from gradsub.capture import MIXED, MixedRows, Part, scaler_reading, scaler_stepping
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable
@@ -131,7 +133,8 @@ class GemsOptimizer(Optimizer):
     Source: GEMS, "Unifying Search and Recommendation in LLMs via Gradient Multi-Subspace Tuning", arXiv 2601.09496.
     """
 
-    # A fused base optimizer announces that it unscales gradients itself; it never sees the ones captured here.
+    # A fused base optimizer announces that it unscales gradients itself; it never sees the ones captured here. A
+    # GradScaler finds them in `param_groups` instead.
     _step_supports_amp_scaling = False
 
     def __init__(
@@ -216,6 +219,27 @@ class GemsOptimizer(Optimizer):
                 part.expect(torch.zeros(count, count, dtype=layer.dtype, device=layer.parameter.device))
         self._show_callables()
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameters and their options, by group, for reading and changing.
+
+        A `GradScaler` reads them to divide gradients by the loss scale and to look for Inf; it alone is shown one more
+        group, whose gradients are the captured ones.
+        """
+        groups: list[dict[str, Any]] = self.__dict__["param_groups"]
+        intake: Intake | None = self.__dict__.get("_intake")
+        if intake is None or not intake.expects:
+            return groups
+        scaler = scaler_reading(sys._getframe(1), self)
+        if scaler is None:
+            return groups
+        with torch.no_grad():
+            return [*groups, {"params": intake.show(scaler)}]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.__dict__["param_groups"] = groups
+
     # --- gradients in ------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -226,28 +250,30 @@ class GemsOptimizer(Optimizer):
             name: one of ``tasks``.
             samples: how many samples the backward passes in here stand for; a task's share w_k of all samples weighs
                 it in the shared gradient. When accumulating, pass each part's own number.
-            loss: the loss, for the gate, where it is not a scalar on which ``backward()`` itself is called.
+            loss: the loss, for the gate, where it is not a scalar on which ``backward()`` itself is called. It counts
+                as the backward pass weighs it; if that does not pass through it, as it is.
 
         Raises:
             ValueError: the task was never declared, or ``samples`` is not positive.
-            RuntimeError: another task is open.
+            RuntimeError: another task is open, or the step's gradients were divided by the scale of the loss already.
         """
         index = self._task_index(name)
         samples = settings.check_samples(samples, name)
-        with self._intake.open([Part(index)], {index: samples}, f"task({name!r})"):
-            if loss is not None:
-                self._intake.saw_loss(index, loss)
-            with self._intake.watch(index if loss is None else None):
-                yield
+        with self._intake.open([Part(index)], {index: samples}, f"task({name!r})"), self._intake.watch(index, loss):
+            yield
 
     @contextmanager
     def mixed(
-        self, task_ids: Sequence[str | int] | Tensor, samples: Mapping[str, float] | None = None
+        self,
+        task_ids: Sequence[str | int] | Tensor,
+        samples: Mapping[str, float] | None = None,
+        other_rows: Sequence[Sequence[str | int] | Tensor] = (),
     ) -> Iterator[MixedRows]:
         """One forward and one backward pass for a batch whose rows belong to several tasks.
 
         Equal to a pass for each task within rounding: the layers of ``model`` tell the rows apart in their backward
-        pass. It needs the fused capture and batches whose first axis is that of the rows. Inside, either call
+        pass. It needs the fused capture, and layers whose inputs' first axis is that of the rows; an axis that is
+        another of the same length cannot be told from it, as with (T, B, d) where T == B. Inside, either call
         ``backward()`` on the mean over all rows, or on ``rows.loss(losses)`` of the losses of the rows, which also
         tells the gate each task's loss. Parameters without subspaces take the gradient of that one loss, whatever
         ``surgery`` says.
@@ -257,24 +283,29 @@ class GemsOptimizer(Optimizer):
                 does not wait for the device).
             samples: task -> what it counts in the shared gradient, if not its number of rows; the loss must weigh the
                 tasks likewise, as a mean over tokens does with numbers of tokens.
+            other_rows: for layers whose inputs' first axis is of another length: the task of each of its entries, one
+                sequence for each length. ``task_ids.repeat_interleave(T)`` where a model flattens (B, T, d) to
+                (B * T, d), ``task_ids.repeat(2)`` for a tower over two batches one after another,
+                ``task_ids[:, None].expand(B, T)[mask]`` for chosen tokens.
 
         Yields:
             the rows, with ``rows.loss``.
 
         Raises:
-            ValueError: no layer is captured by its forward pass; ``task_ids`` or ``samples`` do not fit the tasks.
-            RuntimeError: another block is open; a layer's input has another number of rows, or a decomposed weight's
-                gradient comes from elsewhere.
+            ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples`` or ``other_rows`` do not fit
+                the tasks or one another.
+            RuntimeError: another block is open; a layer's input has a number of rows that none of them has, or a
+                decomposed weight's gradient comes from elsewhere.
         """
         if not self._intake.fused:
             raise ValueError(
                 'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
-        rows = MixedRows(self.tasks, task_ids, samples, self._intake.saw_loss)
+        rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
-        with self._intake.open(parts, counts, "mixed(...)"), self._intake.watch(None):
+        with self._intake.open(parts, counts, "mixed(...)"):
             yield rows
 
     def backward(
@@ -301,7 +332,7 @@ class GemsOptimizer(Optimizer):
             raise ValueError(f"samples names {unused}, but losses has only {sorted(losses)}: pass their losses too")
         last = len(losses) - 1
         for position, (name, loss) in enumerate(losses.items()):
-            with self.task(name, samples.get(name, 1), loss):
+            with self.task(name, samples.get(name, 1)):
                 loss.backward(retain_graph=retain_graph or position < last)  # type: ignore[no-untyped-call]
 
     def _task_index(self, name: str) -> int:
@@ -332,7 +363,8 @@ class GemsOptimizer(Optimizer):
         self._inner.base._opt_called = True  # type: ignore[attr-defined]
         self._inner.check_options(self.param_groups)
         self._intake.check_dense(self._stepper.layers)
-        self._intake.unscale()
+        if not self._unscaled():
+            return result
         self._intake.reduce(merge=self._stepper.sums)
         if not self._finite():
             return result
@@ -370,7 +402,7 @@ class GemsOptimizer(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} must be positive")
         with torch.no_grad():
-            self._intake.unscale()
+            self._intake.settle()
             self._intake.reduce(merge=False)
             names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
             norms = self._intake.clip(max_norm, self._stepper.layers)
@@ -379,15 +411,70 @@ class GemsOptimizer(Optimizer):
     def reduce(self) -> None:
         """Sum what was captured over the ranks now, rather than in `step`; a collective call, once a step.
 
-        `step` and `clip_grad_norm_` do it themselves. With a `GradScaler` call it after the last backward pass and
-        before ``scaler.unscale_`` or ``scaler.step``, so that the scaler finds the same Inf on every rank.
+        `step`, `clip_grad_norm_` and a `GradScaler` that unscales do it themselves.
 
         Raises:
             RuntimeError: the ranks start from different weights.
         """
         with torch.no_grad():
+            self._intake.settle()
             self._intake.reduce(merge=False)  # clipping may follow, and is by task
-        self._intake.announce()
+
+    @torch.no_grad()
+    def unscale_(self, scale: float | Tensor) -> None:
+        """Divide what was captured by the scale of the loss, after the last backward pass of the step.
+
+        For loops that scale losses themselves: a ``torch.amp.GradScaler`` finds and divides captured gradients as it
+        does those in ``p.grad``. The latter are not touched here. Waits for nothing; every rank has to call it with
+        the same scale.
+
+        Args:
+            scale: what every loss was multiplied by before ``backward()``, a number or a tensor with one entry.
+
+        Raises:
+            ValueError: ``scale`` is not positive and finite, or has several entries.
+            RuntimeError: it was divided already, or clipped.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import GemsOptimizer
+            >>> layer = torch.nn.Linear(8, 8)
+            >>> optimizer = GemsOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), tasks=("a",), rank=4)
+            >>> with optimizer.task("a"):
+            ...     (layer(torch.ones(2, 8)).square().mean() * 1024).backward()
+            >>> optimizer.unscale_(1024)
+            >>> norms = optimizer.clip_grad_norm_(1.0)
+            >>> optimizer.step()
+        """
+        fits = scale.numel() == 1 if isinstance(scale, Tensor) else 0 < scale < math.inf
+        if not fits:
+            raise ValueError(f"scale={scale!r} must be a positive number, or a tensor with one entry")
+        self._intake.forget_skipped()
+        if self._intake.unscaled:
+            raise RuntimeError("unscale_ on gradients that were divided by the scale of the loss already: leave it out")
+        tensor = scale.detach() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+        self._intake.unscale(tensor.reshape(()))
+
+    def _unscaled(self) -> bool:
+        """Divide by what torch's protocol for loss scaling has put up here; whether the step may go on."""
+        self._intake.settle()
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is not None:
+            self._intake.unscale(scale.detach().reshape(()))
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad /= scale.to(parameter.grad.device)
+        if self._intake.gradients and not self._intake.unscaled and scaler_stepping(sys._getframe(1)):
+            raise RuntimeError(
+                "a GradScaler takes the step of gradients that it has not divided by the loss scale: they were "
+                "captured after it did (in a closure), or it does not look for gradients in optimizer.param_groups; "
+                "call optimizer.unscale_(scaler.get_scale()) after the last backward pass"
+            )
+        if found_inf is not None and self._exchange.anywhere(found_inf):
+            self._intake.clear()
+            return False
+        return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear ``p.grad`` and whatever was captured and not stepped."""

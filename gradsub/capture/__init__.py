@@ -1,13 +1,13 @@
 """Per-task gradients, caught the moment a backward pass completes them."""
 
 from gradsub.capture._captured import Captured
-from gradsub.capture._clip import clip_captured, scale_captured
+from gradsub.capture._clip import clip_captured, scale_captured, scale_norms
 from gradsub.capture._fused import FusedCapture, Part, can_fuse
 from gradsub.capture._generic import MIXED, GenericCapture
-from gradsub.capture._losses import LossWatcher
+from gradsub.capture._losses import LossWatcher, watch_through
 from gradsub.capture._projected import Projected, gather, mix
 from gradsub.capture._rows import MixedRows
-from gradsub.capture._scaled import ScaleWitness, loss_scale
+from gradsub.capture._scaled import Unscaling, leaves, scaler_reading, scaler_stepping
 
 __all__ = [
     "MIXED",
@@ -18,11 +18,15 @@ __all__ = [
     "MixedRows",
     "Part",
     "Projected",
-    "ScaleWitness",
+    "Unscaling",
     "can_fuse",
     "clip_captured",
     "gather",
-    "loss_scale",
+    "leaves",
     "mix",
     "scale_captured",
+    "scale_norms",
+    "scaler_reading",
+    "scaler_stepping",
+    "watch_through",
 ]

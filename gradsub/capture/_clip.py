@@ -14,6 +14,12 @@ def scale_captured(held: Mapping[Tensor, Captured], factor: Tensor) -> None:
     for captured in held.values():
         for tensor in captured.tensors():
             tensor *= factor.to(tensor)
+    scale_norms(held, factor)
+
+
+def scale_norms(held: Mapping[Tensor, Captured], factor: Tensor) -> None:
+    """Have the norms follow gradients that were multiplied by ``factor`` (0-dim)."""
+    for captured in held.values():
         if captured.squared_norm is not None:
             captured.squared_norm *= factor.to(captured.squared_norm).square()
 

@@ -3,19 +3,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gradsub.capture._captured import Captured
-from gradsub.capture._generic import GenericCapture
+from gradsub.capture._generic import GenericCapture, seen_by_others
 from gradsub.capture._linear import Orientation, Rows, Segment, affine, deferring_linear, projecting_linear
 from gradsub.subspace import SHARED, Layer, SubspaceBank
-
-_PLAIN: Final = "plain"
-_PROJECTING: Final = "projecting"
-_DEFERRING: Final = "deferring"
 
 
 @dataclass(eq=False)
@@ -23,6 +20,7 @@ class Slot:
     """What a layer's forward pass has to know of an optimizer.
 
     Attributes:
+        name: of the layer.
         parameter: the weight.
         orientation: of the weight and the bases.
         probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
@@ -30,18 +28,17 @@ class Slot:
         tasks: the open tasks, as indices.
         segments: their parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
-        batch: how many rows the batch has; None where they need not be told apart.
-        mode: how the last forward pass ran, so that a recomputation runs likewise.
+        layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
     """
 
+    name: str
     parameter: Tensor
     orientation: Orientation
     probes: list[tuple[Tensor, Tensor]]
     tasks: tuple[int, ...] = ()
     segments: tuple[Segment, ...] | None = None
     whole: bool = False
-    batch: int | None = None
-    mode: str = _PLAIN
+    layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
 
     @property
     def opened(self) -> bool:
@@ -50,21 +47,24 @@ class Slot:
 
     def close(self) -> None:
         """No task is open any more."""
-        self.tasks, self.segments, self.whole, self.batch = (), None, False, None
+        self.tasks, self.segments, self.whole, self.layouts = (), None, False, ()
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
-        """The segments, with the rows of this input: a batch may arrive with its tokens flattened into rows."""
+        """The segments, with the rows of this input."""
         assert self.segments is not None
-        if self.batch is None or x.shape[0] == self.batch:
+        if not self.layouts:
             return self.segments
-        if x.ndim != 2 or x.shape[0] % self.batch:
-            raise RuntimeError(
-                f"optimizer.mixed was told of {self.batch} rows, but a layer's input has the shape {tuple(x.shape)}: "
-                "its first axis must be that of the rows; use optimizer.task for each task, or leave the layer out of "
-                "target_modules"
-            )
-        length = x.shape[0] // self.batch
-        return tuple(segment._replace(rows=_spread(segment.rows, length)) for segment in self.segments)
+        for length, rows in self.layouts:
+            if x.ndim > 1 and x.shape[0] == length:
+                return tuple(segment._replace(rows=its) for segment, its in zip(self.segments, rows, strict=True))
+        told = " or ".join(str(length) for length, _ in self.layouts)
+        raise RuntimeError(
+            f"optimizer.mixed was told of {told} rows, but the input of {self.name or 'the model'} has the shape "
+            f"{tuple(x.shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
+            "mixed(task_ids, other_rows=[...]), such as task_ids.repeat_interleave(T) where (B, T, d) is flattened to "
+            "(B * T, d), or task_ids.repeat(2) where two batches are concatenated; or use optimizer.task for each "
+            "task; or leave the layer out of target_modules"
+        )
 
 
 class FusedForward:
@@ -97,28 +97,17 @@ class FusedForward:
             if torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
                 return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
             return affine(x, weight, bias, self.transposed)
-        mode = self._mode(slots, opened)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or _needs_autograd(x) or seen_by_others(weight):
             return affine(x, weight, bias, self.transposed)
-        if mode == _PROJECTING and opened and opened[0].segments is not None and not weight._backward_hooks:
-            return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
-        if mode == _PLAIN or weight._backward_hooks:
-            # Somebody wants to see, or change, the weight's gradient.
+        # Under hooks on saved tensors the forward pass may be run again when these are needed (checkpointing), by when
+        # another task may be open or none: what is saved must not depend on that, so the backward pass decides.
+        later = not opened or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        if later:
+            probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
+            return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
+        if len(opened) > 1 or opened[0].segments is None:
             return affine(x, weight, bias, self.transposed)
-        probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
-        return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
-
-    def _mode(self, slots: list[Slot], opened: list[Slot]) -> str:
-        if torch._C._current_graph_task_id() != -1:
-            # Checkpointing runs the forward pass again inside the backward pass, where another task may be open; it
-            # has to keep the same tensors as the first time.
-            return slots[0].mode
-        if not opened:
-            mode = _DEFERRING
-        else:
-            mode = _PROJECTING if len(opened) == 1 and opened[0].segments is not None else _PLAIN
-        slots[0].mode = mode
-        return mode
+        return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
@@ -132,6 +121,8 @@ class _Opened:
 
     def __call__(self, x: Tensor) -> list[tuple[Segment, int, int]] | None:
         start = 0
+        if sum(slot.opened for slot in self._slots) > 1:
+            return None
         for slot in self._slots:
             if slot.segments is not None:
                 return [
@@ -148,12 +139,12 @@ class Part:
 
     Attributes:
         task: its index.
-        rows: its rows.
+        rows: its rows, by the length of an input's first axis; empty where the whole batch is its own.
         share: what its mean loss is multiplied by in the loss of the block; what is captured is divided by it.
     """
 
     task: int
-    rows: Rows = None
+    rows: Mapping[int, Rows] = field(default_factory=dict)
     share: float = 1.0
 
 
@@ -195,6 +186,7 @@ class FusedCapture:
     def adopt(self, layer: Layer, modules: list[nn.Module], transposed: bool) -> None:
         """Take over the forward pass of a layer's modules."""
         slot = Slot(
+            name=layer.name,
             parameter=layer.parameter,
             orientation=Orientation(transposed, layer.axis),
             probes=[self._probes(layer, task) for task in range(len(layer.widths) - 1)],
@@ -209,7 +201,10 @@ class FusedCapture:
         second = (layer.dimension, layer.sketch_size) if layer.sketched else layer.shape
         pair = (_leaf(first, layer), _leaf(second, layer))
         for probe, kind in zip(pair, ("projected", "sketch" if layer.sketched else "full"), strict=True):
-            probe.register_post_accumulate_grad_hook(_Hook(self, layer, task, kind))  # type: ignore[no-untyped-call]
+            hook = _Hook(self, layer, task, kind)
+            probe.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            # For backward passes that accumulate into chosen leaves, of which no user names this one.
+            probe.receive = hook.receive  # type: ignore[attr-defined]
         return pair
 
     def _install(self, member: _Member) -> None:
@@ -226,28 +221,28 @@ class FusedCapture:
     def open(self, parts: Iterable[Part]) -> None:
         """From now on forward and backward passes belong to these tasks."""
         parts = list(parts)
-        batch = sum(_count(part.rows) for part in parts)
+        layouts = tuple((length, tuple(part.rows[length] for part in parts)) for length in parts[0].rows)
         self._shares = {part.task: part.share for part in parts}
         for member in self._members:
             slot = member.slot
             segments = [self._segment(member, part) for part in parts]
             slot.tasks = tuple(part.task for part in parts)
             # The whole gradient of a single task is what autograd computes anyway.
-            slot.whole = not batch and any(segment.basis is None for segment in segments)
+            slot.whole = not layouts and any(segment.basis is None for segment in segments)
             slot.segments = None if slot.whole else tuple(segments)
-            slot.batch = batch or None
+            slot.layouts = layouts
 
     def _segment(self, member: _Member, part: Part) -> Segment:
         layer, subspaces = member.layer, (SHARED, part.task + 1)
         probe, second = member.slot.probes[part.task]
         due = any(self._bank.due(layer, subspace) for subspace in subspaces)
         if due and not layer.sketched:
-            return Segment(None, None, second, None, part.rows)
+            return Segment(None, None, second, None)
         # Of equal strides for all tasks: torch.compile then needs one graph for all.
         basis = self._bank.joint_basis(layer, subspaces).contiguous()
         if not due:
-            return Segment(basis, None, probe, None, part.rows)
-        return Segment(basis, self._bank.directions(layer), probe, second, part.rows)
+            return Segment(basis, None, probe, None)
+        return Segment(basis, self._bank.directions(layer), probe, second)
 
     def close(self) -> None:
         """Forward and backward passes belong to no task any more."""
@@ -255,11 +250,8 @@ class FusedCapture:
             member.slot.close()
         self._shares = {}
 
-    def take(self, layer: Layer, task: int, kind: str, probe: Tensor) -> None:
-        """The hook: a probe's gradient is complete for this backward pass."""
-        gradient, probe.grad = probe.grad, None
-        if gradient is None:
-            return
+    def take(self, layer: Layer, task: int, kind: str, gradient: Tensor) -> None:
+        """The hook: a probe's gradient is there."""
         if task not in self._shares:
             raise RuntimeError(
                 f"the forward pass of {layer.name} ran inside optimizer.task or optimizer.mixed, its backward pass "
@@ -307,17 +299,19 @@ class FusedCapture:
             self.adopt(layer, modules, transposed)
 
 
-def _count(rows: Rows) -> int:
-    if isinstance(rows, tuple):
-        return rows[1] - rows[0]
-    return 0 if rows is None else len(rows)
+def _needs_autograd(x: Tensor) -> bool:
+    """Whether only operations that torch knows compute what is wanted: an ordinary linear layer does, captured or not.
 
-
-def _spread(rows: Rows, length: int) -> Rows:
-    """The same rows where each has become ``length`` rows."""
-    if isinstance(rows, Tensor):
-        return (rows[:, None] * length + torch.arange(length, device=rows.device)).flatten()
-    return None if rows is None else (rows[0] * length, rows[1] * length)
+    Function transforms (``torch.func``), forward-mode derivatives and ``torch.jit.trace`` want to see inside of an
+    operation; nested and sparse inputs have no rows to take.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or x.is_nested
+        or x.layout is not torch.strided
+    )
 
 
 def can_fuse(module: nn.Module) -> bool:
@@ -354,6 +348,12 @@ class _Hook:
         self._layer, self._task, self._kind = layer, task, kind
 
     def __call__(self, probe: Tensor) -> None:
+        gradient, probe.grad = probe.grad, None
+        if gradient is not None:
+            self.receive(gradient)
+
+    def receive(self, gradient: Tensor) -> None:
+        """The gradient of the probe."""
         capture = self._capture()
         if capture is not None:
-            capture.take(self._layer, self._task, self._kind, probe)
+            capture.take(self._layer, self._task, self._kind, gradient)

@@ -37,7 +37,7 @@ class GenericCapture:
         self._layers: dict[Tensor, Layer] = {}
         self.watched: list[Tensor] = []
         self._unhooked: list[Tensor] = []
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[Tensor, RemovableHandle] = {}
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._open: int | None = None
         self._arrived = False
@@ -57,21 +57,30 @@ class GenericCapture:
         waiting = []
         for parameter in self._unhooked:
             if parameter.requires_grad:
-                self._handles.append(parameter.register_post_accumulate_grad_hook(_Hook(self)))  # type: ignore[no-untyped-call]
+                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(_Hook(self))  # type: ignore[no-untyped-call]
             else:
                 waiting.append(parameter)
         self._unhooked = waiting
 
     def open(self, task: int) -> None:
         """From now on every gradient belongs to ``task``, or `MIXED`; what ``p.grad`` held before is set aside."""
-        self.hook()
         self._open, self._arrived = task, False
         for parameter in self.watched:
+            if not self._last(parameter):
+                # Hooks that others have registered since want to see the gradient too, and it is taken here.
+                self._handles.pop(parameter).remove()
+                self._unhooked.append(parameter)
             if parameter.grad is not None:
                 # A view may lie in a reducer's bucket, which the backward passes in here would overwrite.
                 kept = parameter.grad.clone() if parameter.grad._is_view() else parameter.grad
                 self._set_aside.append((parameter, kept))
                 parameter.grad = None
+        self.hook()
+
+    def _last(self, parameter: Tensor) -> bool:
+        """Whether no other hook follows on the one of this capture, if there is one."""
+        hooks, handle = parameter._post_accumulate_grad_hooks, self._handles.get(parameter)
+        return handle is None or not hooks or len(hooks) == 1 or next(reversed(hooks)) == handle.id
 
     def close(self) -> bool:
         """Back to gradients of no task; whether any gradient arrived since `open`."""
@@ -106,7 +115,7 @@ class GenericCapture:
 
     def remove(self) -> None:
         """Remove the hooks for good."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
 
@@ -117,6 +126,11 @@ class GenericCapture:
         if self._open is None:
             self._outside(parameter)
             return
+        if not self._last(parameter):
+            raise RuntimeError(
+                f"a hook was registered on {self._names(parameter)} inside of a task, after the one that takes its "
+                "gradient: register it before the task is opened"
+            )
         gradient, parameter.grad = parameter.grad, None
         self.check_dense(parameter, gradient)
         if self._open == MIXED and parameter in self._layers:
@@ -166,7 +180,13 @@ class GenericCapture:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to these parameters, not to their copies: a copy hooks its own.
-        return {**self.__dict__, "_handles": [], "_unhooked": list(self.watched)}
+        return {**self.__dict__, "_handles": {}, "_unhooked": list(self.watched)}
+
+
+def seen_by_others(parameter: Tensor) -> bool:
+    """Whether hooks that are not a capture's want to see, or change, the parameter's gradient."""
+    after = parameter._post_accumulate_grad_hooks or {}
+    return bool(parameter._backward_hooks) or any(not isinstance(hook, _Hook) for hook in after.values())
 
 
 class _Hook:

@@ -7,7 +7,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
+
+from gradsub.capture._generic import seen_by_others
 
 
 class Orientation(NamedTuple):
@@ -168,6 +171,31 @@ def project_rows(
     return projected, far.mT @ (near @ directions.to(g.dtype))
 
 
+def _accumulates(leaf: Tensor) -> bool:
+    """Whether the backward pass that runs accumulates into a leaf: in all, unless ``inputs=`` were chosen."""
+    return torch.compiler.is_compiling() or torch._C._will_engine_execute_node(get_gradient_edge(leaf).node)
+
+
+def _wanted(weight: Tensor) -> bool | None:
+    """Whether the backward pass wants a weight's gradient; None: as a whole, for `torch.autograd.grad` or a hook."""
+    if torch.compiler.is_compiling():
+        return True
+    try:
+        wanted = _accumulates(weight)
+    except RuntimeError:
+        return None  # torch does not say it of leaves that `torch.autograd.grad` is asked for
+    return None if wanted and seen_by_others(weight) else wanted
+
+
+def _hand_over(probe: Tensor, gradient: Tensor) -> Tensor | None:
+    """To the engine; or to the capture itself if the pass accumulates into chosen leaves: the weight, not the probe."""
+    gradient = gradient.to(probe.dtype)
+    if _accumulates(probe):
+        return gradient
+    probe.receive(gradient)  # type: ignore[attr-defined]
+    return None
+
+
 class _Projecting(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -195,7 +223,7 @@ class _Projecting(torch.autograd.Function):
             needed += [tensor for tensor in (segment.directions, segment.rows) if isinstance(tensor, Tensor)]
         ctx.orientation, ctx.layout = orientation, layout
         ctx.thin, ctx.keeps_x = len(thin), keep_x
-        ctx.dtypes = tuple(segment.probe.dtype for segment in segments)
+        ctx.probes = tuple((segment.probe, segment.sketch_probe) for segment in segments)
         ctx.save_for_backward(weight, *([x] if keep_x else []), *thin, *needed)
         return output
 
@@ -207,9 +235,18 @@ class _Projecting(torch.autograd.Function):
         thin, needed = iter(saved[: ctx.thin]), iter(saved[ctx.thin :])
         for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
         for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        wanted = _wanted(weight)
+        if wanted is None:
+            raise RuntimeError(
+                "the gradient of a weight is wanted as a whole (by torch.autograd.grad or a hook) whose layer ran "
+                "inside of a task, where it is only computed in the subspaces: run the forward pass outside of the "
+                'task, register hooks before it, or pass capture="generic"'
+            )
+        if not wanted:
+            return for_x, for_bias, *[None] * (len(ctx.needs_input_grad) - 2)
         found: list[Tensor | None] = []
         with torch.no_grad():
-            for (has_basis, has_directions, described), dtype in zip(ctx.layout, ctx.dtypes, strict=True):
+            for (has_basis, has_directions, described), probes in zip(ctx.layout, ctx.probes, strict=True):
                 basis = next(needed) if has_basis and not orientation.input_side else None
                 directions = next(needed) if has_directions else None
                 rows = _rows(described, needed)
@@ -222,8 +259,8 @@ class _Projecting(torch.autograd.Function):
                     next(thin) if has_basis and orientation.input_side else None,
                 )
                 found += [None] * (has_basis + has_directions)
-                found.append(projected.to(dtype))
-                found += [] if sketched is None else [sketched.to(dtype)]
+                found.append(_hand_over(probes[0], projected))
+                found += [] if sketched is None else [_hand_over(probes[1], sketched)]
                 found += [None] * isinstance(described, bool)
         return for_x, for_bias, None, None, None, *found
 
@@ -241,7 +278,7 @@ class _Deferring(torch.autograd.Function):
         opened: Any,
         *probes: Tensor,
     ) -> Tensor:
-        ctx.orientation, ctx.opened, ctx.probes = orientation, opened, len(probes)
+        ctx.orientation, ctx.opened, ctx.probes = orientation, opened, probes
         ctx.save_for_backward(x, weight)
         return affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
 
@@ -251,8 +288,11 @@ class _Deferring(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
         for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        found: list[Tensor | None] = [None] * ctx.probes
-        placed = ctx.opened(x)
+        found: list[Tensor | None] = [None] * len(ctx.probes)
+        wanted = _wanted(weight)
+        if wanted is False:
+            return for_x, for_bias, None, None, None, *found
+        placed = ctx.opened(x) if wanted else None
         if placed is None:
             for_weight = whole(rows_of(x, None), rows_of(g, None), orientation.transposed).to(weight.dtype)
             return for_x, for_bias, for_weight, None, None, *found
@@ -262,9 +302,9 @@ class _Deferring(torch.autograd.Function):
                 projected, sketched = project_rows(
                     orientation, rows_of(x, rows), rows_of(g, rows), segment.basis, segment.directions
                 )
-                found[place] = projected.to(segment.probe.dtype)
+                found[place] = _hand_over(segment.probe, projected)
                 if sketched is not None:
-                    found[sketch_place] = sketched.to(segment.probe.dtype)
+                    found[sketch_place] = _hand_over(ctx.probes[sketch_place], sketched)
         return for_x, for_bias, None, None, None, *found
 
 

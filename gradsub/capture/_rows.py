@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from gradsub.capture._fused import Part
 from gradsub.capture._linear import Rows
+from gradsub.capture._losses import weighted, when_weighted
 
 
 class MixedRows:
@@ -16,10 +18,12 @@ class MixedRows:
         tasks: the names of all tasks.
         task_ids: (B,) the task of every row, by name or index.
         samples: task -> what it counts in the shared gradient; None: its number of rows.
+        other_rows: the same as ``task_ids`` for inputs of layers with other numbers of rows.
         observe: told a task's index and mean loss.
 
     Raises:
-        ValueError: there is no row, a task was never declared, or ``samples`` does not name exactly the tasks present.
+        ValueError: there is no row, a task was never declared, ``samples`` does not name exactly the tasks present, or
+            ``other_rows`` has rows of other tasks, or two accounts of equally many rows.
     """
 
     def __init__(
@@ -27,15 +31,23 @@ class MixedRows:
         tasks: Sequence[str],
         task_ids: Sequence[str | int] | Tensor,
         samples: Mapping[str, float] | None,
+        other_rows: Sequence[Sequence[str | int] | Tensor],
         observe: Callable[[int, Tensor], None],
     ) -> None:
-        listed = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
-        indices = [_index(tasks, task) for task in listed]
-        if not indices:
+        self.size, self.rows = _by_task(tasks, task_ids)
+        if not self.size:
             raise ValueError("task_ids is empty: name the task of every row of the batch")
-        self.size = len(indices)
         self._observe = observe
-        self.rows = {task: [row for row, other in enumerate(indices) if other == task] for task in sorted(set(indices))}
+        self._layouts = {self.size: self.rows}
+        for ids in other_rows:
+            length, rows = _by_task(tasks, ids)
+            if not rows.keys() <= self.rows.keys():
+                absent = sorted(tasks[task] for task in rows.keys() - self.rows.keys())
+                raise ValueError(f"other_rows names {absent}, of which task_ids has no row")
+            if self._layouts.setdefault(length, rows) != rows:
+                raise ValueError(
+                    f"other_rows has two accounts of {length} rows (task_ids is one): which is meant cannot be told"
+                )
         present = {tasks[task] for task in self.rows}
         if samples is not None and samples.keys() != present:
             raise ValueError(
@@ -48,20 +60,21 @@ class MixedRows:
     def parts(self, device: torch.device) -> list[Part]:
         """The parts of the batch for the capture: rows, and the task's share of the samples."""
         total = sum(self.samples.values())
-        return [Part(task, self._located(rows, device), self.samples[task] / total) for task, rows in self.rows.items()]
-
-    def _located(self, rows: list[int], device: torch.device) -> Rows:
-        """Neighbouring rows are cut out of the batch, others are copied; one task alone has all."""
-        if len(rows) == self.size:
-            return None
-        if rows[-1] - rows[0] + 1 == len(rows):
-            return rows[0], rows[-1] + 1
-        return torch.tensor(rows, dtype=torch.int64, device=device)
+        alone = len(self.rows) == 1
+        return [
+            Part(
+                task,
+                {} if alone else {size: _located(rows.get(task, []), device) for size, rows in self._layouts.items()},
+                self.samples[task] / total,
+            )
+            for task in self.rows
+        ]
 
     def loss(self, losses: Tensor) -> Tensor:
         """The loss to call ``backward()`` on: sum_k w_k L_k, with L_k the mean over the task's rows.
 
-        Each L_k is also reported to the gate, which does not learn the tasks' losses otherwise.
+        Each L_k is also reported to the gate, which does not learn the tasks' losses otherwise, as the backward pass
+        weighs it: a loss scale reaches it, and so does a division by a number of parts.
 
         Args:
             losses: (B,) the loss of every row.
@@ -72,12 +85,36 @@ class MixedRows:
         if losses.shape != (self.size,):
             raise ValueError(f"losses has shape {tuple(losses.shape)}, expected one loss a row: ({self.size},)")
         total = sum(self.samples.values())
-        parts = []
-        for task, rows in self.rows.items():
-            mean = losses[torch.tensor(rows, dtype=torch.int64, device=losses.device)].mean()
-            self._observe(task, mean)
-            parts.append(mean * (self.samples[task] / total))
-        return torch.stack(parts).sum()
+        means = {task: losses[torch.tensor(rows, dtype=torch.int64, device=losses.device)].mean() for task, rows in self.rows.items()}
+        loss = torch.stack([mean * (self.samples[task] / total) for task, mean in means.items()]).sum()
+        values = {task: mean.detach() for task, mean in means.items()}
+        if loss.requires_grad:
+            when_weighted(loss, partial(self._report, values))
+        else:
+            self._report(values, torch.ones_like(loss))
+        return loss
+
+    def _report(self, means: Mapping[int, Tensor], weight: Tensor) -> None:
+        for task, mean in means.items():
+            self._observe(task, weighted(mean, weight))
+
+
+def _by_task(tasks: Sequence[str], task_ids: Sequence[str | int] | Tensor) -> tuple[int, dict[int, list[int]]]:
+    """The number of rows, and the rows of each task."""
+    listed = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
+    rows: dict[int, list[int]] = {}
+    for row, task in enumerate(listed):
+        rows.setdefault(_index(tasks, task), []).append(row)
+    return len(listed), dict(sorted(rows.items()))
+
+
+def _located(rows: list[int], device: torch.device) -> Rows:
+    """Neighbouring rows are cut out of the batch, others are copied."""
+    if not rows:
+        return 0, 0
+    if rows[-1] - rows[0] + 1 == len(rows):
+        return rows[0], rows[-1] + 1
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 def _index(tasks: Sequence[str], task: str | int) -> int:

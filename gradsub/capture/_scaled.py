@@ -1,113 +1,112 @@
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
 
-from gradsub.subspace import local
+from gradsub.subspace import is_distributed
 
-# Small enough to be invisible in a gradient norm, a power of two so that dividing by a loss scale loses nothing.
-_UNIT = 2.0**-60
+# Between a scaler and the optimizer there may be an optimizer's wrapper, and the wrappers that torch, schedulers and
+# accelerate put around `step`.
+_NEAR = 4
+_FAR = 12
 
 
-def loss_scale(loss: Tensor) -> Tensor | None:
-    """The factor, if the loss is a product with a constant float32 number, as `GradScaler.scale` makes it.
+def scaler_reading(frame: FrameType | None, optimizer: Any) -> dict[str, Any] | None:
+    """What a `GradScaler` keeps of this optimizer, if it is reading ``param_groups`` in order to divide gradients.
 
-    A product with a Python number is none: torch keeps that as float64.
+    Args:
+        frame: who reads.
+        optimizer: what is read, unless the scaler was given a wrapper of it.
     """
-    node = loss.grad_fn
-    if node is None or node.name() != "MulBackward0":
-        return None
-    factor = getattr(node, "_saved_other", None)
-    found = isinstance(factor, Tensor) and factor.numel() == 1 and factor.dtype == torch.float32
-    return factor.detach().reshape(()).clone() if found else None  # type: ignore[union-attr]
+    for _ in range(_NEAR):
+        if frame is None:
+            break
+        if "unscale" in frame.f_code.co_name:
+            names = frame.f_locals
+            scaler = names.get("self")
+            if isinstance(scaler, GradScaler):
+                return scaler._per_optimizer_states[id(names.get("optimizer", optimizer))]
+        frame = frame.f_back
+    return None
 
 
-class ScaleWitness:
-    """Tells `torch.amp.GradScaler` what it can only read from ``p.grad``, and hears from it what it did.
+def scaler_stepping(frame: FrameType | None) -> bool:
+    """Whether the step is taken by a `GradScaler` that is at work.
 
-    A scaler looks for Inf in ``p.grad``, divides it by the loss scale and refuses to go on when there is no ``p.grad``
-    at all; captured gradients are not there. While a scaled loss is in use, one entry of one ``p.grad`` is therefore
-    remembered: of a gradient of 2^-60 that is put up for this, or of one that is there anyway. NaN is added to it if a
-    captured gradient is not finite. Whether the scaler divided it says whether captured gradients have to follow; by
-    how much, the loss says, so whatever else scales ``p.grad`` (clipping) does not reach captured gradients.
+    Args:
+        frame: who called `step`.
+    """
+    for _ in range(_FAR):
+        if frame is None:
+            break
+        if "step" in frame.f_code.co_name:
+            scaler = frame.f_locals.get("self")
+            if isinstance(scaler, GradScaler):
+                return scaler.is_enabled()
+        frame = frame.f_back
+    return False
+
+
+def leaves(gradients: Sequence[Tensor], sharded: Tensor | None) -> list[Tensor]:
+    """Leaves that have these gradients in ``.grad``, for whoever looks there: what is done to those is done to these.
+
+    Args:
+        gradients: the gradients.
+        sharded: a weight that lies on several ranks, if there is one: then all gradients are shown as lying on these
+            ranks, since torch takes them together, and no operation takes both kinds.
+    """
+    shown = []
+    for gradient in gradients:
+        if sharded is not None and not is_distributed(gradient):
+            from torch.distributed.tensor import DTensor, Replicate
+
+            mesh = sharded.device_mesh  # type: ignore[attr-defined]
+            gradient = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        leaf = gradient.detach()
+        leaf.grad = gradient
+        shown.append(leaf)
+    return shown
+
+
+class Unscaling:
+    """Whether the gradients of this step were divided by the scale of the loss already, and by which factor.
+
+    Attributes:
+        done: whether they were.
     """
 
     def __init__(self) -> None:
-        self._parameter: Tensor | None = None
-        self._gradient: Tensor | None = None
-        self._own = False
-        self._index: Tensor | None = None
-        self._value: Tensor | None = None
+        self.done = False
+        self._scaler: dict[str, Any] | None = None
+        self._factor: Tensor | None = None
 
-    def place(self, parameters: Iterable[Tensor], largest: Tensor) -> None:
-        """Put the witness up.
+    def begin(self, scaler: dict[str, Any], device: torch.device) -> Tensor:
+        """A one that is to be divided like the gradients.
 
         Args:
-            parameters: those that may carry it; the smallest one without a gradient of its own does, if there is any.
-            largest: NaN or Inf if a captured gradient is (0-dim).
+            scaler: what a `GradScaler` keeps of the optimizer.
+            device: of the gradients.
         """
-        if self._parameter is None:
-            fit = [p for p in parameters if local(p).numel() and p.is_floating_point() and p.dtype != torch.float16]
-            free = [p for p in fit if p.grad is None]
-            if not fit:
-                return
-            self._own = bool(free)
-            self._parameter = min(free or fit, key=Tensor.numel)
-            if self._own:
-                self._parameter.grad = torch.full_like(self._parameter, _UNIT)
-            self._remember()
-        assert self._gradient is not None
-        # A zero for a finite value, NaN otherwise: what is not finite stays so.
-        here = local(self._gradient)
-        here += (largest * 0).to(here)
+        self.done, self._scaler = True, scaler
+        if self._factor is None:
+            self._factor = torch.ones((), device=device)
+        return self._factor
 
-    def _remember(self) -> None:
-        assert self._parameter is not None
-        self._gradient = self._parameter.grad
-        assert self._gradient is not None
-        here = local(self._gradient)
-        self._index = here.abs().argmax()
-        self._value = here.flatten()[self._index].clone()
-
-    def joined(self, parameter: Tensor) -> None:
-        """A backward pass outside any task has added to ``p.grad``: it is a gradient in its own right from now on."""
-        if parameter is self._parameter:
-            self._own = False
-            self._remember()
+    def take(self) -> Tensor | None:
+        """What has become of the one (0-dim), once."""
+        factor, self._factor = self._factor, None
+        return factor
 
     @property
-    def carrier(self) -> Tensor | None:
-        """The parameter whose ``p.grad`` is nothing but the witness, if there is one."""
-        return self._parameter if self._own else None
+    def skipped(self) -> bool:
+        """Whether the scaler has taken its step without the optimizer's: it had found Inf."""
+        return self._scaler is not None and self._scaler["stage"] is OptState.STEPPED
 
-    def refresh(self) -> None:
-        """What it stands on was averaged over the ranks: remember the new value."""
-        if self._parameter is not None and not self._own:
-            self._remember()
-
-    def lost(self) -> bool:
-        """Whether somebody cleared ``p.grad`` without telling the optimizer."""
-        return self._parameter is not None and self._parameter.grad is not self._gradient
-
-    def withdraw(self, scale: Tensor | None) -> Tensor | None:
-        """Take it down; the factor for the captured gradients (0-dim), or None if there was no scaled loss.
-
-        Args:
-            scale: the loss scale.
-        """
-        parameter, gradient, lost = self._parameter, self._gradient, self.lost()
-        self._parameter = self._gradient = None
-        if parameter is None or gradient is None or lost:
-            return None
-        if self._own:
-            parameter.grad = None
-        if scale is None:
-            return None
-        assert self._index is not None
-        assert self._value is not None
-        ratio = (local(gradient).flatten()[self._index].float() / self._value.float()).abs().log2()
-        scale = scale.to(ratio)
-        divided = (ratio + scale.log2()).abs() < ratio.abs()
-        return torch.where(divided, 1.0 / scale, 1.0)
+    def reset(self) -> None:
+        """The step is over."""
+        self.done, self._scaler, self._factor = False, None, None

@@ -21,7 +21,6 @@ class Agreement:
         losses: by task, sum_r n_k^r L_k^r / N_k over the ranks that saw a loss.
         present: by task and for `MIXED`: the positions of the parameters that have such a gradient on any rank.
         outside: the parameters that have a gradient from outside any task, in ``p.grad``, on any rank.
-        scale: the loss scale (0-dim), or None if no rank saw one.
     """
 
     samples: dict[int, float]
@@ -30,7 +29,6 @@ class Agreement:
     losses: dict[int, Tensor]
     present: dict[int, list[int]]
     outside: list[Tensor]
-    scale: Tensor | None
 
 
 def agree(
@@ -41,7 +39,6 @@ def agree(
     samples: Mapping[int, float],
     losses: Mapping[int, Tensor],
     outside: Sequence[Tensor],
-    scale: Tensor | None,
     tasks: int,
 ) -> Agreement:
     """One sum over the ranks of all that is no gradient; waits for the device once.
@@ -56,7 +53,6 @@ def agree(
         samples: by task, and for `MIXED` the rows of all mixed batches.
         losses: by task, where a loss was seen.
         outside: the parameters whose ``p.grad`` is to be averaged.
-        scale: the loss scale, if this rank saw one.
         tasks: K.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
@@ -66,21 +62,17 @@ def agree(
     arrived = [gradients.get(key, {}).keys() for key in keys]
     arrived.append(dict.fromkeys(outside).keys())
     flags = [float(parameter in found) for found in arrived for parameter in parameters]
-    numbers = torch.tensor([*counts, *seen, float(scale is not None), *flags], dtype=dtype, device="cpu").to(
-        device, non_blocking=True
-    )
+    numbers = torch.tensor([*counts, *seen, *flags], dtype=dtype, device="cpu").to(device, non_blocking=True)
     weighted = torch.stack(
         [
             losses[task].to(device, dtype).reshape(()) * seen[task] if seen[task] else numbers.new_zeros(())
             for task in range(tasks)
         ]
-        + [numbers.new_zeros(()) if scale is None else scale.to(device, dtype).reshape(())]
     )
     summed = torch.cat([numbers, weighted])
     ranks.sum_([summed])
     host = summed[: numbers.numel()].tolist()
-    totals, seen_by_all, scales = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1], host[2 * tasks + 1]
-    held = host[2 * tasks + 2 :]
+    totals, seen_by_all, held = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1], host[2 * tasks + 1 :]
     sums = summed[numbers.numel() :]
     width = len(parameters)
     # By task, for mixed batches, and last for what came from outside: who has what.
@@ -94,5 +86,4 @@ def agree(
         losses={task: sums[task] / seen_by_all[task] for task in range(tasks) if seen_by_all[task]},
         present=dict(zip(keys, present, strict=True)),
         outside=[parameters[place] for place in from_outside],
-        scale=(sums[tasks] / scales).to(torch.float32) if scales else None,
     )

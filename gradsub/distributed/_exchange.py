@@ -54,17 +54,17 @@ class Exchange:
         with nullcontext() if self._wrapper is None else self._wrapper.no_sync():
             yield
 
-    def check_unscaled(self, factor: Tensor) -> None:
-        """Raise if a `GradScaler` divided before the ranks had summed: each would have looked for Inf on its own.
+    @property
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._ranks.size
 
-        Args:
-            factor: 1 unless it divided.
-        """
-        if self._ranks.size > 1 and not self._done and bool(factor != 1):
-            raise RuntimeError(
-                "a GradScaler unscaled gradients that the ranks had not summed yet, so they may disagree about Inf: "
-                "call optimizer.reduce() after the last backward pass, before scaler.unscale_() and scaler.step()"
-            )
+    def anywhere(self, flag: Tensor) -> bool:
+        """Whether the flag is set on any rank; waits for the device."""
+        flag = flag.detach().to(torch.float32, copy=True)
+        if self.size > 1:
+            self._ranks.sum_([flag])
+        return bool(flag != 0)
 
     @property
     def sharded(self) -> bool:
@@ -122,8 +122,6 @@ class Exchange:
         samples: Mapping[int, float],
         mixed: float,
         losses: Mapping[int, Tensor],
-        scale: Tensor | None,
-        aside: Tensor | None,
         merge: bool,
     ) -> Agreement | None:
         """Sum over the ranks, once a step; every rank has to come here.
@@ -133,8 +131,6 @@ class Exchange:
             samples: by task.
             mixed: rows of mixed batches.
             losses: by task.
-            scale: the loss scale, if one was seen.
-            aside: a parameter whose ``p.grad`` is no gradient.
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
 
         Returns:
@@ -156,7 +152,7 @@ class Exchange:
             self._checked = True
         # A wrapper has averaged what arrived outside of tasks.
         bare = self._wrapper is None
-        outside = [p for p in parameters if p.grad is not None and p is not aside] if bare else []
+        outside = [p for p in parameters if p.grad is not None] if bare else []
         for parameter in outside:
             if parameter.grad is not None and parameter.grad.layout is not torch.strided:
                 raise ValueError(
@@ -171,7 +167,6 @@ class Exchange:
             {**samples, MIXED: mixed},
             losses,
             outside,
-            scale,
             self._tasks,
         )
         if merge and parameters:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradsub import GemsOptimizer, NullSpace
 from tests.distributed.launch import launch
-from tests.distributed.worlds import TASKS, World, build, gradients, result
+from tests.distributed.worlds import TASKS, World, batch, build, gradients, result, share
 
 
 class Uneven(nn.Module):
@@ -168,24 +168,37 @@ def test_a_backward_pass_after_the_sum_is_refused(tmp_path: Path) -> None:
     assert launch(_late, 2, tmp_path) == ["refused", "refused"]
 
 
-def _witness(rank: int) -> list[float]:
-    """Only rank 1 has a gradient of the parameter on which rank 0's witness of the loss scale stands."""
-    torch.manual_seed(0)
-    model = nn.Linear(16, 8, bias=False)
-    model.small = nn.Parameter(torch.ones(8))
-    optimizer = GemsOptimizer(torch.optim.SGD(model.parameters(), lr=1.0), tasks=TASKS, rank=3, model=model)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with optimizer.task("rec"):
-        scaler.scale(model(torch.ones(2, 16)).square().mean()).backward()
-    if rank == 1:
-        scaler.scale((model.small * 2).sum()).backward()
-    optimizer.reduce()
-    scaler.step(optimizer)
-    return model.small.tolist()
+def _scaled(rank: int, ranks: int, scale: float, clip: bool) -> dict[str, Tensor]:
+    """Parity of scaled runs: unequal shares of the batch, gradients from outside on one rank only."""
+    world = World(base="sgd")
+    model, optimizer = build(world, ranks)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+    for step in range(4):
+        for task, name in enumerate(TASKS):
+            x, target = batch(step, task)
+            rows = share(step, task, rank, ranks, idle=False)
+            if rows.start < rows.stop:
+                with optimizer.task(name, samples=rows.stop - rows.start):
+                    scaler.scale((model(x[rows]) - target[rows]).square().mean()).backward()
+        scaler.scale(torch.zeros(()))
+        if rank == ranks - 1:
+            scaler.scale(ranks * model.norm.weight.sum()).backward()  # the average over the ranks is the sum
+        if clip:
+            scaler.unscale_(optimizer)
+            optimizer.clip_grad_norm_(0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return result(model, optimizer)
 
 
-def test_a_gradient_of_another_rank_is_not_taken_for_the_witness(tmp_path: Path) -> None:
-    assert launch(_witness, 2, tmp_path) == [[0.0] * 8] * 2
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("scale", [1024.0, 3.7])
+def test_a_scaled_run_on_several_ranks_is_the_unscaled_one(tmp_path: Path, scale: float, clip: bool) -> None:
+    # Clipped: several ranks know the norm in the shared subspace, where one knows that of the whole gradient.
+    expected = launch(_scaled, 2, tmp_path / "unscaled", 2, 1.0, clip)[0] if clip else _scaled(0, 1, 1.0, clip)
+    for found in launch(_scaled, 2, tmp_path / "scaled", 2, scale, clip):
+        assert all(torch.allclose(found[name], value, rtol=1e-6, atol=1e-8) for name, value in expected.items())
 
 
 def _bucket_views(rank: int, views: bool) -> dict[str, Tensor]:

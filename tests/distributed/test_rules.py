@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from gradsub import GemsOptimizer, NonFiniteError
 from tests.distributed.launch import launch, try_launch
@@ -139,29 +140,29 @@ def _late_task(rank: int) -> str:
     return "refused"
 
 
-def test_a_scaler_sees_the_same_on_every_rank(tmp_path: Path) -> None:
-    assert launch(_scaler, 2, tmp_path) == [[65536.0, 32768.0, 32768.0]] * 2
+@pytest.mark.parametrize("how", ["step", "unscale_", "reduce"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_scaler_sees_the_same_on_every_rank(tmp_path: Path, how: str, sharded: bool) -> None:
+    assert launch(_scaler, 2, tmp_path, how, sharded) == [[65536.0, 32768.0, 32768.0]] * 2
 
 
-def _scaler(rank: int) -> list[float]:
+def _scaler(rank: int, how: str, sharded: bool) -> list[float]:
     """The loss scale after a good step, one with Inf on one rank, and one where that rank has no task at all."""
     torch.manual_seed(0)
     model = nn.Linear(6, 4)
     optimizer = GemsOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), tasks=TASKS, rank=2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    scaler = (ShardedGradScaler if sharded else torch.amp.GradScaler)("cpu", init_scale=65536.0)
+    scaler.scale(torch.zeros(()))  # or a rank that has no loss had no scale
     scales = []
-    with optimizer.task("rec"):
-        scaler.scale(model(torch.ones(2, 6)).sum()).backward()
-    with pytest.raises(RuntimeError, match=r"call optimizer\.reduce\(\)"):
-        scaler.step(optimizer)
-    optimizer.zero_grad()
-    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
     for step in range(3):
         if step < 2 or rank == 0:
             with optimizer.task("rec"):
                 factor = float("inf") if step == 1 and rank == 1 else 1.0
                 scaler.scale(model(torch.ones(2, 6) * factor).sum()).backward()
-        optimizer.reduce()
+        if how == "reduce":
+            optimizer.reduce()
+        elif how == "unscale_":
+            scaler.unscale_(optimizer)
         before = model.weight.detach().clone()
         scaler.step(optimizer)
         scaler.update()

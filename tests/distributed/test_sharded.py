@@ -159,3 +159,35 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_with_four(world: World, 
         found = launch(_resumed, ranks, tmp_path / f"resumed-{ranks}", ranks, checkpoint, world)
         for name, value in expected.items():
             assert torch.allclose(found[0][name], value, rtol=0, atol=1e-8), (ranks, name)
+
+
+def _scaled(rank: int, ranks: int, scale: float) -> tuple[dict[str, Tensor], list[float]]:
+    """Sharded weights under a scaler, with a step that has Inf on one rank's rows, and gradients from outside."""
+    model, optimizer = build(World(refresh="sketch", base="sgd"), ranks, sharded)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1.0)
+    scales = []
+    for step in range(4):
+        if step == 2 and scale == 1.0:
+            continue
+        for task, name in enumerate(TASKS):
+            x, target = (tensor.chunk(ranks)[rank] for tensor in batch(step, task))
+            factor = float("inf") if step == 2 and rank == 1 and task == 0 else 1.0
+            with optimizer.task(name, samples=len(x)):
+                scaler.scale((model(x * factor) - target).square().mean()).backward()
+        if step == 1:
+            scaler.scale(model(torch.ones(3, 10).double()).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        optimizer.clip_grad_norm_(0.3)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return weights(model), scales
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_scaled_run_of_sharded_weights(tmp_path: Path, ranks: int) -> None:
+    expected, _ = _scaled(0, 1, 1.0)
+    for found, scales in launch(_scaled, ranks, tmp_path, ranks, 1000.0):
+        assert scales == [1000.0, 1000.0, 500.0, 500.0]
+        assert all(torch.allclose(found[name], value, rtol=1e-6, atol=1e-7) for name, value in expected.items())

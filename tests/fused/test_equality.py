@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from .worlds import TASKS, flat, gems, model_of, null_space_of, train
+from .worlds import LENGTH, TASKS, flat, gems, losses_of, model_of, null_space_of, train
 
 FORWARDS = ["inside", "outside", "mixed inside", "mixed outside"]
 WIDTHS = (20, 28, 24, 28, 12)
@@ -112,7 +112,7 @@ def test_parts_of_a_batch_add_up():
 
 
 def test_tokens_may_be_flattened_into_rows():
-    """A layer that gets (batch * length, features), as inside a mixture of experts or behind a reshape."""
+    """A layer that gets (batch * length, features), as behind a reshape: if its rows are said to be whose they are."""
 
     class Flat(torch.nn.Module):
         def __init__(self, model):
@@ -125,9 +125,80 @@ def test_tokens_may_be_flattened_into_rows():
     model, plain = model_of(WIDTHS), model_of(WIDTHS)
     optimizer, reference = gems(model), gems(plain)
     optimizer.calls = Flat(model)
+    with pytest.raises(RuntimeError, match=r"of 0 has the shape .*other_rows"):
+        train(model, optimizer, 1, forward="mixed inside")
+    optimizer.other_rows = lambda ids: [[task for task in ids for _ in range(LENGTH)]]
     train(model, optimizer, 4, forward="mixed inside")
     train(plain, reference, 4, forward="inside")
     torch.testing.assert_close(flat(model), flat(plain), rtol=0, atol=1e-9)
+
+
+ARRANGED = {
+    # What a model makes of (B, T, d) before its first layer, and back, and whose the entries of the first axis are.
+    "flattened": (
+        lambda x: x.flatten(0, 1),
+        lambda y, B, T: y.unflatten(0, (B, T)),
+        lambda ids, T: ids.repeat_interleave(T),
+    ),
+    "time first, flattened": (
+        lambda x: x.transpose(0, 1).flatten(0, 1),
+        lambda y, B, T: y.unflatten(0, (T, B)).transpose(0, 1),
+        lambda ids, T: ids.repeat(T),
+    ),
+    "one batch after another": (
+        lambda x: torch.cat(list(x.unbind(1))),
+        lambda y, B, T: torch.stack(y.chunk(T), dim=1),
+        lambda ids, T: ids.repeat(T),
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+@pytest.mark.parametrize("arranged", ARRANGED)
+def test_other_rows_are_whose_they_are_said_to_be(arranged, refresh, side):
+    """Or the batch is refused, whatever the numbers: no multiple of its rows is taken for anything."""
+    there, back, whose = ARRANGED[arranged]
+    models = [model_of(WIDTHS), model_of(WIDTHS)]
+    optimizers = [gems(each, refresh=refresh, side=side, update_proj_gap=2) for each in models]
+    ids = torch.tensor([0, 2, 2, 0, 0, 2])
+    for step in range(4):
+        x = torch.randn(len(ids), LENGTH, 20, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        with optimizers[0].mixed(ids), pytest.raises(RuntimeError, match="not to be found out by counting"):
+            models[0](there(x))
+        with optimizers[0].mixed(ids, other_rows=[whose(ids, LENGTH)]) as rows:
+            output = back(models[0](there(x)), len(ids), LENGTH)
+            losses = torch.cat([losses_of(TASKS[k], output[i : i + 1]) for i, k in enumerate(ids.tolist())])
+            rows.loss(losses).backward()
+        for k in (0, 2):
+            mine = x[ids == k]
+            with optimizers[1].task(TASKS[k], samples=len(mine)):
+                losses_of(TASKS[k], models[1](mine)).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=0, atol=1e-9)
+
+
+def test_chosen_tokens_and_the_whole_batch_in_one_pass():
+    """A head that sees masked tokens only, of one task none; the layers below have the batch."""
+    models = [model_of(WIDTHS), model_of(WIDTHS)]
+    optimizers = [gems(each) for each in models]
+    ids, mask = torch.tensor([0, 1, 0, 1]), torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    x = torch.randn(4, LENGTH, 20, dtype=torch.float64)
+    chosen = ids[:, None].expand(4, LENGTH)[mask]
+    with optimizers[0].mixed(ids, other_rows=[chosen]) as rows:
+        hidden = models[0][:4](x)
+        heads = models[0][4](hidden[mask]).square().sum(1)
+        per_row = torch.zeros(4, dtype=torch.float64).index_add(0, mask.nonzero()[:, 0], heads)
+        rows.loss(per_row + hidden.square().mean((1, 2))).backward()
+    for k in range(2):
+        with optimizers[1].task(TASKS[k], samples=2):
+            hidden = models[1][:4](x[ids == k])
+            (models[1][4](hidden[mask[ids == k]]).square().sum() / 2 + hidden.square().mean()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=0, atol=1e-9)
 
 
 class TestMixedRefuses:
@@ -150,6 +221,20 @@ class TestMixedRefuses:
         optimizer = gems(model)
         with pytest.raises(RuntimeError, match="told of 2 rows"), optimizer.mixed(["a", "b"]):
             model(torch.randn(3, 3, 20, dtype=torch.float64))
+
+    def test_an_input_without_an_axis_of_rows(self):
+        optimizer = gems(model := model_of(WIDTHS))
+        with pytest.raises(RuntimeError, match="told of 20 rows"), optimizer.mixed(["a", "b"] * 10):
+            model(torch.randn(20, dtype=torch.float64))
+
+    @pytest.mark.parametrize(
+        ("other", "match"),
+        [([["c"] * 4], "other_rows names"), ([["b", "a"]], "two accounts of 2"), ([["a"] * 4, ["b"] * 4], "of 4")],
+    )
+    def test_other_rows(self, other, match):
+        optimizer = gems(model_of(WIDTHS))
+        with pytest.raises(ValueError, match=match), optimizer.mixed(["a", "b"], other_rows=other):
+            pass
 
     def test_losses_of_another_shape(self):
         with gems(model_of(WIDTHS)).mixed(["a", "b"]) as rows, pytest.raises(ValueError, match="one loss a row"):

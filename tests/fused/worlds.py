@@ -86,7 +86,8 @@ def _mixed_backward(call: Any, optimizer: GemsOptimizer, batch: dict[str, Tensor
     order = torch.arange(len(ids)) if step % 2 else torch.randperm(len(ids), generator=torch.Generator().manual_seed(9))
     x, ids = torch.cat(list(batch.values()))[order], [ids[i] for i in order]
     output = call(x) if late else None
-    with optimizer.mixed(ids) as rows:
+    other_rows = optimizer.__dict__.get("other_rows", lambda ids: ())
+    with optimizer.mixed(ids, other_rows=other_rows(ids)) as rows:
         output = call(x) if output is None else output
         losses = torch.cat([losses_of(task, output[i : i + 1]) for i, task in enumerate(ids)])
         rows.loss(losses).backward()
