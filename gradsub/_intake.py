@@ -52,6 +52,11 @@ class Intake:
         """By task, what was captured."""
         return self.capture.gradients
 
+    @property
+    def rounding(self) -> float:
+        """Epsilon of the coarsest format in which a gradient was computed."""
+        return self.capture.rounding
+
     @contextmanager
     def open(self, parts: list[Part], samples: Mapping[int, float], what: str) -> Iterator[None]:
         """Everything that is captured in here belongs to the parts' tasks.
@@ -134,13 +139,21 @@ class Intake:
         """
         carrier = self._witness.carrier
         agreed = self._exchange.reduce(
-            self.capture.gradients, self.samples, self.mixed_samples, self.losses, self._scale, carrier, merge
+            self.capture.gradients,
+            self.samples,
+            self.mixed_samples,
+            self.losses,
+            self._scale,
+            carrier,
+            merge,
+            self.capture.rounding,
         )
         if agreed is not None:
             if carrier is not None and any(parameter is carrier for parameter in agreed.outside):
                 self._witness.joined(carrier)  # another rank has a gradient there
             self.samples, self.mixed_samples = agreed.samples, agreed.mixed
             self.losses, self._scale = agreed.losses, agreed.scale
+            self.capture.rounding = agreed.rounding
 
     def clip(self, max_norm: float, layers: Mapping[Tensor, Layer]) -> dict[int, Tensor]:
         """Scale each task's gradient to a norm of at most ``max_norm``; the norms before, by task."""
@@ -168,6 +181,7 @@ class Intake:
         """Forget all that has come in."""
         self._witness.withdraw(None)
         self.capture.clear()
+        self.fused.clear()
         self._bank.forget_directions()
         self.losses.clear()
         self.samples.clear()

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._generic import GenericCapture
-from gradsub.capture._linear import Orientation, Rows, Segment, affine, deferring_linear, projecting_linear
+from gradsub.capture._linear import (
+    Orientation,
+    Rows,
+    Segment,
+    affine,
+    compute_format,
+    deferring_linear,
+    projecting_linear,
+)
 from gradsub.subspace import SHARED, Layer, SubspaceBank
 
 _PLAIN: Final = "plain"
@@ -32,6 +40,7 @@ class Slot:
         whole: a task is open and wants autograd's own gradient.
         batch: how many rows the batch has; None where they need not be told apart.
         mode: how the last forward pass ran, so that a recomputation runs likewise.
+        rounding: epsilon of the format that the last forward pass computed in; 0 before one.
     """
 
     parameter: Tensor
@@ -42,6 +51,7 @@ class Slot:
     whole: bool = False
     batch: int | None = None
     mode: str = _PLAIN
+    rounding: float = 0.0
 
     @property
     def opened(self) -> bool:
@@ -100,6 +110,8 @@ class FusedForward:
         mode = self._mode(slots, opened)
         if not torch.is_grad_enabled():
             return affine(x, weight, bias, self.transposed)
+        for slot in slots:
+            slot.rounding = torch.finfo(compute_format(x)).eps
         if mode == _PROJECTING and opened and opened[0].segments is not None and not weight._backward_hooks:
             return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
         if mode == _PLAIN or weight._backward_hooks:
@@ -253,7 +265,13 @@ class FusedCapture:
         """Forward and backward passes belong to no task any more."""
         for member in self._members:
             member.slot.close()
+            self._generic.rounding = max(self._generic.rounding, member.slot.rounding)
         self._shares = {}
+
+    def clear(self) -> None:
+        """The step is over."""
+        for member in self._members:
+            member.slot.rounding = 0.0
 
     def take(self, layer: Layer, task: int, kind: str, probe: Tensor) -> None:
         """The hook: a probe's gradient is complete for this backward pass."""

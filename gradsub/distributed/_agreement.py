@@ -22,6 +22,7 @@ class Agreement:
         present: by task and for `MIXED`: the positions of the parameters that have such a gradient on any rank.
         outside: the parameters that have a gradient from outside any task, in ``p.grad``, on any rank.
         scale: the loss scale (0-dim), or None if no rank saw one.
+        rounding: epsilon of the formats in which gradients were computed, the mean over the ranks.
     """
 
     samples: dict[int, float]
@@ -31,6 +32,7 @@ class Agreement:
     present: dict[int, list[int]]
     outside: list[Tensor]
     scale: Tensor | None
+    rounding: float
 
 
 def agree(
@@ -43,6 +45,7 @@ def agree(
     outside: Sequence[Tensor],
     scale: Tensor | None,
     tasks: int,
+    rounding: float,
 ) -> Agreement:
     """One sum over the ranks of all that is no gradient; waits for the device once.
 
@@ -58,6 +61,7 @@ def agree(
         outside: the parameters whose ``p.grad`` is to be averaged.
         scale: the loss scale, if this rank saw one.
         tasks: K.
+        rounding: epsilon of the coarsest format in which a gradient was computed.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     keys = [*range(tasks), MIXED]
@@ -66,7 +70,7 @@ def agree(
     arrived = [gradients.get(key, {}).keys() for key in keys]
     arrived.append(dict.fromkeys(outside).keys())
     flags = [float(parameter in found) for found in arrived for parameter in parameters]
-    numbers = torch.tensor([*counts, *seen, float(scale is not None), *flags], dtype=dtype).to(
+    numbers = torch.tensor([*counts, *seen, float(scale is not None), rounding, *flags], dtype=dtype).to(
         device, non_blocking=True
     )
     weighted = torch.stack(
@@ -80,7 +84,7 @@ def agree(
     ranks.sum_([summed])
     host = summed[: numbers.numel()].tolist()
     totals, seen_by_all, scales = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1], host[2 * tasks + 1]
-    held = host[2 * tasks + 2 :]
+    held = host[2 * tasks + 3 :]
     sums = summed[numbers.numel() :]
     width = len(parameters)
     # By task, for mixed batches, and last for what came from outside: who has what.
@@ -95,4 +99,5 @@ def agree(
         present=dict(zip(keys, present, strict=True)),
         outside=[parameters[place] for place in from_outside],
         scale=(sums[tasks] / scales).to(torch.float32) if scales else None,
+        rounding=host[2 * tasks + 2] / ranks.size,
     )

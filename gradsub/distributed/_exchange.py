@@ -125,6 +125,7 @@ class Exchange:
         scale: Tensor | None,
         aside: Tensor | None,
         merge: bool,
+        rounding: float,
     ) -> Agreement | None:
         """Sum over the ranks, once a step; every rank has to come here.
 
@@ -136,6 +137,7 @@ class Exchange:
             scale: the loss scale, if one was seen.
             aside: a parameter whose ``p.grad`` is no gradient.
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
+            rounding: epsilon of the coarsest format in which a gradient was computed.
 
         Returns:
             what all ranks have; None if this rank is alone, or if it is done already.
@@ -173,6 +175,7 @@ class Exchange:
             outside,
             scale,
             self._tasks,
+            rounding,
         )
         if merge and parameters:
             agreement = merge_plain(gradients, parameters, self._layers, agreement)
