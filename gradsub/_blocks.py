@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsub._pieces import pieces
+from gradsub._rounding import drop_rounding
 from gradsub.capture import Projected, mix
 from gradsub.subspace import Layer
 
@@ -42,12 +43,13 @@ class Block:
         return mix(self.parts, weights, self.outside)
 
 
-def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int]) -> list[Block]:
-    """Group alike layers; their gradients move into the blocks, so that they exist once.
+def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int], rounding: float) -> list[Block]:
+    """Group alike layers; their gradients move into the blocks, so that they exist once, and lose what is rounding.
 
     Args:
         projected: by layer.
         groups: the index of each layer's parameter group.
+        rounding: epsilon of the coarsest format in which a gradient was computed.
     """
     alike: dict[Any, list[Layer]] = defaultdict(list)
     for layer, found in projected.items():
@@ -66,7 +68,7 @@ def make_blocks(projected: Mapping[Layer, Projected], groups: Mapping[Layer, int
             found.outside is None,
         ].append(layer)
     return [
-        _block(key[0], layers, [projected[layer] for layer in layers])
+        _block(key[0], layers, [projected[layer] for layer in layers], rounding)
         for key, members in alike.items()
         for layers in pieces(members, [_entries(layer) for layer in members])
     ]
@@ -77,20 +79,28 @@ def _entries(layer: Layer) -> int:
     return layer.codimension * sum(layer.widths)
 
 
-def _block(group: int, layers: list[Layer], found: Sequence[Projected]) -> Block:
+def _block(group: int, layers: list[Layer], found: Sequence[Projected], rounding: float) -> Block:
     first = found[0]
+    tasks = list(first.parts)
+    parts = _stack([each.parts.pop(task) for task in tasks for each in found])
+    own = _stack([each.own.pop(task) for task in tasks for each in found])
+    norms = _stack([each.squared_norms[task] for task in first.squared_norms for each in found])
+    outside = _stack([] if first.outside is None else [each.outside for each in found])
+    if tasks:
+        drop_rounding([parts, own], layers[0], rounding, norms if len(norms) == len(parts) else None)
+    if first.outside is not None:
+        drop_rounding([outside], layers[0], rounding, None)
+    size = len(layers)
     return Block(
         group=group,
         layers=layers,
-        parts={task: _stack([each.parts.pop(task) for each in found]) for task in list(first.parts)},
-        outside=None if first.outside is None else _stack([each.outside for each in found]),
-        own={task: _stack([each.own.pop(task) for each in found]) for task in list(first.own)},
-        squared_norms={
-            task: torch.stack([each.squared_norms[task] for each in found]) for task in list(first.squared_norms)
-        },
+        parts=dict(zip(tasks, torch.split(parts, size), strict=True)) if tasks else {},
+        outside=None if first.outside is None else outside,
+        own=dict(zip(tasks, torch.split(own, size), strict=True)) if tasks else {},
+        squared_norms=dict(zip(first.squared_norms, torch.split(norms, size), strict=True)) if len(norms) else {},
     )
 
 
 def _stack(tensors: list[Any]) -> Tensor:
     # Contiguous in any case: torch's fused optimizers read a gradient's memory as if it were, and say nothing.
-    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(tensors)
+    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(tensors) if tensors else torch.empty(0)

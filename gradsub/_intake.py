@@ -57,6 +57,11 @@ class Intake:
         """By task, what was captured."""
         return self.capture.gradients
 
+    @property
+    def rounding(self) -> float:
+        """Epsilon of the coarsest format in which a gradient was computed."""
+        return self.capture.rounding
+
     @contextmanager
     def open(self, parts: list[Part], samples: Mapping[int, float], what: str) -> Iterator[None]:
         """Everything that is captured in here belongs to the parts' tasks.
@@ -187,9 +192,12 @@ class Intake:
         Args:
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
         """
-        agreed = self._exchange.reduce(self.capture.gradients, self.samples, self.mixed_samples, self.losses, merge)
+        agreed = self._exchange.reduce(
+            self.capture.gradients, self.samples, self.mixed_samples, self.losses, merge, self.capture.rounding
+        )
         if agreed is not None:
             self.samples, self.mixed_samples, self.losses = agreed.samples, agreed.mixed, agreed.losses
+            self.capture.rounding = agreed.rounding
 
     def clip(self, max_norm: float, layers: Mapping[Tensor, Layer]) -> dict[int, Tensor]:
         """Scale each task's gradient to a norm of at most ``max_norm``; the norms before, by task."""
@@ -219,6 +227,7 @@ class Intake:
         self._unscaling.reset()
         self._clipped = False
         self.capture.clear()
+        self.fused.clear()
         self._bank.forget_directions()
         self.losses.clear()
         self.samples.clear()

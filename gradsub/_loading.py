@@ -201,7 +201,8 @@ class StateDictReader:
         found.update(self._protection(name, layer, parameter, theirs))
         if layer is not None and layer.sketched:
             pair = {key for key in SKETCHES if key in theirs}
-            if pair and pair != SKETCHES:
+            # Version 0.1 knew no "usable".
+            if pair and not pair >= SKETCHES - {"usable"}:
                 raise ValueError(f"state_dict: {name} lacks {sorted(SKETCHES - pair)}, but has {sorted(pair)}")
             for key in pair:
                 found[key] = convert(f"{key!r} of {name}", theirs[key], ours[key], parameter)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsub._blocks import Block
 from gradsub.gates import Gate, GateInputs
+from gradsub.linalg._arithmetic import norm, widest
 from gradsub.report import Measurements
 
 GATE_MEMORY: Final = "gate_memory"
@@ -48,17 +49,17 @@ def measure(
     layers = [layer for block in blocks for layer in block.layers]
     zero = torch.zeros((), device=layers[0].parameter.device, dtype=layers[0].dtype)
     unknown = zero + math.nan
+    wide = zero.to(widest(zero.device))
 
     def by_task(block: Block, values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
         empty = missing.expand(len(block.layers))
         return torch.stack([values[k].to(missing) if k in values else empty for k in range(tasks)], dim=1)
 
-    norms = [{k: torch.linalg.vector_norm(R, dim=(1, 2)) for k, R in block.own.items()} for block in blocks]
-    # Squares of large float32 entries overflow; tasks whose norms do count as equally large.
-    largest = torch.finfo(zero.dtype).max / (tasks + 1)
-    own_norms = torch.cat([by_task(block, found, zero) for block, found in zip(blocks, norms, strict=True)])
+    norms = [{k: norm(R, dim=(1, 2)) for k, R in block.own.items()} for block in blocks]
+    own_norms = torch.cat([by_task(block, found, wide) for block, found in zip(blocks, norms, strict=True)])
     own_norms = _over_shards(blocks, own_norms.square()).sqrt() if _split(blocks) else own_norms
-    own_norms = own_norms.clamp_max(largest)
+    # A gate sums them; tasks whose sum overflows count as equally large.
+    own_norms = own_norms.clamp_max(torch.finfo(zero.dtype).max / (tasks + 1)).to(zero)
     present = torch.tensor(
         [[k in block.own for k in range(tasks)] for block in blocks for _ in block.layers],
         dtype=torch.bool,
@@ -84,8 +85,8 @@ def measure(
     torch._foreach_copy_([state[layer.parameter][GATE_MEMORY] for layer in layers], list(memory.unbind()))
     return Measurements(
         layers=layers,
-        gramian=_over_shards(blocks, torch.cat([_gramian(block, tasks).to(zero) for block in blocks])),
-        squared_norms=torch.cat([by_task(block, block.squared_norms, unknown) for block in blocks]),
+        gramian=_over_shards(blocks, torch.cat([_gramian(block, tasks).to(wide) for block in blocks])),
+        squared_norms=torch.cat([by_task(block, block.squared_norms, wide + math.nan) for block in blocks]),
         own_norms=own_norms,
         gates=gates,
         present=present,
@@ -124,11 +125,13 @@ def _alignments(blocks: Sequence[Block], tasks: int, state: Mapping[Tensor, Any]
     first = blocks[0].layers[0]
     found = []
     for block in blocks:
-        products = torch.zeros(len(block.layers), tasks, 3, dtype=first.dtype, device=first.parameter.device)
+        device = first.parameter.device
+        products = torch.zeros(len(block.layers), tasks, 3, dtype=widest(device), device=device)
         for task, gradient in block.own.items():
             previous = torch.stack([state[layer.parameter][previous_step(task)] for layer in block.layers])
-            pairs = ((gradient, previous), (previous, previous), (gradient, gradient))
-            products[:, task] = torch.stack([(a * b).sum((1, 2)) for a, b in pairs], dim=1).to(products)
+            both = torch.stack([gradient.flatten(1), previous.flatten(1)], dim=1)
+            gramian = _inner_products(both).to(products)
+            products[:, task] = torch.stack([gramian[:, 0, 1], gramian[:, 1, 1], gramian[:, 0, 0]], dim=1)
         found.append(products)
     products = _over_shards(blocks, torch.cat(found))
     norms = products[..., 1].sqrt() * products[..., 2].sqrt()
@@ -140,8 +143,7 @@ def _gramian(block: Block, tasks: int) -> Tensor:
     if not block.parts:
         layer = block.layers[0]
         return torch.zeros(len(block.layers), tasks, tasks, dtype=layer.dtype, device=layer.parameter.device)
-    rows = torch.stack([part.flatten(1) for part in block.parts.values()], dim=1)
-    products = rows @ rows.mT
+    products = _inner_products(torch.stack([part.flatten(1) for part in block.parts.values()], dim=1))
     if len(block.parts) == tasks:
         return products
     gramian = products.new_zeros(len(block.layers), tasks, tasks)
@@ -149,3 +151,13 @@ def _gramian(block: Block, tasks: int) -> Tensor:
         for j, b in enumerate(block.parts):
             gramian[:, a, b] = products[:, i, j]
     return gramian
+
+
+def _inner_products(rows: Tensor) -> Tensor:
+    """The Gramians (L x K x K) of L x K rows (used up), whose squares their own format need not have room for."""
+    units = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True)
+    units.masked_fill_(units == 0, 1)
+    rows /= units
+    units = units.to(widest(rows.device))
+    products: Tensor = (rows @ rows.mT).to(units)
+    return torch.mul(products * units, units.mT)

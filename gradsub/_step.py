@@ -94,6 +94,7 @@ class Stepper:
         samples: Mapping[int, float],
         mixed: float,
         losses: Mapping[int, Tensor],
+        rounding: float,
     ) -> Measurements | None:
         """Take a step.
 
@@ -103,6 +104,7 @@ class Stepper:
             samples: by task.
             mixed: how many of all samples were rows of mixed batches.
             losses: by task, where a loss was seen.
+            rounding: epsilon of the coarsest format in which a gradient was computed.
 
         Returns:
             what a report is made from.
@@ -111,14 +113,14 @@ class Stepper:
         shares = {task: count / total for task, count in samples.items()}
         projected = self._project(groups, gradients, shares)
         sketches = {layer: found.sketches for layer, found in projected.items() if found.sketches}
-        held = {layer for layer, found in projected.items() if self._holds(layer, found)}
         positions = {
             self.layers[p]: position
             for position, group in enumerate(groups)
             for p in group["params"]
             if p in self.layers
         }
-        blocks = make_blocks(projected, positions)
+        held = {layer for layer in projected if self._bank.at_place(layer, groups[positions[layer]]["update_proj_gap"])}
+        blocks = make_blocks(projected, positions, rounding)
         measured = measure(blocks, losses, samples, len(self._tasks), self._gate, self.state)
         weights = self._operate(shares, measured)
         steps = self._inner_step(groups, gradients, blocks, {**weights, MIXED: mixed / total if total else 0.0})
@@ -147,13 +149,6 @@ class Stepper:
                     layer, self._bank, captured, parameter.grad, shares, group["update_proj_gap"], self._carry
                 )
         return projected
-
-    def _holds(self, layer: Layer, found: Projected) -> bool:
-        """Whether rounding is to be undone now: once a refresh, and at the first step.
-
-        The model's weights may have been loaded after the optimizer was built.
-        """
-        return found.refreshed or self.state[layer.parameter]["step"] == 0 or self._bank.settled(layer, found.sketches)
 
     def _follow(self, layer: Layer) -> None:
         """Take up what the null space has come to know of a layer since."""
@@ -290,7 +285,7 @@ class Stepper:
             states = [self.state[layer.parameter] for layer in block.layers]
             for layer, state in zip(block.layers, states, strict=True):
                 if layer in held:
-                    hold_protected(layer, state)
+                    hold_protected(layer, state, min(int(state["step"]), group["update_proj_gap"]))
             gates = None if measured is None else measured.gates[row : row + len(block.layers)]
             row += len(block.layers)
             taken = {

@@ -298,9 +298,10 @@ class Inner:
     def reset(self, proxy: Tensor) -> None:
         """Give a proxy the state of an optimizer that never stepped."""
         self.base.state.pop(proxy, None)
+        # Before its state: accumulators that are there from the start have its shape.
+        proxy.data = proxy.data.new_zeros(self._shapes[proxy])
         self._give_initial(proxy)
         group = next(group for group in self._proxied if any(proxy is other for other in group["params"]))
-        proxy.data = proxy.data.new_zeros(self._shapes[proxy])
         self._populate([{**group, "params": [proxy]}])
         self._release([proxy])
 

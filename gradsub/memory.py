@@ -81,8 +81,8 @@ def layer_bytes(
     widths = [min(rank, most), *[min(own, most)] * tasks]
     d, o = (in_features, out_features) if side == "input" else (out_features, in_features)
     counts = len(widths)
-    # step, next_refresh and gate_memory; of sketches, their number and singular values.
-    bookkeeping = 4 + 8 * counts + itemsize * tasks + (8 * counts + itemsize * sum(widths) if sketched else 0)
+    # step, next_refresh and gate_memory; of sketches, their number, singular values and whether the last was usable.
+    bookkeeping = 4 + 8 * counts + itemsize * tasks + (9 * counts + itemsize * sum(widths) if sketched else 0)
     return LayerBytes(
         bases=itemsize * d * sum(widths),
         moments=moments * itemsize * o * sum(widths) + (4 * counts if moments > 1 else 0),

@@ -82,7 +82,8 @@ class GemsOptimizer(Optimizer):
         seed: of the random test matrices; torch's global generator is never used.
         surgery: how conflicting tasks share the common subspace: ``"sum"``, ``"pcgrad"``, or any other of
             `gradsub.surgery`, or a callable from the K x K Gramian of the weighted task gradients, projected on the
-            shared subspaces and summed over the layers, to K weights (any TorchJD ``Weighting``).
+            shared subspaces and summed over the layers, to K weights (any TorchJD ``Weighting``). The Gramian is in
+            float64 where the device has it, since squares of large gradients overflow in float32.
         moments: what happens to the base optimizer's moments when a basis changes: ``"rotate"`` expresses them in the
             new basis, ``"keep"`` leaves the numbers, ``"reset"`` starts afresh.
         nonfinite: ``"raise"`` checks losses and gradients before anything is changed, at the price of one wait for the
@@ -375,6 +376,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.samples,
                 self._intake.mixed_samples,
                 self._intake.losses,
+                self._intake.rounding,
             )
             self._show_inner_state()
         finally:

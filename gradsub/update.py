@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from gradsub.linalg._arithmetic import widest
 from gradsub.subspace import Layer, lift, local
 
 __all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_updates", "hold_protected", "initialise_update"]
@@ -88,8 +90,9 @@ def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: floa
     weight = _precise(layer, state)
     shrinks = isinstance(shrink, Tensor) or shrink != 0.0
     if shrinks and layer.protected is not None:
-        # P W = W - A K^T: the anchor spares a product with the whole weight.
-        step = torch.cat([step, state[ANCHOR] * shrink], dim=layer.axis)
+        # P W = W - (W K) K^T, of the weight as it is: somebody else may have written it since the last step.
+        along = layer.total(layer.project(weight, layer.protected))
+        step = torch.cat([step, along * shrink], dim=layer.axis)
         basis = torch.cat([basis, layer.protected], dim=1)
     left, right = (step, basis.mT) if layer.axis == 1 else (layer.near(basis), step)
     if not shrinks:
@@ -101,23 +104,33 @@ def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: floa
     _write(layer, weight)
 
 
-def hold_protected(layer: Layer, state: State) -> None:
-    """Undo what rounding did to the protected part of the weight since the last call; once a refresh.
+def hold_protected(layer: Layer, state: State, steps: int) -> None:
+    r"""Undo what rounding did to the protected part of the weight in the last steps.
 
     Each step rounds W, and the roundings add up like a random walk: over thousands of steps they leave more in the
     protected directions than the update, which is orthogonal to them, ever would. So W + (A - W K) K^T is restored,
-    with A = W K as it was. A difference far beyond rounding means that somebody else wrote the weight (a checkpoint
-    was loaded): then that is the new A.
+    with A = W K as it was. Rounding an entry w errs by up to eps |w| / 2, so that T steps move a row of W K by about
+    eps sqrt(T) / 5 times the root of the sum over j of w_j^2 |K_j|^2, and storing A costs an eps of its own. A row that
+    moved by five times as much was written by somebody else (weights were loaded, scaled, clipped, pruned): then that
+    is the new row of A.
+
+    Args:
+        layer: the layer.
+        state: its state.
+        steps: T, how many steps it has taken since the last call, at most.
     """
     if layer.protected is None:
         return
     weight = _precise(layer, state)
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64
-    K = layer.protected.to(wide)
-    now = layer.total(layer.project(weight.to(wide), K))
+    wide = widest(weight.device)
+    K, W = layer.protected.to(wide), weight.to(wide)
+    now = layer.total(layer.project(W, K))
+    exposed = layer.total(layer.project(W.square(), K.square().sum(1, keepdim=True)))
     drift = state[ANCHOR] - now
-    rounding = 64 * torch.finfo(weight.dtype).eps * now.norm()
-    foreign = drift.norm() > rounding
+    along = 1 if layer.axis == 1 else 0
+    stored = torch.linalg.vector_norm(now, dim=along, keepdim=True)
+    rounding = torch.finfo(weight.dtype).eps * (math.sqrt(steps) * exposed.sqrt() + stored)
+    foreign = torch.linalg.vector_norm(drift, dim=along, keepdim=True) > rounding
     state[ANCHOR].copy_(torch.where(foreign, now, state[ANCHOR]))
     _write(layer, weight.copy_(weight + layer.lift(torch.where(foreign, 0.0, drift), K)))
 

@@ -11,7 +11,15 @@ from torch.autograd import forward_ad
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._generic import GenericCapture, seen_by_others
-from gradsub.capture._linear import Orientation, Rows, Segment, affine, deferring_linear, projecting_linear
+from gradsub.capture._linear import (
+    Orientation,
+    Rows,
+    Segment,
+    affine,
+    compute_format,
+    deferring_linear,
+    projecting_linear,
+)
 from gradsub.subspace import SHARED, Layer, SubspaceBank
 
 
@@ -29,6 +37,7 @@ class Slot:
         segments: their parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
+        rounding: epsilon of the format that the last forward pass computed in; 0 before one.
     """
 
     name: str
@@ -39,6 +48,7 @@ class Slot:
     segments: tuple[Segment, ...] | None = None
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
+    rounding: float = 0.0
 
     @property
     def opened(self) -> bool:
@@ -99,6 +109,8 @@ class FusedForward:
             return affine(x, weight, bias, self.transposed)
         if not torch.is_grad_enabled() or _needs_autograd(x) or seen_by_others(weight):
             return affine(x, weight, bias, self.transposed)
+        for slot in slots:
+            slot.rounding = torch.finfo(compute_format(x)).eps
         # Under hooks on saved tensors the forward pass may be run again when these are needed (checkpointing), by when
         # another task may be open or none: what is saved must not depend on that, so the backward pass decides.
         later = not opened or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
@@ -248,7 +260,13 @@ class FusedCapture:
         """Forward and backward passes belong to no task any more."""
         for member in self._members:
             member.slot.close()
+            self._generic.rounding = max(self._generic.rounding, member.slot.rounding)
         self._shares = {}
+
+    def clear(self) -> None:
+        """The step is over."""
+        for member in self._members:
+            member.slot.rounding = 0.0
 
     def take(self, layer: Layer, task: int, kind: str, gradient: Tensor) -> None:
         """The hook: a probe's gradient is there."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradsub.capture._captured import Captured
+from gradsub.capture._captured import Captured, squared_norm
 from gradsub.subspace import SHARED, Layer, SubspaceBank
 
 # In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
@@ -43,6 +43,8 @@ class GenericCapture:
         self._arrived = False
         self._warned = False
         self.gradients: dict[int, dict[Tensor, Captured]] = {}
+        # Epsilon of the coarsest format in which a gradient was computed since the last step.
+        self.rounding = 0.0
 
     def watch(self, parameters: Iterable[Tensor], layers: Iterable[Layer]) -> None:
         """Hook the parameters; those that are frozen now are hooked once they train."""
@@ -112,6 +114,7 @@ class GenericCapture:
     def clear(self) -> None:
         """Forget what was captured."""
         self.gradients.clear()
+        self.rounding = 0.0
 
     def remove(self) -> None:
         """Remove the hooks for good."""
@@ -164,15 +167,16 @@ class GenericCapture:
             return Captured(full=gradient)
         with torch.no_grad():
             gradient = layer.matrix(gradient)
-            squared_norm = torch.linalg.vector_norm(gradient, dtype=layer.dtype).square()
+            self.rounding = max(self.rounding, torch.finfo(gradient.dtype).eps)
+            squared = squared_norm(gradient)
             own = task + 1
             due = self._bank.due(layer, SHARED) or self._bank.due(layer, own)
             if due and not layer.sketched:
-                return Captured(full=gradient, squared_norm=squared_norm)
+                return Captured(full=gradient, squared_norm=squared)
             captured = Captured(
                 shared=layer.project(gradient, self._bank.basis(layer, SHARED)),
                 own=layer.project(gradient, self._bank.basis(layer, own)),
-                squared_norm=squared_norm,
+                squared_norm=squared,
             )
             if due:
                 captured.sketch = layer.sketch(gradient, self._bank.directions(layer))

@@ -82,11 +82,16 @@ def projecting_linear(
 Layout: TypeAlias = "tuple[tuple[bool, bool, bool | tuple[int, int] | None], ...]"
 
 
+def compute_format(x: Tensor) -> torch.dtype:
+    """What autocast would compute in."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
+
+
 def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What autocast would make of them: inside a custom function nobody else does."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = compute_format(x)
         return x.to(dtype), None if bias is None else bias.to(dtype)
     return x, bias
 

@@ -3,10 +3,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from gradsub.capture._captured import Captured
+from gradsub.capture._captured import Captured, squared_norm
 from gradsub.subspace import SHARED, BasisChanged, Layer, SubspaceBank
 
 
@@ -19,7 +18,6 @@ class Projected:
         outside: what came from no task, in the shared subspace.
         own: R_k in each present task's own subspace.
         squared_norms: each present task's squared norm of the whole gradient, where it is known.
-        refreshed: whether a basis changed on the way.
         sketches: by subspace, what its basis is to be renewed from after the step.
     """
 
@@ -27,7 +25,6 @@ class Projected:
     outside: Tensor | None
     own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
-    refreshed: bool
     sketches: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -56,14 +53,15 @@ def gather(
     full = {task + 1: held.full.to(layer.dtype) for task, held in captured.items() if held.full is not None}
     if len(full) == len(captured) and bank.due(layer, SHARED):
         full[SHARED] = mix({task: full[task + 1] for task in captured}, weights, outside)
-    refreshed = not layer.sketched and bank.refresh(layer, full, update_proj_gap, changed)
+    if not layer.sketched:
+        bank.refresh(layer, full, update_proj_gap, changed)
     parts, own, squared_norms = {}, {}, {}
     for task, held in captured.items():
         if held.full is not None:
             parts[task] = layer.project(held.full, bank.basis(layer, SHARED))
             own[task] = layer.project(held.full, bank.basis(layer, task + 1))
             if held.squared_norm is None:
-                held.squared_norm = torch.linalg.vector_norm(held.full, dtype=layer.dtype).square()
+                held.squared_norm = squared_norm(held.full)
             held.full = None
         else:
             assert held.shared is not None
@@ -73,7 +71,7 @@ def gather(
         if held.squared_norm is not None:
             squared_norms[task] = held.squared_norm
     aside = None if outside is None else layer.total(layer.project(outside, bank.basis(layer, SHARED)))
-    return Projected(parts, aside, own, squared_norms, refreshed, sketches)
+    return Projected(parts, aside, own, squared_norms, sketches)
 
 
 def _sketches(

@@ -85,7 +85,10 @@ class MixedRows:
         if losses.shape != (self.size,):
             raise ValueError(f"losses has shape {tuple(losses.shape)}, expected one loss a row: ({self.size},)")
         total = sum(self.samples.values())
-        means = {task: losses[torch.tensor(rows, dtype=torch.int64, device=losses.device)].mean() for task, rows in self.rows.items()}
+        means = {
+            task: losses[torch.tensor(rows, dtype=torch.int64, device=losses.device)].mean()
+            for task, rows in self.rows.items()
+        }
         loss = torch.stack([mean * (self.samples[task] / total) for task, mean in means.items()]).sum()
         values = {task: mean.detach() for task, mean in means.items()}
         if loss.requires_grad:

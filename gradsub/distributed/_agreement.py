@@ -21,6 +21,7 @@ class Agreement:
         losses: by task, sum_r n_k^r L_k^r / N_k over the ranks that saw a loss.
         present: by task and for `MIXED`: the positions of the parameters that have such a gradient on any rank.
         outside: the parameters that have a gradient from outside any task, in ``p.grad``, on any rank.
+        rounding: epsilon of the formats in which gradients were computed, the mean over the ranks.
     """
 
     samples: dict[int, float]
@@ -29,6 +30,7 @@ class Agreement:
     losses: dict[int, Tensor]
     present: dict[int, list[int]]
     outside: list[Tensor]
+    rounding: float
 
 
 def agree(
@@ -40,6 +42,7 @@ def agree(
     losses: Mapping[int, Tensor],
     outside: Sequence[Tensor],
     tasks: int,
+    rounding: float,
 ) -> Agreement:
     """One sum over the ranks of all that is no gradient; waits for the device once.
 
@@ -54,6 +57,7 @@ def agree(
         losses: by task, where a loss was seen.
         outside: the parameters whose ``p.grad`` is to be averaged.
         tasks: K.
+        rounding: epsilon of the coarsest format in which a gradient was computed.
     """
     dtype = torch.float32 if device.type == "mps" else torch.float64
     keys = [*range(tasks), MIXED]
@@ -62,7 +66,7 @@ def agree(
     arrived = [gradients.get(key, {}).keys() for key in keys]
     arrived.append(dict.fromkeys(outside).keys())
     flags = [float(parameter in found) for found in arrived for parameter in parameters]
-    numbers = torch.tensor([*counts, *seen, *flags], dtype=dtype, device="cpu").to(device, non_blocking=True)
+    numbers = torch.tensor([*counts, *seen, rounding, *flags], dtype=dtype, device="cpu").to(device, non_blocking=True)
     weighted = torch.stack(
         [
             losses[task].to(device, dtype).reshape(()) * seen[task] if seen[task] else numbers.new_zeros(())
@@ -72,7 +76,8 @@ def agree(
     summed = torch.cat([numbers, weighted])
     ranks.sum_([summed])
     host = summed[: numbers.numel()].tolist()
-    totals, seen_by_all, held = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1], host[2 * tasks + 1 :]
+    totals, seen_by_all = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1]
+    rounding, held = host[2 * tasks + 1] / ranks.size, host[2 * tasks + 2 :]
     sums = summed[numbers.numel() :]
     width = len(parameters)
     # By task, for mixed batches, and last for what came from outside: who has what.
@@ -86,4 +91,5 @@ def agree(
         losses={task: sums[task] / seen_by_all[task] for task in range(tasks) if seen_by_all[task]},
         present=dict(zip(keys, present, strict=True)),
         outside=[parameters[place] for place in from_outside],
+        rounding=rounding,
     )

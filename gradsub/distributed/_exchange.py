@@ -123,6 +123,7 @@ class Exchange:
         mixed: float,
         losses: Mapping[int, Tensor],
         merge: bool,
+        rounding: float,
     ) -> Agreement | None:
         """Sum over the ranks, once a step; every rank has to come here.
 
@@ -132,6 +133,7 @@ class Exchange:
             mixed: rows of mixed batches.
             losses: by task.
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
+            rounding: epsilon of the coarsest format in which a gradient was computed.
 
         Returns:
             what all ranks have; None if this rank is alone, or if it is done already.
@@ -168,6 +170,7 @@ class Exchange:
             losses,
             outside,
             self._tasks,
+            rounding,
         )
         if merge and parameters:
             agreement = merge_plain(gradients, parameters, self._layers, agreement)

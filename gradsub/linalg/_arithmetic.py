@@ -1,5 +1,6 @@
 """Number formats and scales: full precision whatever the caller's settings, and products that cannot overflow."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,35 @@ def _backends_with_precision() -> list[Any]:
 def widen(A: Tensor) -> Tensor:
     """``A`` in the format of the computation: float64 stays, everything narrower becomes float32."""
     return A.detach() if A.dtype == torch.float64 else A.detach().float()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The format of squares and inner products of gradients, whose exponents are twice as large as a gradient's."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def norm(A: Tensor, dim: tuple[int, ...] | None = None) -> Tensor:
+    """Frobenius norm over ``dim``, or over all: entries of 1e30 do not overflow when squared, those of 1e-30 count."""
+    if A.numel() == 0:
+        return A.new_zeros([length for i, length in enumerate(A.shape) if dim is not None and i not in dim])
+    largest = torch.linalg.vector_norm(A, math.inf, dim=dim, keepdim=True)
+    unit = largest.masked_fill(largest == 0, 1)
+    scaled: Tensor = torch.linalg.vector_norm(A / unit, dim=dim)
+    return torch.mul(scaled, unit.view(scaled.shape))
+
+
+def rounding_unit(dtype: torch.dtype, device: torch.device) -> float:
+    """Epsilon of the format to which a product rounds its factors: TF32's or bfloat16's where the user allows it."""
+    chosen = _precision(device) if dtype == torch.float32 and device.type in ("cpu", "cuda") else "ieee"
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(chosen, torch.finfo(dtype).eps)
+
+
+def _precision(device: torch.device) -> str:
+    backends = _backends_with_precision()
+    if not backends:
+        return "ieee" if device.type == "cpu" or torch.get_float32_matmul_precision() == "highest" else "tf32"
+    found = str(backends[0 if device.type == "cuda" else 1].fp32_precision)
+    return str(torch.backends.fp32_precision) if found == "none" else found  # type: ignore[attr-defined]
 
 
 def largest_magnitude(A: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from typing import Any
@@ -13,12 +12,13 @@ from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place
+from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place, own_place
+from gradsub.subspace._verdicts import Verdicts
 
 SHARED = 0
 
 # What a layer's state holds only if the layer is sketched.
-SKETCHES = frozenset({"singular_values", "sketches"})
+SKETCHES = frozenset({"singular_values", "sketches", "usable"})
 
 # In the place of a subspace, for random numbers that belong to none.
 _DIRECTIONS = 1 << 16
@@ -35,12 +35,15 @@ class SubspaceBank:
 
     A layer's state holds ``"step"`` (a count of the layer's steps, 0-dim, int64, CPU), ``"basis"`` (d x sum of widths:
     the shared basis, then one a task) and ``"next_refresh"`` (the step at which each basis is due, int64, CPU). A basis
-    that could not be refreshed when it was due, because its gradient was absent or zero, stays as it is and stays due.
+    that could not be refreshed when it was due, because its gradient was absent, zero or protected as a whole, stays as
+    it is and stays due.
 
     There are two kinds of refresh. An exact one (`refresh`) decomposes the whole gradient before the step. A sketched
     one (`renew`) takes the basis after the step from Y = G^T Omega with a Gaussian Omega, and improves it with a second
-    sketch one step later. A sketched layer's state also holds ``"singular_values"`` (of the first sketch, one a column)
-    and ``"sketches"`` (how many of a refresh's sketches were taken, int64, CPU).
+    sketch one step later. A sketched layer's state also holds ``"singular_values"`` (of the first sketch, one a
+    column), ``"sketches"`` (how many of a refresh's sketches were taken, int64, CPU) and ``"usable"`` (whether the last
+    one was). The device decides what is usable; the schedule assumes that it is, and is put right one step later, when
+    reading the decision does not keep the device waiting.
 
     Args:
         state: the optimizer's state.
@@ -53,6 +56,7 @@ class SubspaceBank:
         self._orthogonalize = orthogonalize
         self._seed = seed
         self._directions: dict[Layer, Tensor] = {}
+        self._verdicts = Verdicts()
 
     def attach(self, state: State) -> None:
         """Follow the optimizer to another state dictionary: torch replaces it when it loads."""
@@ -98,11 +102,10 @@ class SubspaceBank:
         state = self._state[layer.parameter]
         return bool(state["step"] >= state["next_refresh"][subspace])
 
-    def settled(self, layer: Layer, sketches: Collection[int]) -> bool:
-        """Whether these sketches complete a refresh of the shared basis."""
-        if SHARED not in sketches:
-            return False
-        return bool(self._state[layer.parameter]["sketches"][SHARED] == SKETCHES_PER_REFRESH - 1)
+    def at_place(self, layer: Layer, gap: int) -> bool:
+        """Whether this step is the layer's first or its own place within ``gap`` steps."""
+        step = int(self._state[layer.parameter]["step"])
+        return step == 0 or step % gap == own_place(gap, layer.index)
 
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
@@ -178,13 +181,18 @@ class SubspaceBank:
         if not layer.sketched:
             for key in SKETCHES:
                 state.pop(key, None)
-        elif not state.keys() >= SKETCHES:
+        else:
             self._expect_sketches(layer)
+            self._verdicts.expect(layer)
 
     def _expect_sketches(self, layer: Layer) -> None:
+        """What a sketched layer's state has and a checkpoint of another kind, or of an earlier version, lacks."""
         state = self._state[layer.parameter]
-        state["singular_values"] = state["basis"].new_zeros(sum(layer.widths))
-        state["sketches"] = _counts(layer)
+        if "sketches" not in state:
+            state["singular_values"] = state["basis"].new_zeros(sum(layer.widths))
+            state["sketches"] = _counts(layer)
+        if "usable" not in state:
+            state["usable"] = torch.ones(len(layer.widths), dtype=torch.bool, device=state["basis"].device)
 
     def advance(self, layers: Iterable[Layer]) -> None:
         """Count a step."""
@@ -192,25 +200,19 @@ class SubspaceBank:
 
     def refresh(
         self, layer: Layer, gradients: Mapping[int, Tensor], update_proj_gap: int, changed: BasisChanged
-    ) -> bool:
-        """Recompute the bases that are due and whose gradient is there and not zero.
+    ) -> None:
+        """Recompute the bases that are due and whose gradient is there and says something.
 
         Args:
             layer: the layer.
             gradients: full gradients (m x n) by subspace.
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
             changed: told the layer, the subspace, its old and its new basis.
-
-        Returns:
-            whether any basis changed.
         """
         state = self._state[layer.parameter]
-        step, refreshed = int(state["step"]), False
+        step = int(state["step"])
         for subspace in sorted(gradients):
             if not self.due(layer, subspace):
-                continue
-            # Reading this waits for the device, on refresh steps only, where the decompositions wait as well.
-            if not 0.0 < float(gradients[subspace].abs().amax()) < math.inf:
                 continue
             against, free = self._forbidden(layer, subspace)
             old = self.basis(layer, subspace)
@@ -221,15 +223,16 @@ class SubspaceBank:
                 against,
                 free,
                 self._generator(layer.parameter.device, layer.index, subspace, step),
+                self._may_vanish(subspace) or not free,
             )
+            if new is None:
+                continue
             changed(layer, subspace, old, new)
             old.copy_(new)
             state["next_refresh"][subspace] = next_multiple(step, update_proj_gap)
-            refreshed = True
             if subspace == SHARED and self._orthogonalize == "shared_first":
                 # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
                 state["next_refresh"][1:] = step
-        return refreshed
 
     def renew(
         self, sketches: Mapping[Layer, Mapping[int, Tensor]], gaps: Mapping[Layer, int], changed: BasisChanged
@@ -241,6 +244,7 @@ class SubspaceBank:
             gaps: of each layer, the steps between refreshes.
             changed: told the layer, the subspace, its old and its new basis.
         """
+        self._settle()
         due = {
             layer: {subspace: Y for subspace, Y in found.items() if self.due(layer, subspace)}
             for layer, found in sketches.items()
@@ -261,6 +265,21 @@ class SubspaceBank:
                 complete = taken == SKETCHES_PER_REFRESH
                 state["sketches"][subspace] = 0 if complete else taken
                 state["next_refresh"][subspace] = next_place(step, gaps[layer], layer.index) if complete else step + 1
+        for layer, found in due.items():
+            if found:
+                self._verdicts.expect(layer)
+        self._verdicts.send(self._state)
+
+    def _settle(self) -> None:
+        """Take back what the schedule assumed of the last step's sketches and the device found otherwise."""
+        for layer, usable in self._verdicts.read(self._state):
+            state = self._state[layer.parameter]
+            for subspace, good in enumerate(usable):
+                if not good:
+                    state["sketches"][subspace] = (int(state["sketches"][subspace]) - 1) % SKETCHES_PER_REFRESH
+                    state["next_refresh"][subspace] = int(state["step"])
+            if not all(usable):
+                state["usable"].fill_(True)
 
     def _renew_alike(self, subspace: int, sketches: Mapping[Layer, Tensor], changed: BasisChanged) -> None:
         """One decomposition for all layers of the same shape; nothing here waits for the device."""
@@ -283,6 +302,7 @@ class SubspaceBank:
                 width,
                 torch.stack(constraints) if constraints else None,
                 self._generator(layers[0].parameter.device, layers[0].index, subspace, step),
+                self._may_vanish(subspace),
             )
             for i, layer in enumerate(layers):
                 old = self.basis(layer, subspace)
@@ -290,12 +310,20 @@ class SubspaceBank:
                 new[:, :width] = torch.where(usable[i], fresh[i], bases[i])
                 changed(layer, subspace, old, new)
                 old.copy_(new)
-                values[i].copy_(torch.where(usable[i, 0], strengths[i], values[i]))
+                # What is left of a refresh that began with nothing must not enter the next sketch.
+                kept = values[i] if count else 0.0
+                values[i].copy_(torch.where(usable[i, 0], strengths[i], kept))
+                if self.due(layer, subspace):
+                    self._state[layer.parameter]["usable"][subspace].copy_(usable[i, 0, 0])
 
     def _kept(self, layer: Layer, subspace: int, width: int) -> tuple[Tensor, Tensor]:
         """The basis and the singular values, views of as many columns as there is room for."""
         columns = layer.columns(subspace)
         return self.basis(layer, subspace)[:, :width], self._state[layer.parameter]["singular_values"][columns][:width]
+
+    def _may_vanish(self, subspace: int) -> bool:
+        """Whether a gradient counts of which nothing is left: where another basis has all of it, waiting is in vain."""
+        return subspace != SHARED and self._orthogonalize != "none"
 
     def _forbidden(self, layer: Layer, subspace: int) -> tuple[Tensor | None, int]:
         protected, free = layer.protected, layer.free

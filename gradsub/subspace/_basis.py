@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,40 +39,56 @@ def orthonormality(dtype: torch.dtype) -> float:
 
 
 def dominant_basis(
-    gradient: Tensor, width: int, axis: int, against: Tensor | None, free: int, generator: torch.Generator
-) -> Tensor:
+    gradient: Tensor,
+    width: int,
+    axis: int,
+    against: Tensor | None,
+    free: int,
+    generator: torch.Generator,
+    may_vanish: bool = False,
+) -> Tensor | None:
     """The leading singular vectors of (I - K K^T) G along ``axis``, as orthonormal columns orthogonal to K.
 
     The protection is folded into the basis here: whatever the inner optimizer then does with the coordinates, the
     lifted update stays orthogonal to K.
 
     Args:
-        gradient: G (m x n), finite and not zero.
+        gradient: G (m x n).
         width: columns of the result.
         axis: the axis of length d that the basis spans.
         against: K (d x k), orthonormal columns (zero columns are allowed) to stay orthogonal to.
         free: the dimension of K's complement; columns beyond it are zero, since there is no direction left for them.
         generator: draws the random test matrix, and the columns beyond the rank of (I - K K^T) G.
+        may_vanish: whether G counts if K leaves nothing but rounding of it: then all columns are drawn.
 
     Returns:
-        the basis (d x width).
+        the basis (d x width), or None if G does not count: it is zero, not finite, or K leaves nothing of it. Reading
+        that waits for the device, as the decomposition does.
     """
     whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
     if against is not None:
         with full_precision(matrix.device):
             matrix = matrix - against @ (against.mT @ matrix)
+    largest = largest_magnitude(whole)
+    error = _error(largest, largest_magnitude(matrix))
+    if not _counts(largest, error, may_vanish):
+        return None
     basis = matrix.new_zeros(matrix.shape[0], width)
     kept = min(width, free)
     if kept:
         leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
-        error = _error(largest_magnitude(whole), largest_magnitude(matrix))
         leading = leading.masked_fill(_is_rounding(values, error).unsqueeze(-2), 0)
         basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     return basis
 
 
 def sketched_basis(
-    Y: Tensor, earlier: Tensor | None, width: int, against: Tensor | None, generator: torch.Generator
+    Y: Tensor,
+    earlier: Tensor | None,
+    width: int,
+    against: Tensor | None,
+    generator: torch.Generator,
+    may_vanish: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The leading left singular vectors of (I - K K^T) [B diag(s), Y / ||Y||], without waiting for the device.
 
@@ -81,22 +99,23 @@ def sketched_basis(
 
     Args:
         Y: sketches of L layers (L x d x c).
-        earlier: B diag(s) (L x d x width), or None.
+        earlier: B diag(s) (L x d x width), or None; zero where that sketch was not usable.
         width: columns of the result, at most the dimension of K's complement.
         against: K (L x d x k), or None.
         generator: draws the columns beyond the rank of the matrix.
+        may_vanish: whether Y is usable if K leaves nothing but rounding of it.
 
     Returns:
-        the bases (L x d x width), their singular values s (L x width), and whether Y was usable: finite and not zero
-        (L x 1 x 1); where it was not, ignore the others.
+        the bases (L x d x width), their singular values s (L x width), and whether Y was usable: finite, not zero, and
+        not gone with K (L x 1 x 1); where it was not, ignore the others.
     """
     with full_precision(Y.device):
         whole = largest = largest_magnitude(Y)
         if against is not None:
             Y = Y - against @ (against.mT @ Y)
             largest = largest_magnitude(Y)
-        usable = torch.isfinite(largest) & (largest > 0)
         error = _error(whole, largest)
+        usable = _counts(whole, error, may_vanish)
         # Where K leaves nothing but rounding of Y, the earlier sketch alone decides. By the largest entry first, since
         # the square of a norm need not be representable.
         Y = torch.where(usable & (error < 1), Y / largest, 0.0)
@@ -107,7 +126,11 @@ def sketched_basis(
             Y = torch.cat([earlier, Y], dim=-1)
         gramian = Y.mT @ Y
         columns = min(width, Y.shape[-1])
-        Z = torch.linalg.qr(gramian[..., :columns]).Q
+        start = gramian[..., :columns]
+        if earlier is not None:
+            # Columns of both: the iteration would never leave the earlier sketch where that has a lower rank, or none.
+            start = start + gramian[..., -columns:]
+        Z = torch.linalg.qr(start).Q
         for _ in range(_ITERATIONS):
             Z = torch.linalg.qr(gramian @ Z).Q
         leading = Y @ Z
@@ -123,9 +146,18 @@ def sketched_basis(
     return basis, strength, usable
 
 
+def _counts(largest: Tensor, error: Tensor, may_vanish: bool) -> Tensor:
+    """Whether a gradient or a sketch with this largest entry, of which K leaves so much, says anything (... x 1 x 1).
+
+    If not, the basis stays due: the gradient may come from an empty expert, a head of zeros or a loss that warms up.
+    """
+    counts = torch.isfinite(largest) & (largest > 0)
+    return counts if may_vanish else counts & (error < 1)
+
+
 def _error(whole: Tensor, left: Tensor) -> Tensor:
     """The relative size at which (I - K K^T) Y is rounding, from the largest entries of Y and of that (... x 1 x 1)."""
-    lost = torch.where(left > 0, whole / left, 1.0)
+    lost = torch.where(left > 0, whole / left, math.inf)
     return _ROUNDING * torch.finfo(left.dtype).eps * lost
 
 

@@ -19,18 +19,23 @@ def next_multiple(step: int, gap: int) -> int:
     return (step // gap + 1) * gap
 
 
-def next_place(step: int, gap: int, index: int) -> int:
-    """The first step after ``step`` that is a layer's own place within ``gap`` steps.
+def own_place(gap: int, index: int) -> int:
+    """A layer's own place within ``gap`` steps.
 
     Multiples of the golden ratio spread any number of layers evenly, also those that are added later.
+    """
+    return int(index * _GOLDEN % 1 * gap)
+
+
+def next_place(step: int, gap: int, index: int) -> int:
+    """The first step after ``step`` that is a layer's own place.
 
     Args:
         step: the layer's count of steps.
         gap: steps between two refreshes.
         index: of the layer.
     """
-    place = int(index * _GOLDEN % 1 * gap)
-    return step + 1 + (place - step - 1) % gap
+    return step + 1 + (own_place(gap, index) - step - 1) % gap
 
 
 def sketch_size(rank: int, codimension: int) -> int:
