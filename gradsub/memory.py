@@ -71,7 +71,7 @@ def layer_bytes(
         >>> from gradsub.memory import layer_bytes
         >>> found = layer_bytes(576, 1536, rank=64)
         >>> found.state, found.captured
-        (1376840, 442368)
+        (1376843, 442368)
         >>> 2 * 4 * 576 * 1536  # the moments of Adam on the whole weight
         7077888
     """

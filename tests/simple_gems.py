@@ -7,6 +7,11 @@ def leading(matrix, count):
     return np.linalg.svd(matrix, full_matrices=False)[0][:, :count]
 
 
+def without_rounding(R, G):
+    """What exact arithmetic makes zero is zero: beyond the rank of G, Adam must not step along rounding."""
+    return np.where(np.abs(R) <= 1e-14 * np.abs(G).max(), 0.0, R)
+
+
 class SimpleGems:
     """The readable twin of `GemsOptimizer` for one matrix W (m x n); everything is float64.
 
@@ -40,6 +45,7 @@ class SimpleGems:
         else:
             self.refresh({"shared": mixed, **G})
         R = {"shared": self.bases["shared"].T @ mixed, **{k: self.bases[k].T @ G[k] for k in G}}
+        R = {k: without_rounding(r, G.get(k, mixed)) for k, r in R.items()}
         gates = self.gates(R, samples, losses, total)
         d = {k: self.inner_step(k, R[k]) for k in R}
         update = self.bases["shared"] @ d["shared"] + sum(gates[k] * self.bases[k] @ d[k] for k in G)

@@ -11,9 +11,9 @@ M, N, RANK, TASK_RANK, GAP, STEPS = 11, 9, 4, 2, 7, 20
 LR = 0.01
 
 
-def quadratic(rng):
+def quadratic(rng, rank=2 * N):
     """A task: 0.5 ||(W - T) A||^2 / n, whose gradient needs no autograd."""
-    target, A = rng.normal(size=(M, N)), rng.normal(size=(N, 2 * N)) * np.geomspace(2, 0.3, N)[:, None]
+    target, A = rng.normal(size=(M, N)), rng.normal(size=(N, rank)) * np.geomspace(2, 0.3, N)[:, None]
     return target, A @ A.T / N
 
 
@@ -22,10 +22,10 @@ def loss_of(weight, task):
     return 0.5 * torch.einsum("ij,jk,ik->", weight - target, metric, weight - target)
 
 
-def make(side, count, gate, orthogonalize, with_null_space, inner, scale=0.7):
+def make(side, count, gate, orthogonalize, with_null_space, inner, scale=0.7, rank=2 * N):
     rng = np.random.default_rng(count)
     start = rng.normal(size=(M, N))
-    tasks = {f"task{k}": quadratic(rng) for k in range(count)}
+    tasks = {f"task{k}": quadratic(rng, rank) for k in range(count)}
     decay = 0.1
     weight = torch.nn.Parameter(torch.from_numpy(start.copy()))
     null_space, protected = None, None
@@ -100,4 +100,12 @@ def test_equals_twin_when_tasks_come_and_go(side):
         # Steps 7 and 14 refresh: the first task is away at 7 and must refresh its basis when it is back, at 8.
         samples = {first: 8, second: 24} if step % 3 != 1 else {second: 24}
         both_step(weight, tasks, optimizer, twin, samples)
+        np.testing.assert_allclose(weight.detach().numpy(), twin.weight(), rtol=0, atol=1e-9)
+
+
+def test_equals_twin_where_gradients_have_a_lower_rank_than_bases():
+    """The two complete their bases with other directions, along which nothing may move."""
+    weight, tasks, optimizer, twin = make("input", 1, "uniform", "none", False, "adamw", rank=1)
+    for _ in range(STEPS):
+        both_step(weight, tasks, optimizer, twin, dict.fromkeys(tasks, 8))
         np.testing.assert_allclose(weight.detach().numpy(), twin.weight(), rtol=0, atol=1e-9)
