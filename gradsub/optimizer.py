@@ -310,6 +310,7 @@ class GemsOptimizer(Optimizer):
             with torch.enable_grad():
                 result = closure()
         self._intake.check_dense(self._stepper.layers)
+        self._intake.check_strays()
         self._intake.unscale()
         self._intake.reduce(merge=self._stepper.sums)
         if not self._finite():
