@@ -26,6 +26,13 @@ def is_bias(name: str) -> bool:
     return name.startswith(("bias", "parametrizations.bias."))
 
 
+def depends_on_parameters(module: nn.Module) -> bool:
+    """Whether a weight that is no parameter of the module was computed from some that train."""
+    with torch.enable_grad(), evaluating(module):  # or spectral normalisation would go on in its estimate
+        weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
 def carries_protection(module: nn.Module, input_side: bool, transposed: bool) -> bool:
     """Whether the module answers protected inputs as before when its weight moves in their null space.
 
