@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from gradsub._effective import adds_to, carries_protection, depends_on_parameters, is_bias, own_weight
+from gradsub._effective import carries_protection, depends_on_parameters, is_bias, own_weight, stands_for
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters
 
 
@@ -103,9 +103,10 @@ class Coverage:
             return None  # the whole model stands in nobody's place
         moving = self._moving(self._layers[outer], name in self._targeted)
         others = [key for key, parameter in moving.items() if not self._inside(parameter, layer)]
-        if not others or not adds_to(self._layers[outer], layer):
+        frozen = own_weight(layer) not in self._held
+        if not others or not stands_for(self._layers[outer], layer, frozen):
             return None
-        return f"what {' and '.join(others[:3])} beside it compute is added to its answer"
+        return f"the module around it answers for it, with {' and '.join(others[:3])}"
 
     def _inside(self, parameter: Tensor, module: nn.Module) -> bool:
         return any(own is parameter for own in module.parameters())

@@ -336,9 +336,9 @@ class Layout:
         targets = {parameter: target.names[0] for parameter, target in (self._targets or {}).items()}
         trained = max(1, sum(p.numel() for p in self._given if p.requires_grad))
         found = left_out(model, self._target_modules, self._given, targets, self._computed, self.name)
-        for parameters, message in found:
-            # What the null space knows is named with that, and nothing twice.
-            new = {name: p for name, p in parameters.items() if name not in self._left_out and not self._knows(name)}
+        for parameters, message, always in found:
+            new = {name: p for name, p in parameters.items() if name not in self._left_out}
+            new = {name: p for name, p in new.items() if always or not self._knows(name)}
             self._left_out.update(new)
             if new:
                 share = sum(parameter.numel() for parameter in new.values()) / trained

@@ -11,10 +11,14 @@ from gradsub.layers import named_layers, named_parameters, other_matrices
 
 
 class LeftOut(NamedTuple):
-    """Parameters by name, and what to say of them; ``{names}`` and ``{share}`` stand for themselves in it."""
+    """Parameters by name, and what to say of them; ``{names}`` and ``{share}`` stand for themselves in it.
+
+    What a null space knows is said with the null space, unless it is to be said in any case.
+    """
 
     parameters: Mapping[str, Tensor]
     message: str
+    always: bool = False
 
 
 _ABSENT = (
@@ -69,14 +73,14 @@ def left_out(
     if not shared or (outside and targets and not decomposed):
         raise ValueError(
             f"model= has {shared} of the base optimizer's {len(given)} parameters and no layer to decompose among "
-            "them: it is another copy of the model (a deepcopy, or one that was loaded, moved or sharded since). Build the "
-            "base optimizer from the parameters of the model= that you pass"
+            "them: it is another copy of the model (a deepcopy, or one that was loaded, moved or sharded since). Build "
+            "the base optimizer from the parameters of the model= that you pass"
         )
     yield LeftOut(outside, _OUTSIDE)
     absent = {layer: p for p, layer in targets.items() if p not in given and p.requires_grad}
     yield LeftOut(absent, _ABSENT)
     if not decomposed and not absent:
-        yield LeftOut({layer: p for p, layer in targets.items()}, _NOTHING)
+        yield LeftOut({layer: p for p, layer in targets.items()}, _NOTHING, always=True)
     layers = dict(named_layers(model))
     sources = {layer: [p for p in layers[layer].parameters() if p.ndim > 1] for layer in computed}
     yield LeftOut({layer: ps[0] for layer, ps in sources.items() if any(map(given.get, ps))}, _COMPUTED)

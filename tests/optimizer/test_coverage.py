@@ -132,7 +132,7 @@ LOOSE = {
     "attribute": (of(Attribute), "its weight is computed from parameters elsewhere"),
     "standardised": (of(Standardised), "the forward pass of Standardised computes with something else"),
     "adapted": (of(Adapted), "what it computes depends on down and up"),
-    "beside": (Beside, "what down and up beside it compute is added to its answer"),
+    "beside": (Beside, "the module around it answers for it, with down and up"),
 }
 
 
@@ -339,15 +339,46 @@ def test_a_null_space_of_before_the_adapters_knows_a_layer_that_now_moves(device
     assert " 0: what it computes depends on lora_A.default.weight and lora_B.default.weight" in told[0]
 
 
+@pytest.mark.parametrize("trained_before", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_null_space_that_knows_the_base_layer_alone_names_it(device, dora):
+def test_a_null_space_that_knows_the_base_layer_alone_names_it(device, dora, trained_before):
     peft_model, _, x = adapted(device, use_dora=dora)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and trained_before:
+            parameter.data += 0.3 * torch.rand_like(parameter)
     null_space = NullSpace(max_rank=RANK).collect(peft_model, [x], target_modules=["base_layer"])
     trained = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer, said = build(peft_model, null_space, trained, target_modules="all-linear")
     name = "base_model.model.0"
-    assert any(f"{name}.base_layer: what " in message and "lora_B.default" in message for message in said), said
+    assert any(
+        f"{name}.base_layer: the module around it" in message and "lora_B.default" in message for message in said
+    ), said
     assert moved(peft_model, peft_model.base_model.model[0], optimizer, device, x) > 1e-4
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_adapters_that_scale_are_seen_too(device, trained_before):
+    from peft import IA3Config, get_peft_model
+
+    model, x = model_of(identical, device), general_inputs(device)
+    peft_model = get_peft_model(model, IA3Config(target_modules=["0"], feedforward_modules=[])).to(device)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    for parameter in trained if trained_before else []:
+        parameter.data += torch.rand_like(parameter)
+    null_space = NullSpace(max_rank=RANK).collect(peft_model, [x])
+    _, said = build(peft_model, null_space, trained)
+    assert any("0.base_layer: the module around it answers for it, with ia3_l.default" in message for message in said)
+
+
+@pytest.mark.parametrize("around", [nn.Tanh(), nn.LayerNorm(12), nn.GELU()], ids=str)
+def test_a_block_of_the_model_stands_for_none_of_its_layers(device, around):
+    block = nn.Sequential(nn.Linear(16, 12), around, nn.Linear(12, 12), nn.LayerNorm(12))
+    model, x = nn.Sequential(block, nn.Linear(12, 8)).to(device), general_inputs(device)
+    block[0].requires_grad_(False)
+    null_space = NullSpace(max_rank=2).collect(model, [x], target_modules=["0.0"])
+    _, said = build(model, null_space, [p for p in model.parameters() if p.requires_grad], target_modules=["0.0"])
+    assert len(said) == 1  # nothing is decomposed
+    assert said[0].startswith("none of the layers that target_modules names")
 
 
 def test_adapters_that_are_protected_keep_the_answers_without_a_word(device):
@@ -505,7 +536,7 @@ def test_looking_draws_no_random_numbers_and_leaves_modes_alone(device):
     state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     weights = [p.clone() for p in model.parameters()]
     _, said = build(model, null_space, [p for p in model.parameters() if p.requires_grad])
-    assert any("is added to its answer" in message for message in said)
+    assert any("answers for it, with down" in message for message in said)
     assert any("Standardised computes with something else" in message for message in said)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
