@@ -65,7 +65,8 @@ class GemsOptimizer(Optimizer):
         orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared
             one (that of a task whose gradient is absent or zero when that one changes: from its next gradient on).
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
-        null_space: the protected directions; None protects nothing.
+        null_space: the protected directions; None protects nothing. A layer that it knows, but whose product changes
+            by anything else than a decomposed weight, is named by a warning with the reason.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
             ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh, of which a vector that
@@ -103,8 +104,9 @@ class GemsOptimizer(Optimizer):
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, re-evaluates its closure or uses a trust ratio; a
-            parameter is complex; ``null_space`` does not fit the layers or the side; a weight is sharded otherwise than
-            by rows, or ``base`` looks at whole matrices where each rank has some rows.
+            parameter is complex; ``model`` is another copy than the one that ``base`` trains; ``null_space`` does not
+            fit the layers or the side; a weight is sharded otherwise than by rows, or ``base`` looks at whole matrices
+            where each rank has some rows.
 
     Example:
         >>> import torch
