@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from gradsub._effective import adds_to, carries_protection, is_bias, own_weight
+from gradsub._effective import carries_protection, depends_on_parameters, is_bias, own_weight, stands_for
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters
 
 
@@ -53,20 +53,18 @@ class Coverage:
                 return "the model has no layer and no vector of that name"
             return self._loose_parameter(parameter, False)
         targeted = name in self._targeted
-        others = self._moving(module, targeted)
         weight = own_weight(module)
+        if weight is None and is_linear(module):
+            return self._computed(module, targeted)
+        others = self._moving(module, targeted)
         if weight is not None:
             others.pop("weight", None)
             reason = self._loose_parameter(weight, targeted)
             if reason is not None:
                 return reason
         if others:
-            computed = is_linear(module) and weight is None
-            depends = "its weight is computed from" if computed else "what it computes depends on"
-            return f"{depends} {' and '.join(list(others)[:3])}"
-        if weight is None:
-            return self._loose_attribute(module)
-        if not is_linear(module):
+            return f"what it computes depends on {' and '.join(list(others)[:3])}"
+        if weight is None or not is_linear(module):
             return None
         if weight in self._held and not _carries(module, input_side):
             return f"the forward pass of {type(module).__name__} computes with something else than its weight"
@@ -80,7 +78,7 @@ class Coverage:
         if below:
             return f"what it computes depends on {' and '.join(below[:3])}"
         held = any(called in own and own[called] in self._held for called in _parameter_names(name))
-        return None if held else "none of the base optimizer's parameters goes by that name"
+        return None if held else "none of the base optimizer's parameters goes by that name (a frozen layer needs none)"
 
     def _loose_parameter(self, parameter: Tensor, targeted: bool) -> str | None:
         if parameter in self._held or not self._moves(parameter, targeted):
@@ -89,11 +87,12 @@ class Coverage:
             return "it takes the plain inner step"
         return "it is not among the base optimizer's parameters, but requires a gradient"
 
-    def _loose_attribute(self, module: nn.Module) -> str | None:
-        weight = module.__dict__.get("weight")
-        if isinstance(weight, Tensor) and weight.requires_grad:
-            return "its weight is computed from parameters elsewhere"
-        return None
+    def _computed(self, module: nn.Module, targeted: bool) -> str | None:
+        """Why a weight that is no parameter may move. That it is computed from a held one holds nothing."""
+        sources = [key for key, p in named_parameters(module) if not is_bias(key) and self._moves(p, targeted)]
+        if sources:
+            return f"its weight is computed from {' and '.join(sources[:3])}"
+        return "its weight is computed from parameters elsewhere" if depends_on_parameters(module) else None
 
     def _added(self, name: str, layer: nn.Module) -> str | None:
         """Why the module in which the layer stands moves what the layer does not."""
@@ -104,9 +103,10 @@ class Coverage:
             return None  # the whole model stands in nobody's place
         moving = self._moving(self._layers[outer], name in self._targeted)
         others = [key for key, parameter in moving.items() if not self._inside(parameter, layer)]
-        if not others or not adds_to(self._layers[outer], layer):
+        frozen = own_weight(layer) not in self._held
+        if not others or not stands_for(self._layers[outer], layer, frozen):
             return None
-        return f"what {' and '.join(others[:3])} of {outer} compute is added to its answer"
+        return f"the module around it answers for it, with {' and '.join(others[:3])}"
 
     def _inside(self, parameter: Tensor, module: nn.Module) -> bool:
         return any(own is parameter for own in module.parameters())

@@ -26,6 +26,13 @@ def is_bias(name: str) -> bool:
     return name.startswith(("bias", "parametrizations.bias."))
 
 
+def depends_on_parameters(module: nn.Module) -> bool:
+    """Whether a weight that is no parameter of the module was computed from some that train."""
+    with torch.enable_grad(), evaluating(module):  # or spectral normalisation would go on in its estimate
+        weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.requires_grad
+
+
 def carries_protection(module: nn.Module, input_side: bool, transposed: bool) -> bool:
     """Whether the module answers protected inputs as before when its weight moves in their null space.
 
@@ -61,29 +68,38 @@ def carries_protection(module: nn.Module, input_side: bool, transposed: bool) ->
     return bool(moved <= _TOLERANCE * most)
 
 
-def adds_to(outer: nn.Module, layer: nn.Module) -> bool:
-    """Whether ``outer`` answers with what ``layer`` answers to the same input and something added, as adapters do."""
+def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:
+    """Whether ``outer`` stands in the layer's place, as adapters do: it answers the layer's inputs, and by its means.
+
+    Either it adds something to the layer's own answer; or, where the layer is frozen, it is affine as a linear layer is
+    and of the same widths, whatever it makes of the layer's weight. Blocks of a model are neither.
+    """
     weight = own_weight(layer)
     if weight is None or weight.ndim != 2:
         return False
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS, weight.shape[1], generator=generator).to(weight)
-    added: Tensor | None = None
+    first, second = torch.randn(2, _ROWS, weight.shape[1], generator=generator).to(weight)
+    x = torch.cat([first, second, first + second, torch.zeros_like(first)])
+    added: Tensor | float = 0.0
     asked: list[Any] = []
 
     def see(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
         asked.append(inputs[0])
-        return output if added is None else output + added
+        return output + added
 
     handle = layer.register_forward_hook(see)
     try:
         # A module that draws random numbers itself may not change what the user draws next.
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad(), evaluating(outer):
             plain = outer(x)
-            added = torch.randn(*plain.shape, generator=generator).to(plain)
+            added = torch.randn(*plain.shape, generator=generator).to(plain)  # of another shape, the sum fails
             moved = outer(x) - plain
-            return torch.equal(asked[0], x) and bool((moved - added).norm() <= _TOLERANCE * added.norm())
+        if torch.equal(asked[0], x) and bool((moved - added).norm() <= _TOLERANCE * added.norm()):
+            return True
+        one, other, both, none = plain.chunk(4)
+        bent = (one + other - both - none).norm()
+        return frozen and plain.shape == (len(x), weight.shape[0]) and bool(bent <= _TOLERANCE * (one - none).norm())
     except Exception:
-        return False  # it takes or returns something else: it does not stand in a linear layer's place
+        return False  # it takes or returns something else
     finally:
         handle.remove()

@@ -51,6 +51,7 @@ class Intake:
         self.losses: dict[int, Tensor] = {}
         self._clipped = False
         self._open = False
+        self._warned = False
 
     @property
     def gradients(self) -> Mapping[int, dict[Tensor, Captured]]:
@@ -222,6 +223,19 @@ class Intake:
             if parameter.grad is not None:
                 self.capture.check_dense(parameter, parameter.grad)
 
+    def check_strays(self) -> None:
+        """At a step: warn once if a task was closed without a gradient, and one of no task came after it."""
+        # Not at zero_grad, which may stand between the two.
+        strayed, self._outside.emptied, self._outside.strayed = self._outside.strayed, None, None
+        if strayed is not None and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{strayed} was closed before any backward pass, and then a gradient arrived outside of "
+                "it: that belongs to no task, so no gate weighs it and the task's subspace never sees it. Call "
+                "backward() inside the block of its task",
+                stacklevel=5,
+            )
+
     def clear(self) -> None:
         """Forget all that has come in."""
         self._unscaling.reset()
@@ -232,7 +246,6 @@ class Intake:
         self.losses.clear()
         self.samples.clear()
         self.mixed_samples = 0.0
-        self._outside.emptied = None
         self._exchange.reset()
 
 
@@ -241,23 +254,17 @@ class _Outside:
 
     Attributes:
         emptied: how errors call a block of this step that was closed without a gradient, or None.
+        strayed: the same, once a gradient has arrived after it.
     """
 
     def __init__(self, unscaling: Unscaling, exchange: Exchange) -> None:
         self._unscaling = unscaling
         self._exchange = exchange
-        self._warned = False
         self.emptied: str | None = None
+        self.strayed: str | None = None
 
     def __call__(self, parameter: Tensor) -> None:
         if self._unscaling.skipped:
             self._exchange.reset()  # what the ranks had summed is of a step that a scaler has left out
         self._exchange.check_open()
-        if self.emptied is not None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{self.emptied} was closed before any backward pass, and now a gradient arrives outside of it: it "
-                "belongs to no task, so no gate weighs it and the task's subspace never sees it. Call backward() "
-                "inside the block of its task",
-                stacklevel=3,
-            )
+        self.strayed = self.emptied

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gradsub._coverage import Coverage
 from gradsub._effective import own_weight
+from gradsub._left_out import left_out, smaller_side
 from gradsub.capture import can_fuse
-from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, other_matrices, select_layers, some
+from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer, Shards, is_distributed, local, shards_of
 
@@ -20,6 +21,16 @@ from gradsub.subspace import Layer, Shards, is_distributed, local, shards_of
 # and, since an exact decomposition is cheap as well, at a refresh.
 _NOT_WORTH_FUSING = 1 << 12
 _NOT_WORTH_SKETCHING = 1 << 16
+# How many names a warning lists of what is not protected.
+_NAMED = 12
+_SAID = {
+    "plain": "{} is protected by null_space but takes the plain inner step, which does not obey it: leave "
+    "subspace=True for it, target it, or freeze it",
+    "unprotected": "null_space has nothing for {}: their updates are not constrained",
+    "no freedom": "null_space protects all {}: it cannot learn",
+    "no direction": "null_space protects no direction of {}: its criterion asks for none, or its features were zero. A "
+    "threshold is in squared units of the features (for vectors, of gradients); energy has no units",
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class Layout:
         self._given: dict[Tensor, bool] = {}
         self._held: set[Tensor] = set()
         self._reported: set[str] = set()
+        self._left_out: set[str] = set()
+        self._said: dict[str, list[str]] = defaultdict(list)
         self._names: dict[Tensor, str] = {}
         self._seen: dict[Tensor, tuple[int, ...]] = {}
         self._count = 0
@@ -105,7 +118,7 @@ class Layout:
             self._given[parameter] = group["subspace"]
             self._check_dtype(parameter)
             protecting = self._protecting(parameter)
-            too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= _smaller_side(parameter)
+            too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= smaller_side(parameter)
             if not self._decomposed(parameter, group, bool(protecting)):
                 if group["subspace"] and too_small and self._targets is None:
                     full_rank.append(self.name(parameter))
@@ -119,14 +132,9 @@ class Layout:
                 full_rank.append(self.name(parameter))
             layers.append(self._layer(parameter, group, index, protecting))
         self._warn_full_rank(full_rank, group["rank"])
-        self._warn_unprotected(layers)
-        if plain:
-            warnings.warn(
-                f"{some(plain)} is protected by null_space but takes the plain inner step, which does not obey it: "
-                "leave subspace=True for it, target it, or freeze it",
-                UserWarning,
-                stacklevel=4,
-            )
+        self._said["plain"] += plain
+        if self._null_space is not None:
+            self._said["unprotected"] += [layer.name for layer in layers if layer.protected is None]
         return layers
 
     def _add_vector(self, parameter: Tensor, protecting: list[str]) -> None:
@@ -141,7 +149,7 @@ class Layout:
         self._seen[parameter] = self._versions(protecting)
         protected = self.vector(parameter)
         assert protected is not None
-        self._warn_extremes(self.name(parameter), protected)
+        self._note_extremes(self.name(parameter), protected)
 
     def vector(self, parameter: Tensor) -> Tensor | None:
         """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
@@ -155,7 +163,7 @@ class Layout:
             return False
         if self._targets is not None:
             return parameter in self._targets
-        return protected or _smaller_side(parameter) > group["rank"]
+        return protected or smaller_side(parameter) > group["rank"]
 
     def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
         target = (self._targets or {}).get(parameter)
@@ -177,14 +185,14 @@ class Layout:
         if not protecting:
             return layer
         layer.protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
-        self._warn_extremes(layer.name, layer.protected)
+        self._note_extremes(layer.name, layer.protected)
         self._held.add(parameter)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
 
     def widths(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
         """The ranks of a weight's subspaces under a group's options: the shared one first, then one a task."""
-        most = _smaller_side(parameter)
+        most = smaller_side(parameter)
         task_rank = group["task_rank"] if group["task_rank"] is not None else max(1, group["rank"] // 2)
         return (min(group["rank"], most), *([min(task_rank, most)] * self._tasks))
 
@@ -327,81 +335,33 @@ class Layout:
             ValueError: nothing of either can be found among the base optimizer's parameters.
         """
         if self._model is not None:
-            self._check_model(self._model)
             self._warn_left_out(self._model)
-        if self._null_space is None or not len(self._null_space):
+        if self._null_space is None:
             return
-        if not any(self._protecting(p) for p in list(self._names)) and not self._known(self._computed):
+        if not any(self._protecting(p) for p in list(self._names)) and not any(map(self._knows, self._computed)):
             known = list(self._null_space)[:4]
             raise ValueError(
                 f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
                 "pass the model= on which it was collected, or build the base optimizer from named_parameters()"
             )
+        self._warn_protection()
         self._warn_loose(self._null_space)
 
-    def _known(self, names: Iterable[str]) -> list[str]:
-        return [name for name in names if self._null_space is not None and name in self._null_space]
-
-    def _check_model(self, model: nn.Module) -> None:
-        """Raise a ValueError if the base optimizer trains another model; say which matrices belong to none."""
-        own = {parameter for _, parameter in named_parameters(model)}
-        outside = [p for p, subspace in self._given.items() if p not in own and subspace and _smaller_side(p) > 1]
-        strangers = [p for p in self._given if p not in own]
-        decomposed = any(parameter in self._given for parameter in self._targets or {})
-        if len(strangers) == len(self._given) or (outside and not decomposed and self._targets):
-            raise ValueError(
-                f"model= has {len(self._given) - len(strangers)} of the base optimizer's {len(self._given)} parameters "
-                "and no layer to decompose among them: it is another copy of the model (a deepcopy, or one that was "
-                "loaded, moved or sharded since). Build the base optimizer from the parameters of the model= you pass"
-            )
-        if outside:
-            self._warn(
-                "outside",
-                f"{len(outside)} matrices of the base optimizer ({self._share(outside)}) are not in model=, the first "
-                f"of shape {tuple(outside[0].shape)}: they take the plain inner step. Pass a model that has them, or "
-                "give their group subspace=False if that is meant",
-            )
+    def _knows(self, name: str) -> bool:
+        return self._null_space is not None and name in self._null_space
 
     def _warn_left_out(self, model: nn.Module) -> None:
-        """Name targeted layers, and matrices that no linear layer has, that are not decomposed."""
-        targets = self._targets or {}
-        absent = [t.names[0] for p, t in targets.items() if p not in self._given and p.requires_grad]
-        absent = [name for name in absent if not self._known([name])]
-        if absent:
-            self._warn(
-                "absent",
-                f"{some(absent)} of target_modules require gradients, but are not among the base optimizer's "
-                "parameters: they are not decomposed. Give them to it, freeze them, or leave them out of "
-                "target_modules",
-            )
-        layers = dict(named_layers(model))
-        computed = [
-            name
-            for name in self._computed
-            if not self._known([name]) and any(self._given.get(p) for p in layers[name].parameters() if p.ndim > 1)
-        ]
-        if computed:
-            self._warn(
-                "computed",
-                f"the weights of {some(computed)} are computed from other parameters (parametrized, normalised or "
-                "pruned): these take the plain inner step and are not decomposed. Make the weight permanent, or leave "
-                "the layer out of target_modules",
-            )
-        others = other_matrices(model, self._target_modules)
-        left = {p: name for name, p in others.items() if self._given.get(p) and p.requires_grad and p not in targets}
-        left = {p: name for p, name in left.items() if _smaller_side(p) > 1}
-        if left:
-            unprotected = "" if self._null_space is None else ", unprotected by null_space"
-            self._warn(
-                "left out",
-                f"{some(list(left.values()))} ({self._share(left)}) are matrices outside of linear layers, such as "
-                f"fused experts: they are not decomposed and take the plain inner step{unprotected}. Freeze them, or "
-                "give their group subspace=False if that is meant",
-            )
-
-    def _share(self, parameters: Iterable[Tensor]) -> str:
-        whole = sum(p.numel() for p in self._given if p.requires_grad)
-        return f"{sum(p.numel() for p in parameters) / max(whole, 1):.0%} of the trained weights"
+        targets = {parameter: target.names[0] for parameter, target in (self._targets or {}).items()}
+        trained = max(1, sum(p.numel() for p in self._given if p.requires_grad))
+        found = left_out(model, self._target_modules, self._given, targets, self._computed, self.name)
+        for parameters, message, always in found:
+            new = {name: p for name, p in parameters.items() if name not in self._left_out}
+            new = {name: p for name, p in new.items() if always or not self._knows(name)}
+            self._left_out.update(new)
+            if new:
+                share = sum(parameter.numel() for parameter in new.values()) / trained
+                text = message.format(names=some(new, _NAMED), share=f"{share:.0%}")
+                warnings.warn(text, UserWarning, stacklevel=4)
 
     def _warn_loose(self, null_space: NullSpace) -> None:
         """Name what the null space knows, but something moves that does not obey it."""
@@ -414,25 +374,27 @@ class Layout:
                 self._reported.add(name)
                 found[reason].append(name)
         if found:
-            listed = "; ".join(f"{some(names)}: {reason}" for reason, names in list(found.items())[:4])
-            more = len(found) - 4
+            listed = "; ".join(f"{some(names, _NAMED)}: {reason}" for reason, names in found.items())
             warnings.warn(
-                f"null_space knows layers that nothing holds in it. {listed}{f'; and {more} more' * (more > 0)}. They "
-                "are not protected: freeze what moves, decompose it, or collect a null space of the model as it is now",
+                f"null_space knows layers that nothing holds in it. {listed}. They are "
+                "not protected: freeze what moves, decompose it, or collect a null space of the model as it is now",
                 UserWarning,
                 stacklevel=4,
             )
 
-    def _warn_extremes(self, name: str, protected: Tensor) -> None:
+    def _note_extremes(self, name: str, protected: Tensor) -> None:
         dimension, count = protected.shape
         if count >= dimension:
-            self._warn("no freedom", f"null_space protects all {dimension} directions of {name}: it cannot learn")
+            self._said["no freedom"].append(f"{dimension} directions of {name}")
         if not count:
-            self._warn(
-                "no direction",
-                f"null_space protects no direction of {name}: its criterion asks for none, or its features were zero. "
-                "A threshold is in squared units of the features (for vectors, of gradients); energy has no units",
-            )
+            self._said["no direction"].append(name)
+
+    def _warn_protection(self) -> None:
+        """Name all layers since the last call whose protection is not what one might think."""
+        for kind, names in self._said.items():
+            if names:
+                warnings.warn(_SAID[kind].format(some(names, _NAMED)), UserWarning, stacklevel=4)
+        self._said.clear()
 
     def _warn_full_rank(self, names: list[str], rank: int) -> None:
         if not names:
@@ -443,11 +405,6 @@ class Layout:
             else "they are not decomposed and take the plain inner step"
         )
         self._warn("full rank", f"rank={rank} >= min(m, n) for {some(names)}: {what}; lower rank to change that")
-
-    def _warn_unprotected(self, layers: list[Layer]) -> None:
-        bare = [layer.name for layer in layers if layer.protected is None]
-        if self._null_space is not None and bare:
-            self._warn("unprotected", f"null_space has nothing for {some(bare)}: their updates are not constrained")
 
     def _warn(self, kind: str, message: str) -> None:
         """Once for each kind of degradation."""
@@ -470,11 +427,3 @@ def _targets(model: nn.Module, target_modules: str | Iterable[str]) -> tuple[dic
         names, modules = (earlier.names, earlier.modules) if earlier else ((), ())
         found[weight] = _Target((*names, name), (*modules, module), is_transposed(module), uses[weight] > 1)
     return found, computed
-
-
-def _smaller_side(parameter: Tensor) -> int:
-    """min(m, n) of the weight as a matrix."""
-    if parameter.ndim < 2:
-        return 0
-    rows = parameter.shape[0]
-    return min(rows, parameter.numel() // rows) if rows else 0

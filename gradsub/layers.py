@@ -16,7 +16,6 @@ __all__ = [
     "named_parameters",
     "other_matrices",
     "select_layers",
-    "some",
     "unwrap",
 ]
 

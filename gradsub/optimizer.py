@@ -72,7 +72,8 @@ class GemsOptimizer(Optimizer):
         orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared
             one (that of a task whose gradient is absent or zero when that one changes: from its next gradient on).
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
-        null_space: the protected directions; None protects nothing.
+        null_space: the protected directions; None protects nothing. A layer that it knows, but whose product changes
+            by anything else than a decomposed weight, is named by a warning with the reason.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
             ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh, of which a vector that
@@ -111,8 +112,9 @@ class GemsOptimizer(Optimizer):
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, re-evaluates its closure or uses a trust ratio; a
-            parameter is complex; ``null_space`` does not fit the layers or the side; a weight is sharded otherwise than
-            by rows, or ``base`` looks at whole matrices where each rank has some rows.
+            parameter is complex; ``model`` is another copy than the one that ``base`` trains; ``null_space`` does not
+            fit the layers or the side; a weight is sharded otherwise than by rows, or ``base`` looks at whole matrices
+            where each rank has some rows.
 
     Example:
         >>> import torch
@@ -364,6 +366,7 @@ class GemsOptimizer(Optimizer):
         self._inner.base._opt_called = True  # type: ignore[attr-defined]
         self._inner.check_options(self.param_groups)
         self._intake.check_dense(self._stepper.layers)
+        self._intake.check_strays()
         if not self._unscaled():
             return result
         self._intake.reduce(merge=self._stepper.sums)

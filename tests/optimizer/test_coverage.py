@@ -64,6 +64,21 @@ class Computed(nn.Linear):
         return self.left @ self.right
 
 
+class Attribute(nn.Linear):
+    """The weight comes from parameters that no module has."""
+
+    def __init__(self, *sizes: int, **options: Any) -> None:
+        super().__init__(*sizes, **options)
+        source = (self.weight.detach() / 2).requires_grad_()
+        del self.weight
+        self.source = [source]
+        self.register_buffer("place", torch.zeros(1))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.source[0].to(self.place.device) * 2
+
+
 class Beside(nn.Module):
     """A frozen layer and an adapter beside it, made by hand."""
 
@@ -114,9 +129,10 @@ LOOSE = {
     "pruned": (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), "its weight is computed from weight_orig"),
     "masked": (lambda layer: prune.identity(layer, "weight"), "its weight is computed from weight_orig"),
     "computed": (of(Computed), "its weight is computed from left and right"),
+    "attribute": (of(Attribute), "its weight is computed from parameters elsewhere"),
     "standardised": (of(Standardised), "the forward pass of Standardised computes with something else"),
     "adapted": (of(Adapted), "what it computes depends on down and up"),
-    "beside": (Beside, "what down and up of 0 compute is added to its answer"),
+    "beside": (Beside, "the module around it answers for it, with down and up"),
 }
 
 
@@ -176,10 +192,11 @@ def test_what_is_a_linear_layer_keeps_its_answers_without_a_word(device, kind, w
 @pytest.mark.parametrize("kind", LOOSE)
 def test_a_layer_that_moves_by_anything_else_is_named(device, kind, side):
     wrap, reason = LOOSE[kind]
-    model, x = model_of(wrap, device, bias=True), general_inputs(device)
+    model, x = model_of(wrap, device), general_inputs(device)
     null_space = NullSpace(max_rank=RANK, side=side).collect(model, [x])
     name = "0.inside.0" if kind == "beside" else "0"
-    optimizer, said = build(model, null_space, side=side)
+    trained = [*model.parameters(), *getattr(model[0], "source", [])]
+    optimizer, said = build(model, null_space, trained, side=side)
     told = [message for message in said if message.startswith("null_space knows layers that nothing holds in it")]
     assert len(told) == 1
     assert f"{name}: {reason}" in told[0]
@@ -205,10 +222,31 @@ def test_what_is_frozen_does_not_move(device, kind):
     wrap, _ = LOOSE[kind]
     model, x = model_of(wrap, device), general_inputs(device)
     model[0].requires_grad_(False)
+    for source in getattr(model[0], "source", []):
+        source.requires_grad_(False)
     null_space = NullSpace(max_rank=RANK).collect(model, [x])
     optimizer, said = build(model, null_space, [p for p in model.parameters() if p.requires_grad])
     assert said == []
     assert moved(model, model[0], optimizer, device, x) < 1e-5 or kind.endswith("spectral_norm")
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, prune.identity], ids=["parametrized", "pruned"])
+def test_what_a_bias_is_computed_from_is_no_weight(device, wrap):
+    model, x = model_of(lambda layer: wrap(layer, "bias") and layer, device, bias=True), general_inputs(device)
+    null_space = NullSpace(max_rank=RANK).collect(model, [x])
+    assert build(model, null_space)[1] == []
+
+
+def test_a_weight_that_is_computed_from_a_held_one_is_not_held(device):
+    """Two layers share what is the weight of one, and the source of the other's."""
+    model, x = model_of(identical, device), general_inputs(device)
+    model[2] = parametrize.register_parametrization(nn.Linear(16, 12, bias=False), "weight", Scaled()).to(device)
+    model[2].parametrizations.weight.original = model[0].weight
+    null_space = NullSpace(max_rank=RANK)
+    null_space.update("0", x)
+    null_space.update("2", torch.randn(50, 16))
+    _, said = build(model, null_space)
+    assert sum("2: its weight is computed from parametrizations.weight.original" in message for message in said) == 1
 
 
 def test_frozen_now_and_trained_later(device):
@@ -301,15 +339,46 @@ def test_a_null_space_of_before_the_adapters_knows_a_layer_that_now_moves(device
     assert " 0: what it computes depends on lora_A.default.weight and lora_B.default.weight" in told[0]
 
 
+@pytest.mark.parametrize("trained_before", [False, True])
 @pytest.mark.parametrize("dora", [False, True])
-def test_a_null_space_that_knows_the_base_layer_alone_names_it(device, dora):
+def test_a_null_space_that_knows_the_base_layer_alone_names_it(device, dora, trained_before):
     peft_model, _, x = adapted(device, use_dora=dora)
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad and trained_before:
+            parameter.data += 0.3 * torch.rand_like(parameter)
     null_space = NullSpace(max_rank=RANK).collect(peft_model, [x], target_modules=["base_layer"])
     trained = [p for p in peft_model.parameters() if p.requires_grad]
     optimizer, said = build(peft_model, null_space, trained, target_modules="all-linear")
     name = "base_model.model.0"
-    assert any(f"{name}.base_layer: what " in message and "lora_B.default" in message for message in said), said
+    assert any(
+        f"{name}.base_layer: the module around it" in message and "lora_B.default" in message for message in said
+    ), said
     assert moved(peft_model, peft_model.base_model.model[0], optimizer, device, x) > 1e-4
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+def test_adapters_that_scale_are_seen_too(device, trained_before):
+    from peft import IA3Config, get_peft_model
+
+    model, x = model_of(identical, device), general_inputs(device)
+    peft_model = get_peft_model(model, IA3Config(target_modules=["0"], feedforward_modules=[])).to(device)
+    trained = [p for p in peft_model.parameters() if p.requires_grad]
+    for parameter in trained if trained_before else []:
+        parameter.data += torch.rand_like(parameter)
+    null_space = NullSpace(max_rank=RANK).collect(peft_model, [x])
+    _, said = build(peft_model, null_space, trained)
+    assert any("0.base_layer: the module around it answers for it, with ia3_l.default" in message for message in said)
+
+
+@pytest.mark.parametrize("around", [nn.Tanh(), nn.LayerNorm(12), nn.GELU()], ids=str)
+def test_a_block_of_the_model_stands_for_none_of_its_layers(device, around):
+    block = nn.Sequential(nn.Linear(16, 12), around, nn.Linear(12, 12), nn.LayerNorm(12))
+    model, x = nn.Sequential(block, nn.Linear(12, 8)).to(device), general_inputs(device)
+    block[0].requires_grad_(False)
+    null_space = NullSpace(max_rank=2).collect(model, [x], target_modules=["0.0"])
+    _, said = build(model, null_space, [p for p in model.parameters() if p.requires_grad], target_modules=["0.0"])
+    assert len(said) == 1  # nothing is decomposed
+    assert said[0].startswith("none of the layers that target_modules names")
 
 
 def test_adapters_that_are_protected_keep_the_answers_without_a_word(device):
@@ -367,7 +436,9 @@ def test_experts_beside_a_null_space_are_unprotected(device):
     model = mixtral().to(device)
     null_space = NullSpace(energy=0.9).collect(model, [torch.randint(0, 60, (2, 9), device=device)])
     _, said = build(model, null_space)
-    assert any("mlp.experts.gate_up_proj" in message and "unprotected by null_space" in message for message in said)
+    assert any(
+        "mlp.experts.gate_up_proj" in message and "not protected by any null space" in message for message in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -412,7 +483,7 @@ def test_a_copy_of_some_layers_is_said(device):
     _, said = build(other, None, model.parameters())
     assert sorted(message[:40] for message in said) == [
         "0 of target_modules require gradients, b",
-        "1 matrices of the base optimizer (65% of",
+        "param_groups[0][0] (65% of the trained w",
     ]
 
 
@@ -434,7 +505,7 @@ def test_a_part_as_the_model_says_which_matrices_are_elsewhere(device):
     with_head = [*model[0].parameters(), *model[2].parameters()]
     _, said = build(model[0], None, with_head)
     assert len(said) == 1
-    assert said[0].startswith("1 matrices of the base optimizer (32% of the trained weights) are not in model=")
+    assert said[0].startswith("param_groups[0][1] (32% of the trained weights) are matrices of the base optimizer")
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "subspace": False}]
     _, said = build(model[0], None, groups)
     assert said == []
@@ -465,7 +536,7 @@ def test_looking_draws_no_random_numbers_and_leaves_modes_alone(device):
     state, modes = torch.get_rng_state(), [module.training for module in model.modules()]
     weights = [p.clone() for p in model.parameters()]
     _, said = build(model, null_space, [p for p in model.parameters() if p.requires_grad])
-    assert any("is added to its answer" in message for message in said)
+    assert any("answers for it, with down" in message for message in said)
     assert any("Standardised computes with something else" in message for message in said)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
