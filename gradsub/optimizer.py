@@ -423,7 +423,7 @@ class GemsOptimizer(Optimizer):
         """The group's layers, and what steps depend on."""
         settings.check_group(group)
         known = (_base_options(group), group["params"], base.state)
-        decomposable = group["subspace"] and any(parameter.ndim > 1 for parameter in group["params"])
+        decomposable = any(self._layout.may_decompose(parameter, group) for parameter in group["params"])
         traits = probes.traits(*known) if decomposable else PLAIN
         layers = self._layout.add_group(group, position)
         sharded = next((layer.name for layer in layers if layer.splits_coordinates), None)

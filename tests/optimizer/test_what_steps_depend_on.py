@@ -288,6 +288,9 @@ def test_groups_of_matrices_alone_are_looked_at():
     whole = [{"params": matrices, "subspace": False}, {"params": vectors}]
     optimizer = GemsOptimizer(torch.optim.ASGD(whole), tasks=TASKS, rank=2)
     train(model, optimizer, 1)
+    embedding, layer = nn.Embedding(9, 7), nn.Linear(7, 6, bias=False)
+    groups = [{"params": [layer.weight], "lambd": 0.0}, {"params": [embedding.weight], "lambd": 0.1}]
+    GemsOptimizer(torch.optim.ASGD(groups), tasks=TASKS, rank=2, model=nn.Sequential(embedding, layer))
 
 
 class TestNothingIsTouched:
