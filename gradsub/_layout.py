@@ -159,11 +159,15 @@ class Layout:
         return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
+        if not self.may_decompose(parameter, group):
+            return False
+        return self._targets is not None or protected or smaller_side(parameter) > group["rank"]
+
+    def may_decompose(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether a parameter is one to decompose, if it is large enough."""
         if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point():
             return False
-        if self._targets is not None:
-            return parameter in self._targets
-        return protected or smaller_side(parameter) > group["rank"]
+        return self._targets is None or parameter in self._targets
 
     def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
         target = (self._targets or {}).get(parameter)

@@ -48,8 +48,8 @@ class GemsOptimizer(Optimizer):
         side="output":  R = B^T G (r x n),  dW = scale (B_sh d_sh + sum_k g_k B_k d_k)
 
     with gates g_k that are positive and sum to 1. Since every basis is orthogonal to K, so is every update, whatever
-    the base optimizer does; decoupled weight decay is projected likewise. The wrapper takes ``base`` over: from then on
-    its ``param_groups`` are the ones to change, and ``base`` is not to be stepped.
+    the base optimizer does; decoupled weight decay is projected likewise. The wrapper takes ``base`` over: both
+    show the same ``param_groups``, so that a scheduler built on either of them steers, and ``base.step()`` is its own.
 
     Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
     there, are free for clipping and belong to the shared subspace alone. `step` consumes what was captured.
@@ -111,10 +111,10 @@ class GemsOptimizer(Optimizer):
 
     Raises:
         TypeError: ``base`` is no optimizer.
-        ValueError: an argument is out of range; ``base`` has state, re-evaluates its closure or uses a trust ratio; a
-            parameter is complex; ``model`` is another copy than the one that ``base`` trains; ``null_space`` does not
-            fit the layers or the side; a weight is sharded otherwise than by rows, or ``base`` looks at whole matrices
-            where each rank has some rows.
+        ValueError: an argument is out of range; ``base`` has state, needs a closure, or takes steps that depend on
+            where the parameter stands or started (it is tried out on a small matrix); a parameter is complex; ``model``
+            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side; a
+            weight is sharded otherwise than by rows, or ``base`` looks at whole matrices where each rank has some rows.
 
     Example:
         >>> import torch
@@ -527,7 +527,7 @@ class GemsOptimizer(Optimizer):
         """The group's layers, and what steps depend on."""
         settings.check_group(group)
         known = (_base_options(group), group["params"], base.state)
-        decomposable = group["subspace"] and any(parameter.ndim > 1 for parameter in group["params"])
+        decomposable = any(self._layout.may_decompose(parameter, group) for parameter in group["params"])
         traits = probes.traits(*known) if decomposable else PLAIN
         layers = self._layout.add_group(group, position)
         sharded = next((layer.name for layer in layers if layer.splits_coordinates), None)

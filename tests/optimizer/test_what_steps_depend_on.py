@@ -253,7 +253,7 @@ def test_an_option_that_is_switched_on_later_is_refused_before_anything_changes(
 
 def test_a_group_that_is_added_later_is_looked_at_too():
     model, more = mlp(), nn.Parameter(noise(9, 7))
-    optimizer = gems(model, base=torch.optim.ASGD(model.parameters(), lambd=0.0))
+    optimizer = GemsOptimizer(torch.optim.ASGD(model.parameters(), lambd=0.0), tasks=TASKS, rank=2)
     with pytest.raises(ValueError, match=r"base=ASGD with lambd=0\.1"):
         optimizer.add_param_group({"params": [more], "lambd": 0.1})
     assert len(optimizer.param_groups) == 1
@@ -288,6 +288,9 @@ def test_groups_of_matrices_alone_are_looked_at():
     whole = [{"params": matrices, "subspace": False}, {"params": vectors}]
     optimizer = GemsOptimizer(torch.optim.ASGD(whole), tasks=TASKS, rank=2)
     train(model, optimizer, 1)
+    embedding, layer = nn.Embedding(9, 7), nn.Linear(7, 6, bias=False)
+    groups = [{"params": [layer.weight], "lambd": 0.0}, {"params": [embedding.weight], "lambd": 0.1}]
+    GemsOptimizer(torch.optim.ASGD(groups), tasks=TASKS, rank=2, model=nn.Sequential(embedding, layer))
 
 
 class TestNothingIsTouched:
