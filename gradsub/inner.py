@@ -297,9 +297,9 @@ class Inner:
     def reset(self, proxy: Tensor) -> None:
         """Give a proxy the state of an optimizer that never stepped."""
         self.base.state.pop(proxy, None)
-        self._give_initial(proxy)
         group = next(group for group in self._proxied if any(proxy is other for other in group["params"]))
         proxy.data = proxy.data.new_zeros(self._shapes[proxy])
+        self._give_initial(proxy)  # of the proxy's shape, which it has only now
         self._populate([{**group, "params": [proxy]}])
         self._release([proxy])
 
@@ -387,5 +387,5 @@ def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
 def _like(value: Any, parameter: Tensor, proxy: Tensor) -> Any:
     """A constant accumulator of the weight's shape, as one of the proxy's shape."""
     if isinstance(value, Tensor) and value.shape == parameter.shape:
-        return value.flatten()[0].to(proxy.dtype).expand(proxy.shape).clone()
+        return value.flatten()[0].to(proxy.device, proxy.dtype).expand(proxy.shape).clone()
     return value.clone() if isinstance(value, Tensor) else value

@@ -186,6 +186,7 @@ class GemsOptimizer(Optimizer):
             master_weights,
         )
         self._skipped = 0
+        self._placed: dict[Tensor, Any] = {}
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
@@ -226,6 +227,7 @@ class GemsOptimizer(Optimizer):
         """
         index = self._task_index(name)
         samples = settings.check_samples(samples, name)
+        self._follow_conversions()
         with self._intake.open([Part(index)], {index: samples}, f"task({name!r})"):
             if loss is not None:
                 self._intake.saw_loss(index, loss)
@@ -263,6 +265,7 @@ class GemsOptimizer(Optimizer):
                 'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
+        self._follow_conversions()
         rows = MixedRows(self.tasks, task_ids, samples, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
@@ -320,6 +323,7 @@ class GemsOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
+        self._follow_conversions()
         self._intake.check_dense(self._stepper.layers)
         self._intake.unscale()
         self._intake.reduce(merge=self._stepper.sums)
@@ -442,6 +446,36 @@ class GemsOptimizer(Optimizer):
             if fused is not None:
                 self._intake.fused.adopt(layer, *fused)
         self._show_inner_state()
+        self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
+
+    @torch.no_grad()
+    def _follow_conversions(self) -> None:
+        """Follow a model that was converted or moved since (``model.to(...)``), before or after the first step.
+
+        Raises:
+            RuntimeError: gradients were captured before it.
+        """
+        changed = {parameter: place for parameter, place in self._placed.items() if _place(parameter) != place}
+        if not changed:
+            return
+        if self._intake.gradients:
+            first, (dtype, device, _) = next(iter(changed.items()))
+            raise RuntimeError(
+                f"{self._layout.name(first)} is {first.dtype} on {first.device} now, it was {dtype} on {device} when "
+                "gradients were captured: convert the model between step() and the next backward pass, or call "
+                "zero_grad()"
+            )
+        for group in self.param_groups:
+            on_device = bool(group.get("fused") or group.get("capturable"))
+            for parameter in group["params"]:
+                if parameter in changed:
+                    self._layout.check_dtype(parameter)
+                    self._stepper.convert(parameter, on_device)
+                    self._placed[parameter] = _place(parameter)
+                    layer = self._stepper.layers.get(parameter)
+                    if layer is not None:
+                        self._intake.fused.convert(layer)
+        self._bank.forget_directions()
 
     def _show_inner_state(self) -> None:
         for parameter, proxies in self._stepper.proxies.items():
@@ -461,6 +495,7 @@ class GemsOptimizer(Optimizer):
         """
         if self._intake.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
+        self._follow_conversions()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # hooks may put other entries into it, as into torch's own copy
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
@@ -572,6 +607,11 @@ class GemsOptimizer(Optimizer):
         self._intake.capture.remove()
 
 
+def _place(parameter: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None]:
+    """What a conversion changes; the strides only where there is more than one memory format."""
+    return parameter.dtype, parameter.device, parameter.stride() if parameter.ndim > 2 else None
+
+
 def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     from gradsub.surgery import resolve_surgery
 
@@ -591,5 +631,6 @@ _OWN_ATTRIBUTES = frozenset(
         "_stepper",
         "_inner",
         "_weighing",
+        "_placed",
     }
 )
