@@ -228,7 +228,12 @@ class Stepper:
         if self.moments == "rotate":
             carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
         elif self.moments == "reset":
+            gone = self._inner.state_of(proxy).keys()
             self._inner.reset(proxy)
+            name = next(name for name, other in self.proxies[layer.parameter].items() if other is proxy)
+            for key in gone - self._inner.state_of(proxy).keys():
+                # A checkpoint taken before the next step would bring it back.
+                self.state[layer.parameter].pop(f"{INNER}{name}{key}", None)
 
     def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:
         """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""
