@@ -453,3 +453,17 @@ def test_a_gate_that_refuses_takes_the_surgery_back():
         second.load_state_dict(first.state_dict())
     assert same(tensors_in(before), tensors_in(second.state_dict()["state"]))
     assert loss_of(models[1], 0, 0).isfinite()
+
+
+@pytest.mark.parametrize("number", [1e30, -1e30])
+def test_trained_gates_survive_any_finite_memory(device, number):
+    model = mlp(device=device)
+    optimizer = gems(model, gate="hypergradient")
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    for held in saved["state"].values():
+        if "gate_memory" in held:
+            held["gate_memory"] = torch.full_like(held["gate_memory"], number)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 3, start=2)
+    assert all(bool(value.isfinite().all()) for value in weights_of(model))
