@@ -455,7 +455,14 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: gradients were captured before it.
         """
-        changed = {parameter: place for parameter, place in self._placed.items() if _place(parameter) != place}
+        changed = {
+            parameter: place
+            for parameter, place in self._placed.items()
+            # In this order and without a call: it is asked of every parameter, at every task and step.
+            if parameter.dtype is not place[0]
+            or parameter.device != place[1]
+            or (place[2] is not None and parameter.stride() != place[2])
+        }
         if not changed:
             return
         if self._intake.gradients:
