@@ -116,7 +116,7 @@ class Layout:
             names = group.get("param_names")
             self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
             self._given[parameter] = group["subspace"]
-            self._check_dtype(parameter)
+            self.check_dtype(parameter)
             protecting = self._protecting(parameter)
             too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= smaller_side(parameter)
             if not self._decomposed(parameter, group, bool(protecting)):
@@ -318,7 +318,8 @@ class Layout:
         union: Tensor = vectors[:, values > 1e-5 * values[0]]
         return union
 
-    def _check_dtype(self, parameter: Tensor) -> None:
+    def check_dtype(self, parameter: Tensor) -> None:
+        """Raise if a parameter is complex; say once if rounding its weights undoes the protection."""
         if parameter.is_complex():
             raise ValueError(
                 f"{self.name(parameter)} is complex ({parameter.dtype}): pass torch.view_as_real of it as the parameter"

@@ -11,13 +11,14 @@ from torch import Tensor
 from gradsub._blocks import Block, make_blocks
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
+from gradsub._state import INNER, hand_down, is_weighing
 from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Projected, gather, mix
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.report import Measurements
 from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments
-from gradsub.update import PROTECTED, apply_updates, hold_protected, initialise_update
+from gradsub.update import MASTER, PROTECTED, apply_updates, hold_protected, initialise_update
 
 State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
@@ -86,6 +87,37 @@ class Stepper:
             for subspace, name in enumerate(("shared", *self._tasks))
         }
         return self.proxies[layer.parameter]
+
+    def convert(self, parameter: Tensor, on_device: bool) -> None:
+        """Bring the state of a parameter to the dtype, device and memory format that it has by now.
+
+        Args:
+            parameter: the parameter.
+            on_device: whether its base optimizer keeps counts on the device.
+        """
+        layer, state = self.layers.get(parameter), self.state[parameter]
+        dtype = parameter.dtype if layer is None else layer.dtype
+        for key, value in list(state.items()):
+            if not isinstance(value, Tensor) or is_weighing(key):
+                continue
+            if value.ndim == 0 or not value.is_floating_point():
+                moves = value.device.type != "cpu" or (on_device and key.startswith(INNER))
+                state[key] = value.to(parameter.device) if moves else value
+            elif value.shape == parameter.shape:
+                # Moments lie in memory like their parameter: fused optimizers read both side by side.
+                state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
+            else:
+                wide = torch.promote_types(dtype, torch.float32) if key == PROTECTED else dtype
+                state[key] = value.to(parameter.device, wide)
+        for proxy in self.proxies[parameter].values():
+            if proxy is not parameter:
+                proxy.data = proxy.data.to(parameter.device, dtype)
+        hand_down(state, self._inner, self.proxies[parameter])
+        if layer is not None:
+            layer.protected = state.get(PROTECTED)
+            if parameter.dtype == layer.dtype:
+                state.pop(MASTER, None)
+            initialise_update(layer, state, self._master_weights)
 
     def take(
         self,
@@ -191,7 +223,12 @@ class Stepper:
         if self.moments == "rotate":
             carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
         elif self.moments == "reset":
+            gone = self._inner.state_of(proxy).keys()
             self._inner.reset(proxy)
+            name = next(name for name, other in self.proxies[layer.parameter].items() if other is proxy)
+            for key in gone - self._inner.state_of(proxy).keys():
+                # A checkpoint taken before the next step would bring it back.
+                self.state[layer.parameter].pop(f"{INNER}{name}{key}", None)
 
     def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:
         """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""

@@ -133,7 +133,8 @@ class HypergradientGate:
         """The gates (L, K) after a step of theta, which is ``inputs.memory``."""
         assert inputs.alignment is not None
         assert inputs.memory is not None
-        theta = inputs.memory
+        # A checkpoint may hold any number, and exp of a large one is infinite.
+        theta = inputs.memory.clamp_(-self.limit, self.limit)
         gates = self._softmax(theta, inputs.present)
         slope = gates * (inputs.alignment - (gates * inputs.alignment).sum(-1, keepdim=True))
         theta.sub_(self.lr / self.temperature * slope).clamp_(-self.limit, self.limit)

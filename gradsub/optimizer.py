@@ -194,6 +194,7 @@ class GemsOptimizer(Optimizer):
             master_weights,
         )
         self._skipped = 0
+        self._placed: dict[Tensor, Any] = {}
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
@@ -262,6 +263,7 @@ class GemsOptimizer(Optimizer):
         """
         index = self._task_index(name)
         samples = settings.check_samples(samples, name)
+        self._follow_conversions()
         with self._intake.open([Part(index)], {index: samples}, f"task({name!r})"), self._intake.watch(index, loss):
             yield
 
@@ -305,6 +307,7 @@ class GemsOptimizer(Optimizer):
                 'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
+        self._follow_conversions()
         rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
@@ -365,6 +368,7 @@ class GemsOptimizer(Optimizer):
         # For schedulers that were built on the base optimizer: they ask whether it has stepped before them.
         self._inner.base._opt_called = True  # type: ignore[attr-defined]
         self._inner.check_options(self.param_groups)
+        self._follow_conversions()
         self._intake.check_dense(self._stepper.layers)
         self._intake.check_strays()
         if not self._unscaled():
@@ -554,6 +558,43 @@ class GemsOptimizer(Optimizer):
             if fused is not None:
                 self._intake.fused.adopt(layer, *fused)
         self._show_inner_state()
+        self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
+
+    @torch.no_grad()
+    def _follow_conversions(self) -> None:
+        """Follow a model that was converted or moved since (``model.to(...)``), before or after the first step.
+
+        Raises:
+            RuntimeError: gradients were captured before it.
+        """
+        changed = {
+            parameter: place
+            for parameter, place in self._placed.items()
+            # In this order and without a call: it is asked of every parameter, at every task and step.
+            if parameter.dtype is not place[0]
+            or parameter.device != place[1]
+            or (place[2] is not None and parameter.stride() != place[2])
+        }
+        if not changed:
+            return
+        if self._intake.gradients:
+            first, (dtype, device, _) = next(iter(changed.items()))
+            raise RuntimeError(
+                f"{self._layout.name(first)} is {first.dtype} on {first.device} now, it was {dtype} on {device} when "
+                "gradients were captured: convert the model between step() and the next backward pass, or call "
+                "zero_grad()"
+            )
+        for group in self.param_groups:
+            on_device = bool(group.get("fused") or group.get("capturable"))
+            for parameter in group["params"]:
+                if parameter in changed:
+                    self._layout.check_dtype(parameter)
+                    self._stepper.convert(parameter, on_device)
+                    self._placed[parameter] = _place(parameter)
+                    layer = self._stepper.layers.get(parameter)
+                    if layer is not None:
+                        self._intake.fused.convert(layer)
+        self._bank.forget_directions()
 
     def _show_inner_state(self) -> None:
         for parameter, proxies in self._stepper.proxies.items():
@@ -573,6 +614,7 @@ class GemsOptimizer(Optimizer):
         """
         if self._intake.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
+        self._follow_conversions()
         if isinstance(state_dict, Mapping):
             state_dict = dict(state_dict)  # hooks may put other entries into it, as into torch's own copy
         for before in list(self._optimizer_load_state_dict_pre_hooks.values()):
@@ -690,6 +732,11 @@ def _base_options(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in settings.NOT_INNER}
 
 
+def _place(parameter: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None]:
+    """What a conversion changes; the strides only where there is more than one memory format."""
+    return parameter.dtype, parameter.device, parameter.stride() if parameter.ndim > 2 else None
+
+
 def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     from gradsub.surgery import resolve_surgery
 
@@ -709,5 +756,6 @@ _OWN_ATTRIBUTES = frozenset(
         "_stepper",
         "_inner",
         "_weighing",
+        "_placed",
     }
 )

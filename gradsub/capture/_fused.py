@@ -206,6 +206,12 @@ class FusedCapture:
         self._members.append(_Member(layer, modules, slot))
         self._install(self._members[-1])
 
+    def convert(self, layer: Layer) -> None:
+        """Follow a layer whose weight has another dtype, or is elsewhere, by now."""
+        for member in self._members:
+            if member.layer is layer:
+                member.slot.probes = [self._probes(layer, task) for task in range(len(layer.widths) - 1)]
+
     def _probes(self, layer: Layer, task: int) -> tuple[Tensor, Tensor]:
         width = layer.widths[SHARED] + layer.widths[task + 1]
         rows, columns = layer.shape

@@ -82,6 +82,23 @@ def test_with_every_option(device, side, gate, orthogonalize, moments):
         assert leak(fresh.get_submodule(name).weight.detach() - old, null_space.basis(name), side) < 1e-6
 
 
+@pytest.mark.parametrize("after", [2, 5])
+def test_moments_that_were_reset_after_the_step_do_not_come_back(device, after):
+    """Of an optimizer whose state begins with its first step, as dampened momentum does."""
+
+    def make(model: nn.Module) -> GemsOptimizer:
+        base = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9, dampening=0.1)
+        return gems(model, base=base, refresh="sketch", moments="reset")
+
+    model = mlp(device=device)
+    optimizer = make(model)
+    train(model, optimizer, after)
+    fresh, again = resumed(model, optimizer, make)
+    train(model, optimizer, 5, start=after)
+    train(fresh, again, 5, start=after)
+    assert same(model.parameters(), fresh.parameters())
+
+
 def test_groups_and_their_options_come_back(device):
     def make(model: nn.Module, lr: float = 0.5) -> GemsOptimizer:
         groups = [
