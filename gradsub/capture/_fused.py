@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -101,8 +103,7 @@ class FusedForward:
             return affine(x, weight, bias, self.transposed)
         # Under hooks on saved tensors the forward pass may be run again when these are needed (checkpointing), by when
         # another task may be open or none: what is saved must not depend on that, so the backward pass decides.
-        later = not opened or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if later:
+        if not opened or _hooks_on_saved_tensors():
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
             return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
         if len(opened) > 1 or opened[0].segments is None:
@@ -297,6 +298,19 @@ class FusedCapture:
         """In a copy, once it is complete: take over the copied modules."""
         for layer, modules, transposed in self.__dict__.pop("_waiting", []):
             self.adopt(layer, modules, transposed)
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _hooks_on_saved_tensors() -> bool:
+    """Whether what the forward pass saves goes through somebody's hooks (before torch 2.8: those of checkpointing)."""
+    if _top_hooks is not None:
+        return _top_hooks(False) is not None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _needs_autograd(x: Tensor) -> bool:
