@@ -113,6 +113,14 @@ class FusedForward:
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
 
+    @property
+    def __globals__(self) -> Any:
+        # Where `torch.jit.script` begins to read a forward pass, whose source it needs.
+        raise AttributeError(
+            "torch.jit.script cannot read the forward pass of a layer that an optimizer captures: script a "
+            "copy.deepcopy of the model, or the model after optimizer.close()"
+        )
+
 
 class _Opened:
     """Tells a deferring backward pass which task is open by then."""

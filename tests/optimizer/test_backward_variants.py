@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator
@@ -307,6 +308,16 @@ def test_transforms_give_what_they_do_without_the_optimizer(device, capture, use
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_scripting_names_the_remedies(device):
+    model, optimizer = build(device, capture="fused")
+    x = batch(model, 0, 0)
+    with pytest.raises(AttributeError, match="deepcopy"):
+        torch.jit.script(model)
+    assert torch.equal(torch.jit.script(copy.deepcopy(model))(x), model(x))
+    optimizer.close()
+    assert torch.equal(torch.jit.script(model)(x), model(x))
 
 
 def through(use: Callable[[nn.Module, Tensor], Tensor]) -> Step:
