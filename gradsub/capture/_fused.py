@@ -101,9 +101,9 @@ class FusedForward:
             return affine(x, weight, bias, self.transposed)
         if not torch.is_grad_enabled() or _needs_autograd(x) or seen_by_others(weight):
             return affine(x, weight, bias, self.transposed)
-        # Under hooks on saved tensors the forward pass may be run again when these are needed (checkpointing), by when
-        # another task may be open or none: what is saved must not depend on that, so the backward pass decides.
-        if not opened or _hooks_on_saved_tensors():
+        # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
+        # none: what is saved must not depend on that, so the backward pass decides.
+        if not opened or _checkpointed():
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
             return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
         if len(opened) > 1 or opened[0].segments is None:
@@ -311,10 +311,12 @@ class FusedCapture:
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
-def _hooks_on_saved_tensors() -> bool:
-    """Whether what the forward pass saves goes through somebody's hooks (before torch 2.8: those of checkpointing)."""
+def _checkpointed() -> bool:
+    """Whether what the forward pass saves goes to a non-reentrant checkpoint, and not to hooks that only move it."""
     if _top_hooks is not None:
-        return _top_hooks(False) is not None
+        hooks = _top_hooks(False)
+        return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
+    # torch before 2.8
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
         frame = frame.f_back

@@ -229,12 +229,16 @@ def test_checkpoints_where_torch_does_not_tell_of_hooks(device, monkeypatch):
 
 
 @captures
-def test_saved_tensors_that_are_moved_away(device, capture):
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_saved_tensors_that_are_moved_away(device, capture, checkpointed):
+    forward = CHECKPOINTS["non-reentrant"] if checkpointed else lambda model, x: model(x)
+
     def step(optimizer, model, number):
         with torch.autograd.graph.save_on_cpu():
-            ordinary(optimizer, model, number)
+            passes_in_between(forward, optimizer, model, number)
 
-    close(run(device, step, capture=capture), run(device, ordinary, capture="generic"))
+    plain = functools.partial(passes_in_between, lambda model, x: model(x))
+    close(run(device, step, capture=capture), run(device, plain, capture="generic"))
 
 
 # --- transforms ----------------------------------------------------------------------------------------------------
