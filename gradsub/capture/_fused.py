@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -111,10 +113,9 @@ class FusedForward:
             return affine(x, weight, bias, self.transposed)
         for slot in slots:
             slot.rounding = torch.finfo(compute_format(x)).eps
-        # Under hooks on saved tensors the forward pass may be run again when these are needed (checkpointing), by when
-        # another task may be open or none: what is saved must not depend on that, so the backward pass decides.
-        later = not opened or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-        if later:
+        # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
+        # none: what is saved must not depend on that, so the backward pass decides.
+        if not opened or _checkpointed():
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
             return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
         if len(opened) > 1 or opened[0].segments is None:
@@ -123,6 +124,14 @@ class FusedForward:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
+
+    @property
+    def __globals__(self) -> Any:
+        # Where `torch.jit.script` begins to read a forward pass, whose source it needs.
+        raise AttributeError(
+            "torch.jit.script cannot read the forward pass of a layer that an optimizer captures: script a "
+            "copy.deepcopy of the model, or the model after optimizer.close()"
+        )
 
 
 class _Opened:
@@ -321,6 +330,21 @@ class FusedCapture:
         """In a copy, once it is complete: take over the copied modules."""
         for layer, modules, transposed in self.__dict__.pop("_waiting", []):
             self.adopt(layer, modules, transposed)
+
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _checkpointed() -> bool:
+    """Whether what the forward pass saves goes to a non-reentrant checkpoint, and not to hooks that only move it."""
+    if _top_hooks is not None:
+        hooks = _top_hooks(False)
+        return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
+    # torch before 2.8
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _needs_autograd(x: Tensor) -> bool:

@@ -134,7 +134,7 @@ class GenericCapture:
                 f"a hook was registered on {self._names(parameter)} inside of a task, after the one that takes its "
                 "gradient: register it before the task is opened"
             )
-        gradient, parameter.grad = parameter.grad, None
+        gradient, parameter.grad = parameter.grad.detach(), None
         self.check_dense(parameter, gradient)
         if self._open == MIXED and parameter in self._layers:
             raise RuntimeError(

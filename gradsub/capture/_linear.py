@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from enum import Enum, auto
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 
 from gradsub.capture._generic import seen_by_others
@@ -176,26 +176,34 @@ def project_rows(
     return projected, far.mT @ (near @ directions.to(g.dtype))
 
 
-def _accumulates(leaf: Tensor) -> bool:
-    """Whether the backward pass that runs accumulates into a leaf: in all, unless ``inputs=`` were chosen."""
-    return torch.compiler.is_compiling() or torch._C._will_engine_execute_node(get_gradient_edge(leaf).node)
+class _Wish(Enum):
+    """What the backward pass that runs wants of a weight's gradient."""
+
+    ALL_LEAVES = auto()  # accumulated, as that of every leaf: the probes' gradients go to the engine
+    THIS_LEAF = auto()  # accumulated, into leaves that ``inputs=`` named; nobody names a probe
+    WHOLE = auto()  # as it is, for `torch.autograd.grad` or a hook
+    NOTHING = auto()
 
 
-def _wanted(weight: Tensor) -> bool | None:
-    """Whether the backward pass wants a weight's gradient; None: as a whole, for `torch.autograd.grad` or a hook."""
+def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> _Wish:
+    """What is wanted of the weight, which is at a place among the function's tensors, as one of its probes is."""
     if torch.compiler.is_compiling():
-        return True
+        return _Wish.ALL_LEAVES
+    nodes = ctx.next_functions
+    if torch._C._will_engine_execute_node(nodes[probe_place][0]):
+        return _Wish.WHOLE if seen_by_others(weight) else _Wish.ALL_LEAVES
     try:
-        wanted = _accumulates(weight)
+        if not torch._C._will_engine_execute_node(nodes[place][0]):
+            return _Wish.NOTHING
     except RuntimeError:
-        return None  # torch does not say it of leaves that `torch.autograd.grad` is asked for
-    return None if wanted and seen_by_others(weight) else wanted
+        return _Wish.WHOLE  # torch does not say it of leaves that `torch.autograd.grad` is asked for
+    return _Wish.WHOLE if seen_by_others(weight) else _Wish.THIS_LEAF
 
 
-def _hand_over(probe: Tensor, gradient: Tensor) -> Tensor | None:
-    """To the engine; or to the capture itself if the pass accumulates into chosen leaves: the weight, not the probe."""
+def _hand_over(wish: _Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
+    """To the engine, or to the capture itself."""
     gradient = gradient.to(probe.dtype)
-    if _accumulates(probe):
+    if wish is _Wish.ALL_LEAVES:
         return gradient
     probe.receive(gradient)  # type: ignore[attr-defined]
     return None
@@ -229,6 +237,7 @@ class _Projecting(torch.autograd.Function):
         ctx.orientation, ctx.layout = orientation, layout
         ctx.thin, ctx.keeps_x = len(thin), keep_x
         ctx.probes = tuple((segment.probe, segment.sketch_probe) for segment in segments)
+        ctx.biased = bias is not None
         ctx.save_for_backward(weight, *([x] if keep_x else []), *thin, *needed)
         return output
 
@@ -240,14 +249,15 @@ class _Projecting(torch.autograd.Function):
         thin, needed = iter(saved[: ctx.thin]), iter(saved[ctx.thin :])
         for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
         for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        wanted = _wanted(weight)
-        if wanted is None:
+        place = 2 if ctx.biased else 1
+        wish = _wish(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
+        if wish is _Wish.WHOLE:
             raise RuntimeError(
                 "the gradient of a weight is wanted as a whole (by torch.autograd.grad or a hook) whose layer ran "
                 "inside of a task, where it is only computed in the subspaces: run the forward pass outside of the "
                 'task, register hooks before it, or pass capture="generic"'
             )
-        if not wanted:
+        if wish is _Wish.NOTHING:
             return for_x, for_bias, *[None] * (len(ctx.needs_input_grad) - 2)
         found: list[Tensor | None] = []
         with torch.no_grad():
@@ -264,8 +274,8 @@ class _Projecting(torch.autograd.Function):
                     next(thin) if has_basis and orientation.input_side else None,
                 )
                 found += [None] * (has_basis + has_directions)
-                found.append(_hand_over(probes[0], projected))
-                found += [] if sketched is None else [_hand_over(probes[1], sketched)]
+                found.append(_hand_over(wish, probes[0], projected))
+                found += [] if sketched is None else [_hand_over(wish, probes[1], sketched)]
                 found += [None] * isinstance(described, bool)
         return for_x, for_bias, None, None, None, *found
 
@@ -283,7 +293,7 @@ class _Deferring(torch.autograd.Function):
         opened: Any,
         *probes: Tensor,
     ) -> Tensor:
-        ctx.orientation, ctx.opened, ctx.probes = orientation, opened, probes
+        ctx.orientation, ctx.opened, ctx.probes, ctx.biased = orientation, opened, probes, bias is not None
         ctx.save_for_backward(x, weight)
         return affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
 
@@ -294,22 +304,23 @@ class _Deferring(torch.autograd.Function):
         for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
         for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         found: list[Tensor | None] = [None] * len(ctx.probes)
-        wanted = _wanted(weight)
-        if wanted is False:
+        place = 2 if ctx.biased else 1
+        wish = _wish(ctx, weight, place, place + 1)
+        if wish is _Wish.NOTHING:
             return for_x, for_bias, None, None, None, *found
-        placed = ctx.opened(x) if wanted else None
+        placed = None if wish is _Wish.WHOLE else ctx.opened(x)
         if placed is None:
             for_weight = whole(rows_of(x, None), rows_of(g, None), orientation.transposed).to(weight.dtype)
             return for_x, for_bias, for_weight, None, None, *found
         with torch.no_grad():
-            for segment, place, sketch_place in placed:
+            for segment, probe_place, sketch_place in placed:
                 rows = segment.rows
                 projected, sketched = project_rows(
                     orientation, rows_of(x, rows), rows_of(g, rows), segment.basis, segment.directions
                 )
-                found[place] = _hand_over(segment.probe, projected)
+                found[probe_place] = _hand_over(wish, segment.probe, projected)
                 if sketched is not None:
-                    found[sketch_place] = _hand_over(ctx.probes[sketch_place], sketched)
+                    found[sketch_place] = _hand_over(wish, ctx.probes[sketch_place], sketched)
         return for_x, for_bias, None, None, None, *found
 
 

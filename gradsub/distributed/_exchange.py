@@ -51,7 +51,9 @@ class Exchange:
                 "a task after the ranks have summed this step's gradients (by reduce() or clip_grad_norm_()): call "
                 "step() or zero_grad() first"
             )
-        with nullcontext() if self._wrapper is None else self._wrapper.no_sync():
+        # Its graph may have been declared static since.
+        wrapper = data_parallel(self._wrapper)
+        with nullcontext() if wrapper is None else wrapper.no_sync():
             yield
 
     @property

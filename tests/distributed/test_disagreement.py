@@ -220,6 +220,27 @@ def test_gradients_set_aside_survive_a_reducer(tmp_path: Path) -> None:
     assert all(torch.allclose(value, without[name]) for name, value in with_views.items())
 
 
+def _static(rank: int) -> list[str]:
+    """Refused before the base optimizer is taken over, or before the first task if it was said later."""
+    found = []
+    wrapped = DistributedDataParallel(nn.Linear(16, 16), static_graph=True)
+    base = torch.optim.AdamW(wrapped.parameters())
+    with pytest.raises(ValueError, match="static_graph=False") as caught:
+        GemsOptimizer(base, tasks=TASKS, rank=3, model=wrapped)
+    found.append(str(caught.value))
+    wrapped = DistributedDataParallel(wrapped.module)
+    optimizer = GemsOptimizer(base, tasks=TASKS, rank=3, model=wrapped)
+    wrapped._set_static_graph()
+    with pytest.raises(ValueError, match="static_graph=False") as caught, optimizer.task("rec"):
+        pass
+    return [*found, str(caught.value)]
+
+
+def test_a_static_graph_is_refused(tmp_path: Path) -> None:
+    (found,) = launch(_static, 1, tmp_path)
+    assert len(set(found)) == 1
+
+
 def _one_fails(rank: int, kind: str) -> str:
     model = nn.Linear(4, 3)
     batches = [torch.ones(2, 4) for _ in range(4)]

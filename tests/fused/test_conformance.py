@@ -1,13 +1,13 @@
 """What every configuration of the optimizer must do, once more with the fused capture of layers of every size.
 
-Left out: what needs the norm of a gradient that the fused capture never forms, and hooks of the generic one.
+Left out: what needs the norm of a gradient that the fused capture never forms, hooks of the generic one, and what
+tries both captures itself.
 """
 
 from __future__ import annotations
 
 import optimizer.test_gates as gates
 import optimizer.test_inner_optimizers as inner_optimizers
-import optimizer.test_loss_scaling as loss_scaling
 import optimizer.test_nonfinite as nonfinite
 import optimizer.test_outside as outside
 import optimizer.test_protection as protection
@@ -22,7 +22,6 @@ from optimizer.test_capture import *  # noqa: F403
 MODULES = (
     gates,
     inner_optimizers,
-    loss_scaling,
     nonfinite,
     outside,
     protection,

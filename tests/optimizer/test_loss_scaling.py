@@ -391,6 +391,16 @@ def test_a_scaler_that_does_not_find_captured_gradients_is_refused(device):
     assert not unchanged(model, before)
 
 
+def test_a_closure_under_a_scaler_is_refused(device):
+    """It captures after the scaler has divided."""
+    model = mlp(device=device)
+    optimizer = sgd(model)
+    scaler = scaler_of(device)
+    scaler.scale(loss_of(model, 1, 1)).backward()
+    with pytest.raises(RuntimeError, match="in a closure"):
+        scaler.step(optimizer, lambda: per_task(optimizer, model, scaler, 0))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), torch.ones(2)], ids=str)
 def test_a_scale_that_is_none_is_refused(scale):
     with pytest.raises(ValueError, match="scale="):
