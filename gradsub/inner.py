@@ -202,10 +202,11 @@ class Inner:
         return steps
 
     def _base_step(self) -> None:
-        for before in list(self.base._optimizer_step_pre_hooks.values()):
+        # A wrapper such as accelerate's has none of its own.
+        for before in list(getattr(self.base, "_optimizer_step_pre_hooks", {}).values()):
             before(self.base, (), {})
         base_step(self.base)
-        for after in list(self.base._optimizer_step_post_hooks.values()):
+        for after in list(getattr(self.base, "_optimizer_step_post_hooks", {}).values()):
             after(self.base, (), {})
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:

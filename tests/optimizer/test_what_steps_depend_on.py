@@ -395,6 +395,42 @@ def test_a_base_optimizer_behind_a_scheduler_is_tried_without_it():
     gems(model, base=base)
 
 
+class Single(torch.optim.SGD):
+    """Computes in float32 whatever it is given, as bitsandbytes does."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.data.copy_(p.data.float())
+
+
+def test_single_precision_is_no_dependence():
+    train(model := mlp(), gems(model, base=Single(model.parameters(), lr=0.1, momentum=0.9)), 2)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "Lion"])
+def test_bitsandbytes(name):
+    base = getattr(pytest.importorskip("bitsandbytes").optim, name)(mlp().parameters(), lr=1e-3)
+    GemsOptimizer(base, tasks=TASKS, rank=2)
+
+
+def test_accelerates_wrapper():
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(cpu=True)
+    model = mlp()
+    base = accelerate.optimizer.AcceleratedOptimizer(torch.optim.AdamW(model.parameters()))
+    before = weights_of(model)
+    train(model, gems(model, base=base), 1)
+    assert not same(before, model.parameters())
+
+
+def test_nothing_that_cannot_be_zero_is_blamed():
+    """Ranger divides by how often it averages."""
+    base = of("pytorch_optimizer", "Ranger")(mlp().parameters())
+    with pytest.raises(ValueError, match="base=Ranger takes other steps"):
+        GemsOptimizer(base, tasks=TASKS, rank=2)
+
+
 def test_two_hundred_groups_cost_one_trial():
     weights = [nn.Parameter(noise(9, 7, key=(i,))) for i in range(200)]
     base = torch.optim.AdamW([{"params": [weight], "lr": 0.1 / (i + 1)} for i, weight in enumerate(weights)])
