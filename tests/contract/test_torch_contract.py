@@ -385,7 +385,6 @@ def test_a_group_can_be_added(each):
 
 
 @every
-@pytest.mark.xfail(strict=False, reason="options that a checkpoint lacks have no default yet")
 def test_an_older_state_dict_can_be_loaded(each):
     problem, again = Problem(each), Problem(each)
     problem.train(2)
@@ -400,7 +399,6 @@ def test_an_older_state_dict_can_be_loaded(each):
 
 
 @every
-@pytest.mark.xfail(strict=False, reason="numbers do not become tensors yet")
 def test_a_step_that_is_a_number_can_be_loaded(each):
     problem, again = Problem(each), Problem(each)
     problem.train(2)
@@ -419,7 +417,6 @@ def test_a_step_that_is_a_number_can_be_loaded(each):
 
 
 @every
-@pytest.mark.xfail(strict=False, reason="state is restored in the dtype that it was saved with")
 def test_state_of_another_dtype_is_cast(each):
     """As torch casts it: to the parameter's dtype, counts excepted."""
     if each.options.get("fused"):
@@ -507,7 +504,6 @@ def test_state_dict_hooks(each):
 
 
 @hooked
-@pytest.mark.xfail(strict=False, reason="state dicts are checked and restored as they were before the hooks")
 def test_load_hooks_see_and_change_what_is_loaded(each):
     problem, again, seen = Problem(each), Problem(each), []
     problem.train(2)
