@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradsub._pieces import pieces
+from gradsub.subspace import Block
 
 __all__ = ["Inner", "check_elementwise", "check_wrappable", "decays_decoupled", "decoupled_shrinkage"]
 
@@ -71,12 +72,17 @@ def check_elementwise(base: Optimizer, layer: str) -> None:
     Raises:
         ValueError: naming the optimizer and the layer.
     """
-    kinds = [cls.__name__.lower() for cls in type(base).__mro__]
-    if any(word in kind for kind in kinds for word in _WHOLE_MATRICES):
+    if looks_at_matrices(base):
         raise ValueError(
             f"base={type(base).__name__} looks at whole matrices, but {layer} is sharded and each rank steps its own "
             'rows: wrap an elementwise optimizer such as torch.optim.AdamW, or pass side="output"'
         )
+
+
+def looks_at_matrices(base: Optimizer) -> bool:
+    """Whether an entry's step depends on the other entries of its matrix."""
+    kinds = [cls.__name__.lower() for cls in type(base).__mro__]
+    return any(word in kind for kind in kinds for word in _WHOLE_MATRICES)
 
 
 def decays_decoupled(base: Optimizer, group: Mapping[str, Any]) -> bool:
@@ -149,10 +155,42 @@ class Inner:
         self._populate(new)
         self._release(self._proxied[-1]["params"])
 
-    @staticmethod
-    def proxy(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-        """A zero proxy."""
-        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    def proxies(self, block: Block, subspace: int, moments: str) -> list[nn.Parameter]:
+        """What the base optimizer steps for a block in the place of the weights, zero.
+
+        One stack of all layers' coordinates where the base optimizer looks at each entry alone. One matrix for each
+        layer where it looks at whole matrices, and where moments are reset: a stack has one step count.
+        """
+        like = block.stacks["basis"]
+        shape = block.first.coordinates(subspace)
+        if self.elementwise and moments != "reset":
+            return [nn.Parameter(like.new_zeros(len(block), *shape))]
+        return [nn.Parameter(like.new_zeros(shape)) for _ in block.layers]
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the base optimizer steps each entry by itself, so that many matrices can be stepped as one tensor."""
+        return not looks_at_matrices(self.base)
+
+    def split(self, proxy: Tensor, rows: list[int], staying: list[int]) -> nn.Parameter:
+        """A second proxy for some rows of a stack, with their part of its state."""
+        shape = self._shapes[proxy]
+        other = nn.Parameter(proxy.data.new_zeros(len(rows), *shape[1:]))
+        state = self.base.state.get(proxy, {})
+        if state:
+            stacked = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape}
+            self.base.state[other] = {
+                key: value[rows] if key in stacked else copy.deepcopy(value) for key, value in state.items()
+            }
+            self.base.state[proxy] = {
+                key: value[staying] if key in stacked else value for key, value in state.items()
+            }
+        self._shapes[other] = other.shape
+        self._shapes[proxy] = torch.Size((len(staying), *shape[1:]))
+        self._stands_for[other] = self._stands_for[proxy]
+        next(g for g in self._proxied if any(proxy is p for p in g["params"]))["params"].append(other)
+        self._release([other])
+        return other
 
     @property
     def relative(self) -> bool:
@@ -178,8 +216,8 @@ class Inner:
         """
         groups = list(groups)
         self._read_options(groups)
-        for (proxy, gradient), zero in zip(gradients.items(), _zeros_like(list(gradients.values())), strict=True):
-            proxy.data = starts[proxy].clone() if proxy in starts else zero
+        for proxy, gradient in gradients.items():
+            proxy.data = starts[proxy].clone() if proxy in starts else torch.zeros_like(gradient)
             proxy.grad = gradient
         self._base_step()
         self._write_options(groups)
@@ -203,6 +241,10 @@ class Inner:
         """The base optimizer's state of a plain parameter or of a proxy; empty if it has none yet."""
         found: dict[str, Any] = self.base.state.get(parameter, {})
         return found
+
+    def shape_of(self, proxy: Tensor) -> torch.Size:
+        """The shape of a proxy, whose storage is released between steps."""
+        return self._shapes[proxy]
 
     def load_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
         """Replace it."""
@@ -275,21 +317,6 @@ class Inner:
                     self.base.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
             for parameter, gradient in zip(training, held, strict=True):
                 parameter.grad = gradient
-
-
-def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Zeros of the tensors' shapes, cut out of few allocations for each dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(position)
-    zeros = list(tensors)
-    for positions in kinds.values():
-        for some in pieces(positions, [tensors[position].numel() for position in positions]):
-            sizes = [tensors[position].numel() for position in some]
-            cut = torch.split(tensors[some[0]].new_zeros(sum(sizes)), sizes)
-            for position, zero in zip(some, cut, strict=True):
-                zeros[position] = zero.view(tensors[position].shape)
-    return zeros
 
 
 def _like(value: Any, parameter: Tensor, proxy: Tensor) -> Any:

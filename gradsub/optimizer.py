@@ -15,7 +15,7 @@ from gradsub import _settings as settings
 from gradsub._finite import NonFiniteError
 from gradsub._intake import Intake
 from gradsub._layout import Layout
-from gradsub._state import check_compatible, hand_down, mirror, restore, show_shards, take_shards
+from gradsub._state import check_compatible, restore, show_shards, take_shards
 from gradsub._step import Stepper
 from gradsub.capture import MIXED, MixedRows, Part
 from gradsub.distributed import Exchange
@@ -185,7 +185,7 @@ class GemsOptimizer(Optimizer):
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
-        self._bank = SubspaceBank(self.state, orthogonalize, seed)
+        self._bank = SubspaceBank(orthogonalize, seed)
         self._intake = Intake(self._bank, self._exchange, self._layout.name)
         found = [self._lay_out(base, group, position) for position, group in enumerate(self.param_groups)]
         self._layout.check_names()
@@ -194,8 +194,8 @@ class GemsOptimizer(Optimizer):
         self._stepper.attach(self.state)
         self._stepper.connect(self._bank, self._inner)
         self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
-        for group, layers in zip(self.param_groups, found, strict=True):
-            self._adopt(group, layers)
+        for position, layers in enumerate(found):
+            self._adopt(position, layers)
 
     # --- gradients in ------------------------------------------------------------------------------------------------
 
@@ -322,7 +322,6 @@ class GemsOptimizer(Optimizer):
                 self._intake.mixed_samples,
                 self._intake.losses,
             )
-            self._show_inner_state()
         finally:
             self._intake.clear()
         return result
@@ -404,7 +403,7 @@ class GemsOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._adopt(group, layers)
+        self._adopt(len(self.param_groups) - 1, layers)
 
     def _lay_out(self, base: Optimizer, group: dict[str, Any], position: int) -> list[Layer]:
         settings.check_group(group)
@@ -414,27 +413,22 @@ class GemsOptimizer(Optimizer):
                 check_elementwise(base, layer.name)
         return layers
 
-    def _adopt(self, group: dict[str, Any], layers: list[Layer]) -> None:
-        proxies: dict[Tensor, Tensor] = {}
-        for layer in layers:
-            mine = self._stepper.adopt(layer)
-            proxies.update(dict.fromkeys(mine.values(), layer.parameter))
+    def _adopt(self, position: int, layers: list[Layer]) -> None:
+        group = self.param_groups[position]
+        fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
+        fused = {parameter: found for parameter, found in fused.items() if found is not None}
+        proxies = self._stepper.adopt(position, layers, fused)
         plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
-        self._stepper.proxies.update({parameter: {"": parameter} for parameter in plain})
+        self._stepper.plain.extend(plain)
         for parameter in plain:
             self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
         options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
         self._inner.add_group(options, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:
-            fused = self._layout.fused(layer.parameter)
-            if fused is not None:
-                self._intake.fused.adopt(layer, *fused)
-        self._show_inner_state()
-
-    def _show_inner_state(self) -> None:
-        for parameter, proxies in self._stepper.proxies.items():
-            mirror(self.state, parameter, self._inner, proxies)
+            if (found := fused.get(layer.parameter)) is not None:
+                self._intake.fused.adopt(layer, *found)
+        self._stepper.show()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a `state_dict` as if never interrupted; every tensor keeps the dtype that it was saved with.
@@ -451,9 +445,7 @@ class GemsOptimizer(Optimizer):
         super().load_state_dict(state_dict)
         self._attach()
         restore(state_dict, self.param_groups, self.state, earlier)
-        for parameter, proxies in self._stepper.proxies.items():
-            hand_down(self.state.get(parameter, {}), self._inner, proxies)
-        self._stepper.restore_protection()
+        self._stepper.take_over()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.
@@ -472,19 +464,20 @@ class GemsOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.
         mine = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
-        return {**super().__getstate__(), **mine}
+        state = self._stepper.unshown() if "_stepper" in mine else self.state
+        return {**super().__getstate__(), "state": state, **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_bank" in self.__dict__:
+        if "_stepper" in self.__dict__:
             self._attach()
         if "_intake" in state:
+            self._stepper.show(anew=True)
             self._intake.capture.hook()
             self._intake.fused.reinstall()
 
     def _attach(self) -> None:
         """Everybody follows to the state that torch has put in the place of the old one."""
-        self._bank.attach(self.state)
         self._stepper.attach(self.state)
 
     # --- diagnostics -------------------------------------------------------------------------------------------------

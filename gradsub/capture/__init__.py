@@ -5,7 +5,7 @@ from gradsub.capture._clip import clip_captured, scale_captured
 from gradsub.capture._fused import FusedCapture, Part, can_fuse
 from gradsub.capture._generic import MIXED, GenericCapture
 from gradsub.capture._losses import LossWatcher
-from gradsub.capture._projected import Projected, gather, mix
+from gradsub.capture._projected import Projected, mix, project_block
 from gradsub.capture._rows import MixedRows
 from gradsub.capture._scaled import ScaleWitness, loss_scale
 
@@ -21,8 +21,8 @@ __all__ = [
     "ScaleWitness",
     "can_fuse",
     "clip_captured",
-    "gather",
     "loss_scale",
     "mix",
+    "project_block",
     "scale_captured",
 ]

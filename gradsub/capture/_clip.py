@@ -38,7 +38,7 @@ def clip_captured(
         split = bool(sharded_over(parameter))
         if layer is not None:
             split = layer.splits_coordinates and captured.squared_norm is None
-        (here if split else everywhere).append(captured.norm_known())
+        (here if split else everywhere).append(captured.squared_norm_known(layer))
     device = next(iter(held)).device
     sums = [torch.stack([square.to(device).double() for square in squares]).sum() for squares in (here, everywhere)]
     norm = (in_common(sums[0]) + sums[1]).sqrt()

@@ -38,27 +38,27 @@ def dominant_basis(
     lifted update stays orthogonal to K.
 
     Args:
-        gradient: G (m x n), finite and not zero.
+        gradient: G (m x n), or several of them (L x m x n), finite and not zero.
         width: columns of the result.
         axis: the axis of length d that the basis spans.
-        against: K (d x k), orthonormal columns (zero columns are allowed) to stay orthogonal to.
+        against: K (d x k, or L of them), orthonormal columns (zero columns are allowed) to stay orthogonal to.
         free: the dimension of K's complement; columns beyond it are zero, since there is no direction left for them.
         generator: draws the random test matrix, and the columns beyond the rank of (I - K K^T) G.
 
     Returns:
-        the basis (d x width).
+        the basis (d x width), or L of them.
     """
     whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
     if against is not None:
         with full_precision(matrix.device):
             matrix = matrix - against @ (against.mT @ matrix)
-    basis = matrix.new_zeros(matrix.shape[0], width)
+    basis = matrix.new_zeros(*matrix.shape[:-1], width)
     kept = min(width, free)
     if kept:
         leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
         error = _error(largest_magnitude(whole), largest_magnitude(matrix))
         leading = leading.masked_fill(_is_rounding(values, error).unsqueeze(-2), 0)
-        basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
+        basis[..., :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
     return basis
 
 
