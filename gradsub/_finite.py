@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -18,9 +19,17 @@ def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     """The sum of the tensors' largest absolute entries (0-dim): NaN or Inf if any entry of any of them is."""
     here = [local(tensor) for tensor in tensors]
     norms = torch._foreach_norm([tensor for tensor in here if tensor.numel()] or [torch.zeros(1)], math.inf)
-    return torch.stack(
-        [norm.to(norms[0].device, torch.float64 if norm.is_cpu else torch.float32) for norm in norms]
-    ).sum()
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for norm in norms:
+        alike[norm.device, norm.dtype].append(norm)
+    sums = [
+        torch.stack(found).double().sum() if device.type != "mps" else torch.stack(found).float().sum()
+        for (device, _), found in alike.items()
+    ]
+    first, *others = sums
+    for other in others:
+        first = first + other.to(first)
+    return first
 
 
 def find_nonfinite(

@@ -75,7 +75,7 @@ def measure(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
     lengths = [len(block.block) for block in blocks]
-    torch._foreach_copy_([block.block.stacks[GATE_MEMORY] for block in blocks], list(memory.split(lengths)))
+    torch._foreach_copy_([block.block.stacks[GATE_MEMORY] for block in blocks], list(torch.split(memory, lengths)))
     return Measurements(
         layers=layers,
         gramian=_over_shards(blocks, torch.cat([_gramian(block, tasks).to(zero) for block in blocks])),

@@ -182,9 +182,7 @@ class Inner:
             self.base.state[other] = {
                 key: value[rows] if key in stacked else copy.deepcopy(value) for key, value in state.items()
             }
-            self.base.state[proxy] = {
-                key: value[staying] if key in stacked else value for key, value in state.items()
-            }
+            self.base.state[proxy] = {key: value[staying] if key in stacked else value for key, value in state.items()}
         self._shapes[other] = other.shape
         self._shapes[proxy] = torch.Size((len(staying), *shape[1:]))
         self._stands_for[other] = self._stands_for[proxy]

@@ -39,9 +39,7 @@ def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
 
-def apply_updates(
-    block: Block, states: Sequence[State], steps: Tensor, bases: Tensor, shrink: float | Tensor
-) -> None:
+def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: Tensor, shrink: float | Tensor) -> None:
     r"""W <- W - shrink P W + lift(steps), for the layers of a block.
 
     The whole update is formed before it is added: each addition rounds W, and only rounding can move what is protected.
@@ -54,7 +52,8 @@ def apply_updates(
         shrink: lr times weight decay, or 0. P = I - K K^T keeps the decay off the protected directions as well.
     """
     shrinks = isinstance(shrink, Tensor) or shrink != 0.0
-    together, alone = [], []
+    together: list[int] = []
+    alone: list[int] = []
     for row, layer in enumerate(block.layers):
         simple = _writable(layer) and not (shrinks and layer.protected is not None)
         (together if simple and _small(layer) else alone).append(row)

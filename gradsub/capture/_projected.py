@@ -105,9 +105,9 @@ def _project_whole(
             gradients: dict[int, Tensor] = {}
             for task in whole:
                 held = [captured[task][row] for row in rows]
-                gradients[task + 1] = torch.stack([each.full for each in held if each.full is not None]).to(first.dtype)
-                for each in held:
-                    each.full = None
+                gradients[task + 1] = torch.stack([one.full for one in held if one.full is not None]).to(first.dtype)
+                for one in held:
+                    one.full = None
             if len(whole) == len(captured):
                 aside = None if alone else torch.stack([each for row in rows if (each := outside[row]) is not None])
                 gradients[SHARED] = mix({task: gradients[task + 1] for task in whole}, weights, aside)
@@ -117,8 +117,8 @@ def _project_whole(
                 bases = block.joint(task, first.dtype)
                 projected = project(gradient, bases if len(rows) == len(block) else bases[list(rows)], first.axis)
                 norms = torch.linalg.vector_norm(gradient, dim=(1, 2)).square()
-                for row, each, norm in zip(rows, projected.unbind(), norms.unbind(), strict=True):
-                    captured[task][row].projected = each
+                for row, R, norm in zip(rows, projected.unbind(), norms.unbind(), strict=True):
+                    captured[task][row].projected = R
                     if captured[task][row].squared_norm is None:
                         captured[task][row].squared_norm = norm
     return refreshed

@@ -264,14 +264,14 @@ class SubspaceBank:
         subspace: int,
         more: Callable[[int], Hashable] = lambda row: None,
     ) -> Iterator[tuple[Sequence[int], int]]:
-        """Rows that one operation can refresh, and how many columns the complement of what is forbidden has for them."""
-        kinds: dict[Hashable, list[int]] = defaultdict(list)
+        """Rows that one operation can refresh, and how many of the columns find room beside what is forbidden."""
+        kinds: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
         steps = _array(block, "step")
         for row in rows:
             layer = block.layers[row]
-            kinds[self._free(layer, subspace), layer.protected is None, int(steps[row]), more(row)].append(row)
+            kinds[self._free(layer, subspace), (layer.protected is None, int(steps[row]), more(row))].append(row)
         width, size = block.first.widths[subspace], block.first.dimension
-        for (free, *_), some in kinds.items():  # type: ignore[misc]
+        for (free, _), some in kinds.items():
             entries = size * (size - free + 2 * width)
             for piece in pieces(some, entries, block.device):
                 yield piece, min(width, free)

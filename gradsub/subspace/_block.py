@@ -92,7 +92,7 @@ class Block:
         return joint if rows is None or len(rows) == len(self) else joint[list(rows)]
 
     def joint(self, task: int, dtype: torch.dtype) -> Tensor:
-        """The shared and a task's own bases side by side (L x d x (r + r_k)) in a dtype; made once after each change."""
+        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them."""
         basis = self.stacks["basis"]
         version, found = self._joint.get((task, dtype), (-1, basis))
         if version != basis._version:

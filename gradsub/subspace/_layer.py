@@ -118,7 +118,8 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of bases and of everything inside the subspace: float32 at least."""
-        return torch.promote_types(self.parameter.dtype, torch.float32)
+        # Not torch.promote_types: that is an operation, and this is asked for in every step and layer.
+        return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
 
     def coordinates(self, subspace: int) -> tuple[int, int]:
         """The shape of a projected gradient: (m, r) or (r, n)."""

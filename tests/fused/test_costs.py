@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsub import GemsOptimizer
 from gradsub.memory import layer_bytes
-from gradsub.subspace import Layer
 
 from .worlds import gems, model_of, null_space_of, train
 
