@@ -22,6 +22,35 @@ def independent_qr(Y: Tensor) -> Tensor:
     return wide.to(Y.dtype)
 
 
+def dominant_eigenvectors(gramian: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Orthonormal columns that approach the leading eigenvectors of Y^T Y (..., c, c), by orthogonal iteration.
+
+    Nothing waits for the device. Columns beyond the rank of ``gramian`` mean nothing, and need not be orthonormal.
+
+    Args:
+        gramian: Y^T Y.
+        start: (..., c, k), not orthogonal to the eigenvectors.
+        iterations: products with the Gramian.
+    """
+    if not _widens(gramian):
+        Z = torch.linalg.qr(start).Q
+        for _ in range(iterations):
+            Z = torch.linalg.qr(gramian @ Z).Q
+        return Z
+    wide = gramian.double()
+    Z = _rotated(start.double())
+    for _ in range(iterations):
+        Z = _rotated(wide @ Z)
+    return Z.to(gramian.dtype)
+
+
+def _rotated(Z: Tensor) -> Tensor:
+    """The columns made orthonormal, as far as they are independent: close to the eigenvectors they nearly are."""
+    norms = torch.linalg.vector_norm(Z, dim=-2, keepdim=True)
+    Z = Z / torch.where(norms == 0, 1, norms)
+    return Z @ _inverse(_factor(Z))
+
+
 def added_by_each(Y: Tensor) -> Tensor:
     """What each column has beyond those before it: the absolute diagonal of R of Y = Q R, (..., c)."""
     if _widens(Y):

@@ -6,6 +6,7 @@ from torch import Tensor
 from gradsub.linalg._arithmetic import full_precision, largest_magnitude
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
+from gradsub.linalg._thin import added_by_each, dominant_eigenvectors
 
 _ITERATIONS = 4
 _ROUNDING = 32
@@ -100,13 +101,11 @@ def sketched_basis(
             Y = torch.cat([earlier, Y], dim=-1)
         gramian = Y.mT @ Y
         columns = min(width, Y.shape[-1])
-        Z = torch.linalg.qr(gramian[..., :columns]).Q
-        for _ in range(_ITERATIONS):
-            Z = torch.linalg.qr(gramian @ Z).Q
+        Z = dominant_eigenvectors(gramian, gramian[..., :columns], _ITERATIONS)
         leading = Y @ Z
         values = torch.linalg.vector_norm(leading, dim=-2)
         # Not the values: on the Gramian small ones are inexact, and columns are left with parts of those before them.
-        new = torch.linalg.qr(leading, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+        new = added_by_each(leading)
         rounding = _is_rounding(new, torch.where(error < 1, error, _ROUNDING * torch.finfo(Y.dtype).eps))
         leading, values = leading.masked_fill(rounding.unsqueeze(-2), 0), values.masked_fill(rounding, 0)
     basis = Y.new_zeros(*Y.shape[:-1], width)
