@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from gradsub.capture import MIXED, Captured
+from gradsub.linalg._arithmetic import widest
 from gradsub.subspace import local
 
 
@@ -20,9 +22,13 @@ def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     norms = torch._foreach_norm(
         [tensor for tensor in here if tensor.numel()] or [torch.zeros(1, dtype=torch.float32, device="cpu")], math.inf
     )
-    return torch.stack(
-        [norm.to(norms[0].device, torch.float64 if norm.is_cpu else torch.float32) for norm in norms]
-    ).sum()
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for norm in norms:
+        alike[norm.device, norm.dtype].append(norm)
+    first, *others = [torch.stack(found).to(widest(device)).sum() for (device, _), found in alike.items()]
+    for other in others:
+        first = first + other.to(first)
+    return first
 
 
 def find_nonfinite(

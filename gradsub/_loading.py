@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gradsub import _settings as settings
 from gradsub._layout import Layout
-from gradsub._state import INNER, group_parameters, is_weighing, take_shards
+from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
 from gradsub.subspace import SKETCHES, Layer, SubspaceBank, check_steps_taken, is_distributed, local, orthonormality
 from gradsub.update import ANCHOR, PROTECTED
@@ -58,7 +58,7 @@ class StateDictReader:
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, Any],
         layers: Mapping[Tensor, Layer],
-        proxies: Mapping[Tensor, Mapping[str, Tensor]],
+        proxies: Callable[[Tensor], Mapping[str, Tensor]],
         layout: Layout,
         bank: SubspaceBank,
         inner: Inner,
@@ -127,7 +127,7 @@ class StateDictReader:
                 )
         given = self._inner.upgraded({key: value for key, value in merged.items() if key not in settings.NOT_INNER})
         proven = {key: ours[key] for key in ours.keys() - settings.NOT_INNER}
-        stepped = [proxy for parameter in ours["params"] for proxy in self._proxies[parameter].values()][:1]
+        stepped = [proxy for parameter in ours["params"] for proxy in self._proxies(parameter).values()][:1]
         refusal = next((self._inner.refusal(given, proven, proxy) for proxy in stepped), None)
         if refusal is not None:
             raise ValueError(
@@ -248,13 +248,14 @@ class StateDictReader:
         """The base optimizer's state of a parameter, or of its proxies."""
         left = {key for key in theirs if key.startswith(INNER)}
         found: dict[str, Any] = {}
-        for subspace, (prefix, proxy) in enumerate(self._proxies[parameter].items()):
+        prefixes = list(self._proxies(parameter))
+        for subspace, (prefix, proxy) in enumerate(self._proxies(parameter).items()):
             start = f"{INNER}{prefix}"
-            # A task named "a" must not take what belongs to a task named "a.b".
-            mine = {key for key in left if key.startswith(start) and "." not in key.removeprefix(start)}
+            mine = {f"{start}{key}" for key in loaded_inner(theirs, prefix, prefixes)}
             left -= mine
             shape = parameter.shape if layer is None else torch.Size(layer.coordinates(subspace))
-            like = self._inner.state_of(proxy) if self._inner.populated(proxy) else {}
+            ours = loaded_inner(self._state.get(parameter, {}), prefix, prefixes)
+            like = ours if self._inner.populated(proxy) else {}
             if not mine and not (like and parameter.requires_grad) and not self._has_stepped(layer, subspace, theirs):
                 continue  # frozen, or an optimizer whose state begins with its first step
             strict = bool(like)
@@ -303,7 +304,7 @@ class StateDictReader:
     def _check_steps(self, name: str, layer: Layer, found: Mapping[str, Any]) -> None:
         """The base optimizer cannot have stepped more often than the layer."""
         taken = float(found["step"])
-        for prefix in self._proxies[layer.parameter]:
+        for prefix in self._proxies(layer.parameter):
             key = f"{INNER}{prefix}step"
             value = found.get(key)
             if isinstance(value, (Tensor, float, int)) and _numbers(value) == 1 and float(value) > taken + 1:

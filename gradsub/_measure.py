@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from gradsub._blocks import Block
+from gradsub.capture import Projected
 from gradsub.gates import Gate, GateInputs
 from gradsub.linalg._arithmetic import norm, widest
 from gradsub.report import Measurements
@@ -22,37 +22,35 @@ def previous_step(task: int) -> str:
 
 
 def measure(
-    blocks: Sequence[Block],
+    blocks: Sequence[Projected],
     losses: Mapping[int, Tensor],
     samples: Mapping[int, float],
     tasks: int,
     gate: Gate,
-    state: Mapping[Tensor, Any],
 ) -> Measurements | None:
     """The gates of this step, and what they and a report are computed from; None without a layer or a task.
 
     Rows are layers, in the order of the blocks. Everything stays on the device of the first layer.
 
     Args:
-        blocks: the layers that had a gradient.
+        blocks: the gradients of the layers that had any; the blocks keep the memory of the gate.
         losses: by task, where a loss was seen.
         samples: by task.
         tasks: K.
         gate: the gate.
-        state: the optimizer's state, where the gate's memory and a task's previous steps are kept by weight.
 
     Raises:
         ValueError: the gate returned something of another shape than (L, K).
     """
     if not blocks or not tasks:
         return None
-    layers = [layer for block in blocks for layer in block.layers]
+    layers = [layer for block in blocks for layer in block.block.layers]
     zero = torch.zeros((), device=layers[0].parameter.device, dtype=layers[0].dtype)
     unknown = zero + math.nan
     wide = zero.to(widest(zero.device))
 
-    def by_task(block: Block, values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
-        empty = missing.expand(len(block.layers))
+    def by_task(block: Projected, values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
+        empty = missing.expand(len(block.block.layers))
         return torch.stack([values[k].to(missing) if k in values else empty for k in range(tasks)], dim=1)
 
     norms = [{k: norm(R, dim=(1, 2)) for k, R in block.own.items()} for block in blocks]
@@ -61,11 +59,11 @@ def measure(
     # A gate sums them; tasks whose sum overflows count as equally large.
     own_norms = own_norms.clamp_max(torch.finfo(zero.dtype).max / (tasks + 1)).to(zero)
     present = torch.tensor(
-        [[k in block.own for k in range(tasks)] for block in blocks for _ in block.layers],
+        [[k in block.own for k in range(tasks)] for block in blocks for _ in block.block.layers],
         dtype=torch.bool,
         device="cpu",
     ).to(zero.device, non_blocking=True)
-    memory = torch.stack([state[layer.parameter][GATE_MEMORY].to(zero) for layer in layers])
+    memory = torch.cat([block.block.stacks[GATE_MEMORY].to(zero) for block in blocks])
     unseen = [losses[k].to(unknown) if k in losses else unknown for k in range(tasks)]
     inputs = GateInputs(
         losses=torch.stack(unseen),
@@ -75,14 +73,15 @@ def measure(
         ),
         present=present,
         memory=memory,
-        alignment=_alignments(blocks, tasks, state).to(zero) if needs_alignment(gate) else None,
+        alignment=_alignments(blocks, tasks).to(zero) if needs_alignment(gate) else None,
     )
     gates = gate(inputs)
     if gates.shape != own_norms.shape:
         raise ValueError(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
-    torch._foreach_copy_([state[layer.parameter][GATE_MEMORY] for layer in layers], list(memory.unbind()))
+    lengths = [len(block.block) for block in blocks]
+    torch._foreach_copy_([block.block.stacks[GATE_MEMORY] for block in blocks], list(torch.split(memory, lengths)))
     return Measurements(
         layers=layers,
         gramian=_over_shards(blocks, torch.cat([_gramian(block, tasks).to(wide) for block in blocks])),
@@ -98,16 +97,16 @@ def needs_alignment(gate: Gate) -> bool:
     return bool(getattr(gate, "needs_alignment", False))
 
 
-def _split(blocks: Sequence[Block]) -> bool:
+def _split(blocks: Sequence[Projected]) -> bool:
     """Whether each rank has only some rows of some layers' coordinates."""
-    return any(block.layers[0].splits_coordinates for block in blocks)
+    return any(block.block.first.splits_coordinates for block in blocks)
 
 
-def _over_shards(blocks: Sequence[Block], values: Tensor) -> Tensor:
+def _over_shards(blocks: Sequence[Projected], values: Tensor) -> Tensor:
     """Sums over the coordinates of a layer, a row each (L, ...): of all rows, where ranks have some each."""
     if not _split(blocks):
         return values
-    layers = [layer for block in blocks for layer in block.layers]
+    layers = [layer for block in blocks for layer in block.block.layers]
     shards = next(layer.shards for layer in layers if layer.splits_coordinates)
     assert shards is not None
     # What every rank has as a whole must count once.
@@ -120,15 +119,15 @@ def _over_shards(blocks: Sequence[Block], values: Tensor) -> Tensor:
     return summed
 
 
-def _alignments(blocks: Sequence[Block], tasks: int, state: Mapping[Tensor, Any]) -> Tensor:
+def _alignments(blocks: Sequence[Projected], tasks: int) -> Tensor:
     """Cosines (L, K) between R_k and the task's previous step; 0 without one."""
-    first = blocks[0].layers[0]
+    first = blocks[0].block.first
     found = []
     for block in blocks:
         device = first.parameter.device
-        products = torch.zeros(len(block.layers), tasks, 3, dtype=widest(device), device=device)
+        products = torch.zeros(len(block.block), tasks, 3, dtype=widest(device), device=device)
         for task, gradient in block.own.items():
-            previous = torch.stack([state[layer.parameter][previous_step(task)] for layer in block.layers])
+            previous = block.block.stacks[previous_step(task)]
             both = torch.stack([gradient.flatten(1), previous.flatten(1)], dim=1)
             gramian = _inner_products(both).to(products)
             products[:, task] = torch.stack([gramian[:, 0, 1], gramian[:, 1, 1], gramian[:, 0, 0]], dim=1)
@@ -138,15 +137,15 @@ def _alignments(blocks: Sequence[Block], tasks: int, state: Mapping[Tensor, Any]
     return products[..., 0] / norms.where(norms > 0, 1.0)
 
 
-def _gramian(block: Block, tasks: int) -> Tensor:
+def _gramian(block: Projected, tasks: int) -> Tensor:
     """Inner products (L x K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
     if not block.parts:
-        layer = block.layers[0]
-        return torch.zeros(len(block.layers), tasks, tasks, dtype=layer.dtype, device=layer.parameter.device)
+        like = block.block.stacks["basis"]
+        return like.new_zeros(len(block.block), tasks, tasks)
     products = _inner_products(torch.stack([part.flatten(1) for part in block.parts.values()], dim=1))
     if len(block.parts) == tasks:
         return products
-    gramian = products.new_zeros(len(block.layers), tasks, tasks)
+    gramian = products.new_zeros(len(block.block.layers), tasks, tasks)
     for i, a in enumerate(block.parts):
         for j, b in enumerate(block.parts):
             gramian[:, a, b] = products[:, i, j]

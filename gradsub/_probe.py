@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,11 +43,13 @@ class Traits:
         decay: what ``weight_decay`` does: ``"coupled"``: it times the weight joins the gradient; ``"rate"``: lr times
             it is taken off the weight; ``"fixed"``: it is; ``"none"``: nothing; ``"other"``: something else.
         counters: options that the optimizer itself changes in a step.
+        entrywise: each entry is stepped by itself, so that many matrices can be stepped as one stack.
     """
 
     relative: bool
     decay: Decay
     counters: frozenset[str]
+    entrywise: bool = False
 
 
 # Of a group in which nothing can have a proxy.
@@ -112,7 +114,10 @@ class Probes:
         """
         key = patterns(options)
         if key not in self._traits:
-            self._traits[key] = _traits(_Trial(self._base, options, _sample(parameters, states)))
+            sample = _sample(parameters, states)
+            traits = _traits(_Trial(self._base, options, sample))
+            entrywise = not traits.relative and _entries_are_independent(self._base, options, sample)
+            self._traits[key] = replace(traits, entrywise=entrywise)
         return self._traits[key]
 
     def rows_are_independent(
@@ -127,6 +132,19 @@ class Probes:
             pairs = zip(whole.steps, part.steps, strict=True)
             self._independent[key] = all(_close(a[: _ROWS // 2], b) for a, b in pairs)
         return self._independent[key]
+
+
+def _entries_are_independent(base: Optimizer, options: Options, sample: _Sample) -> bool:
+    """Whether a stack of two matrices is stepped as each of them alone, with state of its own shape or one number."""
+    try:
+        stack = _Trial(base, options, sample, stacked=True).from_zero(_STEPS)
+    except ValueError:  # it wants matrices
+        return False
+    part = _Trial(base, options, sample, rows=_ROWS // 2).from_zero(_STEPS)
+    shape = stack.steps[0].shape
+    if not all(kept.numel() == 1 or kept.shape == shape for kept in stack.kept):
+        return False
+    return all(_close(a[0], b) for a, b in zip(stack.steps, part.steps, strict=True))
 
 
 def patterns(options: Options) -> frozenset[tuple[str, Any]]:
@@ -184,8 +202,11 @@ class _Run:
 class _Trial:
     """Runs of fresh copies of a base optimizer, all with the same gradients and the same random numbers."""
 
-    def __init__(self, base: Optimizer, options: Options, sample: _Sample, rows: int = _ROWS) -> None:
-        self.base, self.options, self.sample, self.rows = base, options, sample, rows
+    def __init__(
+        self, base: Optimizer, options: Options, sample: _Sample, rows: int = _ROWS, stacked: bool = False
+    ) -> None:
+        self.base, self.options, self.sample = base, options, sample
+        self.shape = torch.Size((2, rows // 2, _COLUMNS) if stacked else (rows, _COLUMNS))
         self.name = type(base).__name__
         numbers = np.random.default_rng(0)
         self._start = torch.from_numpy(3.0 * numbers.standard_normal((_ROWS, _COLUMNS)))[:rows]
@@ -198,6 +219,8 @@ class _Trial:
             # Orthogonal to the weight: some optimizers do something else then (AdamP).
             along = (gradient * self._start).sum(1, keepdim=True) / self._start.square().sum(1, keepdim=True)
             gradient -= along * self._start
+        self._start = self._start.view(self.shape)
+        self._gradients = [gradient.view(self.shape) for gradient in self._gradients]
         self._setting = self._possible_setting()
 
     def _possible_setting(self) -> Setting:
@@ -234,7 +257,7 @@ class _Trial:
         calls = 0
         try:
             with _isolated(setting[1]):
-                twin = _Twin(self.base, self.options, self.sample, setting, self.rows)
+                twin = _Twin(self.base, self.options, self.sample, setting, self.shape)
 
                 def closure() -> Tensor:
                     nonlocal calls
@@ -261,7 +284,7 @@ class _Trial:
         """From given places; None: where the last step led. ``pull`` times the place is added to the gradients."""
         options = {**self.options, **({"weight_decay": 0.0} if "weight_decay" in self.options else {}), **changes}
         with _isolated(self._setting[1]) as reseed:
-            twin = _Twin(self.base, options, self.sample, self._setting, self.rows)
+            twin = _Twin(self.base, options, self.sample, self._setting, self.shape)
             before, steps, places = dict(twin.group), [], []
             for number, position in enumerate(positions):
                 reseed(number)
@@ -343,9 +366,9 @@ class _Trial:
 class _Twin:
     """A copy of a base optimizer with one small matrix in its groups, and nothing in common with the original."""
 
-    def __init__(self, base: Optimizer, options: Options, sample: _Sample, setting: Setting, rows: int) -> None:
+    def __init__(self, base: Optimizer, options: Options, sample: _Sample, setting: Setting, shape: torch.Size) -> None:
         dtype, device = setting
-        self.weight = nn.Parameter(torch.zeros(rows, _COLUMNS, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
         # What stands for the parameters in the optimizer's own attributes.
         self.elsewhere = nn.Parameter(torch.zeros_like(self.weight))
         self.failed = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -16,7 +15,7 @@ from gradsub.subspace import Layer
 _BASIS: Final = 32
 
 
-def drop_rounding(gradients: Sequence[Tensor], layer: Layer, rounding: float, squared_norms: Tensor | None) -> None:
+def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tensor | None) -> None:
     r"""Set to zero, in place, what is rounding in R = G V, for many G of one shape; nothing waits for the device.
 
     Where the rank of G is below that of the basis, coordinates are left that would be zero if one could compute
@@ -31,27 +30,21 @@ def drop_rounding(gradients: Sequence[Tensor], layer: Layer, rounding: float, sq
     the largest one does.
 
     Args:
-        gradients: the same B gradients in several subspaces (B x m x r for axis 1, B x r x n for axis 0).
+        R: B gradients in the coordinates of all their subspaces (B x m x r for axis 1, B x r x n for axis 0).
         layer: one of those that they belong to.
         rounding: u, or what is known of it; the format of the coordinates is no finer.
         squared_norms: (B,) of the whole gradients, if they are known: then a gradient of which the subspaces hold
             nothing at all is told from a small one.
     """
     along, across = (-1, -2) if layer.axis == 1 else (-2, -1)
-    first = gradients[0]
-    unit = max(rounding, rounding_unit(first.dtype, first.device))
-    tau = _BASIS * torch.finfo(first.dtype).eps + 2 * unit / math.sqrt(layer.dimension)
-    rows = _largest([torch.linalg.vector_norm(R, math.inf, dim=along, keepdim=True) for R in gradients])
-    bounds = rows * tau
+    unit = max(rounding, rounding_unit(R.dtype, R.device))
+    tau = _BASIS * torch.finfo(R.dtype).eps + 2 * unit / math.sqrt(layer.dimension)
+    bounds = torch.linalg.vector_norm(R, math.inf, dim=along, keepdim=True) * tau
     least = bounds.amax(across, keepdim=True)
     if squared_norms is not None:
         # The root mean square of the norms of G's rows.
         mean = squared_norms.sqrt() / math.sqrt(layer.codimension)
         least = torch.maximum(least, (tau * mean).to(least).view_as(least))
-    for R in gradients:
-        R *= torch.linalg.vector_norm(R, math.inf, dim=across, keepdim=True) > least
-        R.masked_fill_(R.abs() <= bounds, 0)
-
-
-def _largest(values: list[Tensor]) -> Tensor:
-    return values[0] if len(values) == 1 else torch.maximum(*values)
+    magnitudes = R.abs()
+    says = (magnitudes > bounds) & (magnitudes.amax(across, keepdim=True) > least)
+    R *= says

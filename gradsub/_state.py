@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradsub._measure import PREVIOUS_STEP
 from gradsub.inner import Inner
-from gradsub.subspace import Layer, is_distributed, shards_of
+from gradsub.subspace import Block, Layer, is_distributed, shards_of
 from gradsub.update import ANCHOR, MASTER
 
 INNER = "inner."
@@ -20,28 +20,93 @@ def is_weighing(key: str) -> bool:
     return key.split(".")[0] in WEIGHING
 
 
-def mirror(states: MutableMapping[Tensor, Any], parameter: Tensor, inner: Inner, proxies: Mapping[str, Tensor]) -> None:
-    """Show the inner optimizer's state in the outer one's, by reference: ``inner.<subspace>.<key>``.
+def show_plain(states: MutableMapping[Tensor, Any], parameters: Iterable[Tensor], inner: Inner) -> None:
+    """Show the base optimizer's state of parameters that it steps itself, by reference: ``inner.<key>``."""
+    for parameter in parameters:
+        for key, value in inner.state_of(parameter).items():
+            if states[parameter].get(f"{INNER}{key}") is not value:
+                states[parameter][f"{INNER}{key}"] = value
+
+
+def show_block(states: MutableMapping[Tensor, Any], block: Block, tasks: Sequence[str], inner: Inner) -> None:
+    """Show the base optimizer's state of a block's proxies in the layers' states: ``inner.<subspace>.<key>``.
+
+    Of what has a place for each layer a layer's state shows its own; the rest, such as a count, is that of all. Only
+    what the base optimizer has replaced since the last time is shown anew.
+    """
+    for prefix, proxies in prefixed(block, tasks):
+        for place, proxy in enumerate(proxies):
+            shape = inner.shape_of(proxy)
+            for key, value in inner.state_of(proxy).items():
+                name = f"{INNER}{prefix}{key}"
+                if block.shown.get((name, place)) is value:
+                    continue
+                block.shown[name, place] = value
+                if len(proxies) == len(block) > 1:
+                    states[block.layers[place].parameter][name] = value
+                    continue
+                split = len(shape) == 3 and isinstance(value, Tensor) and value.shape == shape
+                for row, layer in enumerate(block.layers):
+                    states[layer.parameter][name] = value[row] if split else value
+
+
+def prefixed(block: Block, tasks: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """The block's proxies, with what the names of their state in a layer's state begin with."""
+    for subspace, name in enumerate(("shared", *tasks)):
+        yield f"{name}.", block.proxies[subspace]
+
+
+def loaded_inner(state: Mapping[str, Any], prefix: str, prefixes: Iterable[str]) -> dict[str, Any]:
+    """What a parameter's state has of the base optimizer's state of one proxy."""
+    start = f"{INNER}{prefix}"
+    # A task named "a" must not take what belongs to a task named "a.b".
+    longer = tuple(f"{INNER}{other}" for other in prefixes if other != prefix and other.startswith(prefix))
+    return {
+        key.removeprefix(start): value
+        for key, value in state.items()
+        if key.startswith(start) and not (longer and key.startswith(longer))
+    }
+
+
+def kind_of_loaded(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> Hashable:
+    """What the layers of a block have to have in common in a state that was loaded: all but tensors of a place each.
 
     Args:
-        states: the outer states; a parameter without inner state gets none.
-        parameter: the parameter.
-        inner: the inner optimizer.
-        proxies: what it steps for this parameter, by prefix; ``{"": parameter}`` for a plain one.
+        state: of one layer.
+        shapes: of its coordinates, by prefix.
     """
-    for prefix, proxy in proxies.items():
-        found = inner.state_of(proxy)
-        if found:
-            states[parameter].update({f"{INNER}{prefix}{key}": value for key, value in found.items()})
+    kind = []
+    for prefix, shape in shapes.items():
+        for key, value in sorted(loaded_inner(state, prefix, shapes).items()):
+            if isinstance(value, Tensor) and value.shape == shape:
+                kind.append((prefix, key, str(value.dtype)))
+            else:
+                kind.append((prefix, key, repr(value.tolist() if isinstance(value, Tensor) else value)))
+    return tuple(kind)
 
 
-def hand_down(state: Mapping[str, Any], inner: Inner, proxies: Mapping[str, Tensor]) -> None:
-    """The inverse of `mirror`: after loading, the inner optimizer goes on from the outer one's state."""
-    for prefix, proxy in proxies.items():
-        start = f"{INNER}{prefix}"
-        mine = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
-        # A task named "a" must not take what belongs to a task named "a.b".
-        inner.load_state(proxy, {key: value for key, value in mine.items() if "." not in key})
+def hand_down(states: Mapping[Tensor, Any], block: Block, tasks: Sequence[str], inner: Inner) -> None:
+    """After loading, the base optimizer goes on from the layers' states, which have the same `kind_of_loaded`."""
+    block.shown.clear()
+    prefixes = [prefix for prefix, _ in prefixed(block, tasks)]
+    for prefix, proxies in prefixed(block, tasks):
+        found = [loaded_inner(states[layer.parameter], prefix, prefixes) for layer in block.layers]
+        if len(proxies) == len(block) > 1:
+            for proxy, mine in zip(proxies, found, strict=True):
+                inner.load_state(proxy, mine)
+            continue
+        (proxy,) = proxies
+        shape = inner.shape_of(proxy)
+        stacked = len(shape) == 3
+        inner.load_state(
+            proxy,
+            {
+                key: torch.stack([mine[key] for mine in found])
+                if stacked and isinstance(value, Tensor) and value.shape == shape[1:]
+                else value
+                for key, value in found[0].items()
+            },
+        )
 
 
 def show_shards(

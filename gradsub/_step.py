@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsub._blocks import Block, make_blocks
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
-from gradsub._state import INNER, hand_down, is_weighing
+from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
 from gradsub._vectors import ProtectedVectors
-from gradsub.capture import MIXED, Captured, Projected, gather, mix
+from gradsub.capture import MIXED, Captured, Projected, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.report import Measurements
-from gradsub.subspace import SHARED, Layer, SubspaceBank, carry_moments
+from gradsub.subspace import SHARED, SKETCHES, Block, Layer, SubspaceBank, carry_moments, make_blocks
 from gradsub.update import MASTER, PROTECTED, apply_updates, hold_protected, initialise_update
 
 State = MutableMapping[Tensor, Any]
@@ -52,7 +51,10 @@ class Stepper:
         self.moments = moments
         self._master_weights = master_weights
         self.layers: dict[Tensor, Layer] = {}
-        self.proxies: dict[Tensor, dict[str, Tensor]] = {}
+        self.blocks: list[Block] = []
+        self.plain: list[Tensor] = []
+        self._fused: set[Tensor] = set()
+        self._as_stacks: list[bool] = []
         self.state: State = {}
         self.vectors = ProtectedVectors()
 
@@ -70,33 +72,126 @@ class Stepper:
         """Tell where the bases and the base optimizer are."""
         self._bank, self._inner = bank, inner
 
-    def adopt(self, layer: Layer) -> dict[str, Tensor]:
-        """Prepare a layer's state; its proxies for the base optimizer, by prefix of their state."""
-        self.layers[layer.parameter] = layer
-        state = self.state[layer.parameter]
-        self._bank.initialise(layer)
-        state[GATE_MEMORY] = torch.zeros(len(self._tasks), dtype=layer.dtype, device=layer.parameter.device)
-        if needs_alignment(self._gate):
-            for task in range(len(self._tasks)):
-                state[previous_step(task)] = torch.zeros(
-                    layer.coordinates(task + 1), dtype=layer.dtype, device=layer.parameter.device
-                )
-        initialise_update(layer, state, self._master_weights)
-        self.proxies[layer.parameter] = {
-            f"{name}.": Inner.proxy(layer.coordinates(subspace), layer.dtype, layer.parameter.device)
-            for subspace, name in enumerate(("shared", *self._tasks))
-        }
-        return self.proxies[layer.parameter]
-
-    def convert(self, parameter: Tensor, on_device: bool) -> None:
-        """Bring the state of a parameter to the dtype, device and memory format that it has by now.
+    def adopt(
+        self, group: int, layers: Sequence[Layer], fused: Iterable[Tensor], entrywise: bool
+    ) -> dict[Tensor, Tensor]:
+        """Lay the layers of a parameter group out in blocks; what the base optimizer steps for them, and for which.
 
         Args:
-            parameter: the parameter.
-            on_device: whether its base optimizer keeps counts on the device.
+            group: its index.
+            layers: of the group.
+            fused: the weights that are captured by their own backward pass.
+            entrywise: whether the base optimizer steps each entry by itself.
         """
-        layer, state = self.layers.get(parameter), self.state[parameter]
-        dtype = parameter.dtype if layer is None else layer.dtype
+        self.layers.update({layer.parameter: layer for layer in layers})
+        self._fused.update(fused)
+        # Moments that are reset have a step count of each layer's own.
+        self._as_stacks.append(entrywise and self.moments != "reset")
+        return self._build(group, layers)
+
+    def _build(self, group: int, layers: Sequence[Layer]) -> dict[Tensor, Tensor]:
+        proxies: dict[Tensor, Tensor] = {}
+        for block in make_blocks(group, layers, lambda layer: layer.parameter in self._fused):
+            self.blocks.append(block)
+            self._bank.initialise(block)
+            block.add(GATE_MEMORY, (len(self._tasks),))
+            if needs_alignment(self._gate):
+                for task in range(len(self._tasks)):
+                    block.add(previous_step(task), block.first.coordinates(task + 1))
+            block.show(self.state)
+            for layer in block.layers:
+                initialise_update(layer, self.state[layer.parameter], self._master_weights)
+            block.proxies = [
+                self._inner.proxies(block, subspace, self._as_stacks[group]) for subspace in range(1 + len(self._tasks))
+            ]
+            for _, mine in prefixed(block, self._tasks):
+                proxies.update({proxy: block.layers[place].parameter for place, proxy in enumerate(mine)})
+        return proxies
+
+    def proxies_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What the base optimizer steps for a parameter, by the prefix of its state; maybe for others as well."""
+        layer = self.layers.get(parameter)
+        if layer is None:
+            return {"": parameter}
+        found = prefixed(layer.block, self._tasks)
+        return {prefix: proxies[layer.row if len(proxies) > 1 else 0] for prefix, proxies in found}
+
+    def show(self, anew: bool = False) -> None:
+        """Show the base optimizer's state in the parameters' states; anew: what the blocks hold as well."""
+        show_plain(self.state, self.plain, self._inner)
+        for block in self.blocks:
+            if anew:
+                block.show(self.state)
+            show_block(self.state, block, self._tasks, self._inner)
+
+    def unshown(self) -> dict[Tensor, dict[str, Any]]:
+        """The parameters' states without what they show of the blocks: a pickle of each view would hold its stack."""
+        found = {parameter: dict(state) for parameter, state in self.state.items()}
+        for block in self.blocks:
+            for layer in block.layers:
+                mine = found[layer.parameter]
+                # The places stay, for the order of the keys.
+                mine.update({key: None for key in mine if key in block.stacks or key.startswith(INNER)})
+        return found
+
+    def _split(self, block: Block, rows: list[int]) -> Block:
+        """Make a block of its own of some rows, with its proxies."""
+        self._bank.settle()
+        leaving = set(rows)
+        staying = [row for row in range(len(block)) if row not in leaving]
+        size = len(block)
+        other = block.split(rows)
+        for proxies in block.proxies:
+            if len(proxies) == size:
+                other.proxies.append([proxies[row] for row in rows])
+                proxies[:] = [proxies[row] for row in staying]
+            else:
+                other.proxies.append([self._inner.split(proxies[0], rows, staying)])
+        self.blocks.insert(self.blocks.index(block) + 1, other)
+        for part in (block, other):
+            part.show(self.state)
+        return other
+
+    def _divide(self, block: Block, kinds: Sequence[Hashable]) -> list[Block]:
+        """Split a block so that every part has one kind."""
+        parts = [block]
+        while len(distinct := list(dict.fromkeys(kinds))) > 1:
+            rows = [row for row, kind in enumerate(kinds) if kind != distinct[0]]
+            block = self._split(block, rows)
+            kinds = [kinds[row] for row in rows]
+            parts.append(block)
+        return parts
+
+    def convert(self, parameters: Collection[Tensor], on_device: Callable[[Tensor], bool]) -> None:
+        """Bring the state of parameters to the dtype, device and memory format that they have by now.
+
+        Args:
+            parameters: those that were converted.
+            on_device: whether a parameter's base optimizer keeps counts on the device.
+        """
+        for parameter in parameters:
+            if parameter in self.layers:
+                continue
+            self._convert_state(self.state[parameter], parameter, parameter.dtype, on_device(parameter))
+            self._inner.load_state(parameter, loaded_inner(self.state[parameter], "", [""]))
+        for block in [b for b in self.blocks if any(layer.parameter in parameters for layer in b.layers)]:
+            self.blocks.remove(block)
+            held = {layer.parameter: dict(self.state[layer.parameter]) for layer in block.layers}
+            for layer in block.layers:
+                state = held[layer.parameter]
+                self._convert_state(state, layer.parameter, layer.dtype, on_device(layer.parameter))
+                layer.protected = state.get(PROTECTED)
+                if layer.parameter.dtype == layer.dtype:
+                    state.pop(MASTER, None)
+            before = len(self.blocks)
+            fresh = self._build(block.group, block.layers)
+            self._inner.replace(block.group, [proxy for proxies in block.proxies for proxy in proxies], fresh)
+            for made in self.blocks[before:]:
+                self._go_on_from(made, held)
+                for layer in made.layers:
+                    initialise_update(layer, self.state[layer.parameter], self._master_weights)
+
+    def _convert_state(self, state: dict[str, Any], parameter: Tensor, dtype: torch.dtype, on_device: bool) -> None:
         for key, value in list(state.items()):
             if not isinstance(value, Tensor) or is_weighing(key):
                 continue
@@ -109,15 +204,6 @@ class Stepper:
             else:
                 wide = torch.promote_types(dtype, torch.float32) if key == PROTECTED else dtype
                 state[key] = value.to(parameter.device, wide)
-        for proxy in self.proxies[parameter].values():
-            if proxy is not parameter:
-                proxy.data = proxy.data.to(parameter.device, dtype)
-        hand_down(state, self._inner, self.proxies[parameter])
-        if layer is not None:
-            layer.protected = state.get(PROTECTED)
-            if parameter.dtype == layer.dtype:
-                state.pop(MASTER, None)
-            initialise_update(layer, state, self._master_weights)
 
     def take(
         self,
@@ -143,44 +229,46 @@ class Stepper:
         """
         total = sum(samples.values())
         shares = {task: count / total for task, count in samples.items()}
-        projected = self._project(groups, gradients, shares)
-        sketches = {layer: found.sketches for layer, found in projected.items() if found.sketches}
-        positions = {
-            self.layers[p]: position
-            for position, group in enumerate(groups)
-            for p in group["params"]
-            if p in self.layers
-        }
-        held = {layer for layer in projected if self._bank.at_place(layer, groups[positions[layer]]["update_proj_gap"])}
-        blocks = make_blocks(projected, positions, rounding)
-        measured = measure(blocks, losses, samples, len(self._tasks), self._gate, self.state)
+        projected = self._project(groups, gradients, shares, rounding)
+        measured = measure(projected, losses, samples, len(self._tasks), self._gate)
         weights = self._operate(shares, measured)
-        steps = self._inner_step(groups, gradients, blocks, {**weights, MIXED: mixed / total if total else 0.0})
-        self._update(groups, blocks, steps, held, measured)
-        self._renew(sketches, {layer: groups[positions[layer]]["update_proj_gap"] for layer in sketches})
-        for block in blocks:
-            self._bank.advance(block.layers)
+        steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
+        self._update(groups, projected, steps, measured)
+        self._renew(groups, projected)
+        for found in projected:
+            self._bank.advance(found.block)
+        self.show()
         return measured
 
     def _project(
-        self, groups: Groups, gradients: Mapping[int, Mapping[Tensor, Captured]], shares: Mapping[int, float]
-    ) -> dict[Layer, Projected]:
+        self,
+        groups: Groups,
+        gradients: Mapping[int, Mapping[Tensor, Captured]],
+        shares: Mapping[int, float],
+        rounding: float,
+    ) -> list[Projected]:
         """Refresh what is due and bring every layer's gradients into its subspaces."""
-        projected = {}
-        for group in groups:
-            for parameter in group["params"]:
-                layer = self.layers.get(parameter)
-                if layer is None:
+        found = []
+        tasks = sorted(task for task in gradients if task != MIXED)
+        for whole in list(self.blocks):
+            present = [
+                tuple(task for task in tasks if layer.parameter in gradients[task])
+                or (None if layer.parameter.grad is None else ())
+                for layer in whole.layers
+            ]
+            for block in self._divide(whole, present):
+                parameter = block.first.parameter
+                here = [task for task in tasks if parameter in gradients[task]]
+                outside = [layer.parameter.grad for layer in block.layers]
+                if not here and outside[0] is None:
                     continue
-                captured = {task: held[parameter] for task, held in sorted(gradients.items()) if parameter in held}
-                if not captured and parameter.grad is None:
-                    continue
-                if not layer.sketched and self._bank.due(layer, SHARED):
-                    self._follow(layer)
-                projected[layer] = gather(
-                    layer, self._bank, captured, parameter.grad, shares, group["update_proj_gap"], self._carry
-                )
-        return projected
+                captured = {task: [gradients[task][layer.parameter] for layer in block.layers] for task in here}
+                if not block.first.sketched:
+                    for row in self._bank.due(block)[:, SHARED].nonzero()[0]:
+                        self._follow(block.layers[row])
+                gap = groups[block.group]["update_proj_gap"]
+                found.append(project_block(block, self._bank, captured, outside, shares, gap, rounding, self._carry))
+        return found
 
     def _follow(self, layer: Layer) -> None:
         """Take up what the null space has come to know of a layer since."""
@@ -200,35 +288,68 @@ class Stepper:
         have been, had the run never stopped: at the next refresh. A checkpoint that protected nothing has the null
         space obeyed from now on.
         """
-        for parameter in self.proxies:
+        for parameter in (*self.layers, *self.plain):
             kept = self.state.get(parameter, {}).get(PROTECTED)
             layer = self.layers.get(parameter)
-            if layer is not None:
-                self._bank.follow_refresh(layer)
             if kept is not None:
                 self._layout.reconsider(parameter)
             if layer is None:
-                known = self._layout.vector(parameter) if kept is None else kept
-                self.vectors.protect(parameter, known)
+                self.vectors.protect(parameter, self._layout.vector(parameter) if kept is None else kept)
             elif kept is None:
                 self.protect(layer, self._layout.renewed(parameter, None, layer.protected))
             else:
                 layer.protected = kept
 
-    def _carry(self, layer: Layer, subspace: int, old: Tensor, new: Tensor) -> None:
-        proxy = self._proxy(layer, subspace)
-        previous = self.state[layer.parameter].get(previous_step(subspace - 1))
+    def take_over(self) -> None:
+        """After loading: the blocks and the base optimizer go on from what the parameters' states have now."""
+        for parameter in self.plain:
+            self._inner.load_state(parameter, loaded_inner(self.state.get(parameter, {}), "", [""]))
+        for block in list(self.blocks):
+            self._go_on_from(block, {layer.parameter: dict(self.state[layer.parameter]) for layer in block.layers})
+        self.restore_protection()
+
+    def _go_on_from(self, whole: Block, held: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Have a block, and the base optimizer, go on from states that came from elsewhere."""
+        shapes = {
+            prefix: whole.first.coordinates(subspace)
+            for subspace, (prefix, _) in enumerate(prefixed(whole, self._tasks))
+        }
+        kinds: Sequence[Hashable] = [kind_of_loaded(held[layer.parameter], shapes) for layer in whole.layers]
+        if not self._as_stacks[whole.group]:
+            kinds = [None] * len(whole)
+        for block in self._divide(whole, kinds):
+            for layer in block.layers:
+                self.state[layer.parameter] = held[layer.parameter]
+                if not layer.sketched:
+                    for key in SKETCHES:
+                        held[layer.parameter].pop(key, None)
+            block.take_over(self.state)
+            hand_down(self.state, block, self._tasks, self._inner)
+            show_block(self.state, block, self._tasks, self._inner)
+            self._bank.loaded(block)
+
+    def _carry(self, block: Block, rows: Sequence[int], subspace: int, old: Tensor, new: Tensor) -> None:
+        some = None if len(rows) == len(block) else rows
+        previous = block.stacks.get(previous_step(subspace - 1))
         if previous is not None:
-            carry_moments({"exp_avg": previous}, old, new, layer.axis)
-        if self.moments == "rotate":
-            carry_moments(self._inner.state_of(proxy), old, new, layer.axis)
-        elif self.moments == "reset":
-            gone = self._inner.state_of(proxy).keys()
-            self._inner.reset(proxy)
-            name = next(name for name, other in self.proxies[layer.parameter].items() if other is proxy)
-            for key in gone - self._inner.state_of(proxy).keys():
-                # A checkpoint taken before the next step would bring it back.
-                self.state[layer.parameter].pop(f"{INNER}{name}{key}", None)
+            carry_moments({"exp_avg": previous}, some, old, new, block.first.axis)
+        proxies = block.proxies[subspace]
+        if len(self._inner.shape_of(proxies[0])) == 3:
+            if self.moments == "rotate":
+                carry_moments(self._inner.state_of(proxies[0]), some, old, new, block.first.axis)
+            return
+        for place, row in enumerate(rows):
+            proxy = proxies[row]
+            if self.moments == "rotate":
+                carry_moments(self._inner.state_of(proxy), None, old[place], new[place], block.first.axis)
+            elif self.moments == "reset":
+                gone = self._inner.state_of(proxy).keys()
+                self._inner.reset(proxy)
+                prefix = list(prefixed(block, self._tasks))[subspace][0]
+                for key in gone - self._inner.state_of(proxy).keys():
+                    # A checkpoint taken before the next step would bring it back.
+                    self.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
+                    block.shown.pop((f"{INNER}{prefix}{key}", row), None)
 
     def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:
         """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""
@@ -245,17 +366,22 @@ class Stepper:
         self,
         groups: Groups,
         gradients: Mapping[int, Mapping[Tensor, Captured]],
-        blocks: Sequence[Block],
+        projected: Sequence[Projected],
         weights: Mapping[int, float | Tensor],
     ) -> dict[Tensor, Tensor]:
         """d of every proxy; plain parameters are stepped on the way, with the shared gradient."""
         proxied: dict[Tensor, Tensor] = {}
-        for block in blocks:
-            shared = self._with_coupled_decay(block, groups[block.group], block.shared(weights))
-            for subspace, stacked in {SHARED: shared, **{task + 1: R for task, R in block.own.items()}}.items():
-                proxies = [self._proxy(layer, subspace) for layer in block.layers]
-                proxied.update(zip(proxies, stacked.unbind(), strict=True))
-        starts = self._starts(blocks) if self._inner.relative else {}
+        for found in projected:
+            block = found.block
+            shared = self._with_coupled_decay(block, groups[block.group], found.shared(weights))
+            for subspace, stacked in {SHARED: shared, **{task + 1: R for task, R in found.own.items()}}.items():
+                proxies = block.proxies[subspace]
+                if len(self._inner.shape_of(proxies[0])) == 3:
+                    # Contiguous: torch's fused optimizers read a gradient's memory as if it were, and say nothing.
+                    proxied[proxies[0]] = stacked.contiguous()
+                else:
+                    proxied.update(zip(proxies, stacked.contiguous().unbind(), strict=True))
+        starts = self._starts(projected) if self._inner.relative else {}
         outside = self._mix_plain(groups, gradients, weights)
         try:
             with self.vectors.held(self._layout):
@@ -277,13 +403,13 @@ class Stepper:
         """The weight's own coordinates in a subspace."""
         return layer.total(layer.project(layer.matrix(layer.parameter), self._bank.basis(layer, subspace)))
 
-    def _starts(self, blocks: Sequence[Block]) -> dict[Tensor, Tensor]:
+    def _starts(self, projected: Sequence[Projected]) -> dict[Tensor, Tensor]:
         """The weights' coordinates, for a base optimizer whose step is relative to them."""
         return {
-            self._proxy(layer, subspace): self._coordinates(layer, subspace)
-            for block in blocks
-            for layer in block.layers
-            for subspace in range(len(layer.widths))
+            proxy: self._coordinates(layer, subspace)
+            for found in projected
+            for subspace, proxies in enumerate(found.block.proxies)
+            for layer, proxy in zip(found.block.layers, proxies, strict=True)
         }
 
     def _mix_plain(
@@ -311,35 +437,41 @@ class Stepper:
     def _update(
         self,
         groups: Groups,
-        blocks: Sequence[Block],
+        projected: Sequence[Projected],
         steps: Mapping[Tensor, Tensor],
-        held: set[Layer],
         measured: Measurements | None,
     ) -> None:
-        row = 0
-        for block in blocks:
-            group = groups[block.group]
+        start = 0
+        for found in projected:
+            block, group = found.block, groups[found.block.group]
             states = [self.state[layer.parameter] for layer in block.layers]
-            for layer, state in zip(block.layers, states, strict=True):
-                if layer in held:
-                    hold_protected(layer, state, min(int(state["step"]), group["update_proj_gap"]))
-            gates = None if measured is None else measured.gates[row : row + len(block.layers)]
-            row += len(block.layers)
+            for row, layer in enumerate(block.layers):
+                if layer.protected is not None and self._bank.at_place(layer, group["update_proj_gap"]):
+                    hold_protected(layer, states[row], min(int(states[row]["step"]), group["update_proj_gap"]))
+            gates = None if measured is None else measured.gates[start : start + len(block)]
+            start += len(block)
             taken = {
-                subspace: [steps[self._proxy(layer, subspace)] for layer in block.layers]
-                for subspace in (SHARED, *(task + 1 for task in block.own))
+                subspace: self._stacked(block, subspace, steps) for subspace in (SHARED, *(k + 1 for k in found.own))
             }
-            scaled = [self._scaled(subspace, torch.stack(d), gates, group["scale"]) for subspace, d in taken.items()]
+            scaled = [self._scaled(subspace, d, gates, group["scale"]) for subspace, d in taken.items()]
+            basis = block.stacks["basis"]
+            if len(taken) < len(block.proxies):
+                basis = torch.cat([block.basis(subspace) for subspace in taken], dim=2)
             apply_updates(
-                block.layers,
+                block,
                 states,
-                torch.cat(scaled, dim=1 + block.layers[0].axis),
-                [self._bank.joint_basis(layer, taken) for layer in block.layers],
+                torch.cat(scaled, dim=1 + block.first.axis),
+                basis,
                 decoupled_shrinkage(self._inner.traits[block.group], group),
             )
             if needs_alignment(self._gate):
-                for task in block.own:
-                    torch._foreach_copy_([state[previous_step(task)] for state in states], taken[task + 1])
+                for task in found.own:
+                    block.stacks[previous_step(task)].copy_(taken[task + 1])
+
+    def _stacked(self, block: Block, subspace: int, steps: Mapping[Tensor, Tensor]) -> Tensor:
+        """The steps in a subspace (L x m x r)."""
+        found = [steps[proxy] for proxy in block.proxies[subspace]]
+        return found[0] if found[0].ndim == 3 else torch.stack(found)
 
     def _scaled(self, subspace: int, d: Tensor, gates: Tensor | None, scale: float) -> Tensor:
         """The steps (L x m x r) as they enter the update: times the scale, and the gate of a task's own subspace."""
@@ -348,13 +480,12 @@ class Stepper:
         assert gates is not None
         return d * (gates[:, subspace - 1] * scale).to(d)[:, None, None]
 
-    def _renew(self, sketches: Mapping[Layer, Mapping[int, Tensor]], gaps: Mapping[Layer, int]) -> None:
+    def _renew(self, groups: Groups, projected: Sequence[Projected]) -> None:
         """Bases for the next step, from this step's sketches."""
-        for layer, found in sketches.items():
-            if SHARED in found:
-                self._follow(layer)
-        self._bank.renew(sketches, gaps, self._carry)
-
-    def _proxy(self, layer: Layer, subspace: int) -> Tensor:
-        name = "shared" if subspace == SHARED else self._tasks[subspace - 1]
-        return self.proxies[layer.parameter][f"{name}."]
+        sketched = [found for found in projected if found.sketches]
+        for found in sketched:
+            for row in found.sketches.get(SHARED, ((), None))[0]:
+                self._follow(found.block.layers[row])
+        if sketched:
+            batches = [(each.block, each.sketches, groups[each.block.group]["update_proj_gap"]) for each in sketched]
+            self._bank.renew(batches, self._carry)

@@ -6,16 +6,16 @@ import copy
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradsub._pieces import pieces
 from gradsub._probe import Probes, Traits, base_step, constant_like, pattern
 from gradsub._settings import NOT_INNER
+from gradsub.subspace import Block
 
 __all__ = ["Inner", "check_wrappable", "decoupled_shrinkage"]
 
@@ -107,10 +107,7 @@ class Inner:
         for parameter in self._plain[-1]["params"]:
             if parameter in self._initial:
                 self.base.state[parameter] = self._initial[parameter]
-        self._stands_for.update(proxies)
-        for proxy in proxies:
-            self._shapes[proxy] = proxy.shape
-            self._give_initial(proxy)
+        self._take_in(proxies)
         for parameter in set(proxies.values()) & self._initial.keys():
             # One number of a constant accumulator will do from now on; the whole would cost as much as the weight.
             self._initial[parameter] = {
@@ -123,9 +120,66 @@ class Inner:
         self._release(self._proxied[-1]["params"])
 
     @staticmethod
-    def proxy(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-        """A zero proxy."""
-        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
+    def proxies(block: Block, subspace: int, stacked: bool) -> list[nn.Parameter]:
+        """What the base optimizer steps for a block in the place of the weights, zero.
+
+        Args:
+            block: L layers.
+            subspace: whose coordinates they are.
+            stacked: one stack of all layers' coordinates (L x m x r), or one matrix for each layer (m x r).
+        """
+        like = block.stacks["basis"]
+        shape = block.first.coordinates(subspace)
+        if stacked:
+            return [nn.Parameter(like.new_zeros(len(block), *shape))]
+        return [nn.Parameter(like.new_zeros(shape)) for _ in block.layers]
+
+    def replace(self, group: int, old: Collection[Tensor], new: Mapping[Tensor, Tensor]) -> None:
+        """Other proxies in the place of some of a group's, with a fresh state.
+
+        Args:
+            group: its index.
+            old: those that go.
+            new: those that come -> the weight that each stands for.
+        """
+        held = self._proxied[group]
+        gone = {id(proxy) for proxy in old}
+        held["params"] = [proxy for proxy in held["params"] if id(proxy) not in gone] + list(new)
+        for proxy in old:
+            self.base.state.pop(proxy, None)
+            self._shapes.pop(proxy)
+            self._stands_for.pop(proxy)
+            self._populated.discard(proxy)
+        self._take_in(new)
+        self._populate([{**held, "params": list(new)}])
+        self._populated.update(proxy for proxy in new if self.state_of(proxy))
+        self._release(new)
+
+    def _take_in(self, proxies: Mapping[Tensor, Tensor]) -> None:
+        self._stands_for.update(proxies)
+        for proxy in proxies:
+            self._shapes[proxy] = proxy.shape
+            self._give_initial(proxy)
+
+    def split(self, proxy: Tensor, rows: list[int], staying: list[int]) -> nn.Parameter:
+        """A second proxy for some rows of a stack, with their part of its state."""
+        shape = self._shapes[proxy]
+        other = nn.Parameter(proxy.data.new_zeros(len(rows), *shape[1:]))
+        state = self.base.state.get(proxy, {})
+        if state:
+            stacked = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape == shape}
+            self.base.state[other] = {
+                key: value[rows] if key in stacked else copy.deepcopy(value) for key, value in state.items()
+            }
+            self.base.state[proxy] = {key: value[staying] if key in stacked else value for key, value in state.items()}
+        self._shapes[other] = other.shape
+        self._shapes[proxy] = torch.Size((len(staying), *shape[1:]))
+        self._stands_for[other] = self._stands_for[proxy]
+        next(g for g in self._proxied if any(proxy is p for p in g["params"]))["params"].append(other)
+        if proxy in self._populated:
+            self._populated.add(other)
+        self._release([other])
+        return other
 
     @property
     def relative(self) -> bool:
@@ -185,8 +239,8 @@ class Inner:
             d, the step taken, for every proxy in ``gradients``.
         """
         self._read_options(groups)
-        for (proxy, gradient), zero in zip(gradients.items(), _zeros_like(list(gradients.values())), strict=True):
-            proxy.data = starts[proxy].clone() if proxy in starts else zero
+        for proxy, gradient in gradients.items():
+            proxy.data = starts[proxy].clone() if proxy in starts else torch.zeros_like(gradient)
             proxy.grad = gradient
         shown = self.base.param_groups
         self.base.param_groups = [
@@ -289,6 +343,10 @@ class Inner:
         stand_in.param_groups = [{**copy.deepcopy(dict(options)), "params": list(parameters)}]
         return stand_in
 
+    def shape_of(self, proxy: Tensor) -> torch.Size:
+        """The shape of a proxy, whose storage is released between steps."""
+        return self._shapes[proxy]
+
     def load_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
         """Replace it."""
         if state:
@@ -370,18 +428,3 @@ def _failure(use: Callable[[Mapping[str, Any]], None], options: Mapping[str, Any
     except Exception as error:
         return str(error) or repr(error)
     return None
-
-
-def _zeros_like(tensors: list[Tensor]) -> list[Tensor]:
-    """Zeros of the tensors' shapes, cut out of few allocations for each dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(position)
-    zeros = list(tensors)
-    for positions in kinds.values():
-        for some in pieces(positions, [tensors[position].numel() for position in positions]):
-            sizes = [tensors[position].numel() for position in some]
-            cut = torch.split(tensors[some[0]].new_zeros(sum(sizes)), sizes)
-            for position, zero in zip(some, cut, strict=True):
-                zeros[position] = zero.view(tensors[position].shape)
-    return zeros

@@ -21,7 +21,7 @@ from gradsub._intake import Intake
 from gradsub._layout import Layout
 from gradsub._loading import StateDictReader
 from gradsub._probe import PLAIN, Probes, Traits
-from gradsub._state import group_parameters, hand_down, mirror, show_shards
+from gradsub._state import group_parameters, show_shards
 from gradsub._stateful import Stateful
 from gradsub._step import Stepper
 from gradsub.capture import MIXED, MixedRows, Part, scaler_reading, scaler_stepping
@@ -198,7 +198,7 @@ class GemsOptimizer(Optimizer):
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
-        self._bank = SubspaceBank(self.state, orthogonalize, seed)
+        self._bank = SubspaceBank(orthogonalize, seed)
         self._intake = Intake(self._bank, self._exchange, self._layout.name)
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
@@ -213,8 +213,8 @@ class GemsOptimizer(Optimizer):
         self._stepper.attach(self.state)
         self._stepper.connect(self._bank, self._inner)
         self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
-        for group, (layers, traits) in zip(self.param_groups, found, strict=True):
-            self._adopt(group, layers, traits)
+        for position, (layers, traits) in enumerate(found):
+            self._adopt(position, layers, traits)
         trained = group_parameters(self.param_groups)
         self._weighing = {"surgery": Stateful("surgery", weigh, trained), "gate": Stateful("gate", gates, trained)}
         for layer in list(self._stepper.layers.values())[:1] if self.tasks else []:
@@ -385,7 +385,6 @@ class GemsOptimizer(Optimizer):
                 self._intake.losses,
                 self._intake.rounding,
             )
-            self._show_inner_state()
         finally:
             self._intake.clear()
         return result
@@ -523,7 +522,7 @@ class GemsOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._adopt(group, *found)
+        self._adopt(len(self.param_groups) - 1, *found)
 
     def _lay_out(
         self, base: Optimizer, probes: Probes, group: dict[str, Any], position: int
@@ -542,22 +541,21 @@ class GemsOptimizer(Optimizer):
             )
         return layers, traits
 
-    def _adopt(self, group: dict[str, Any], layers: list[Layer], traits: Traits) -> None:
-        proxies: dict[Tensor, Tensor] = {}
-        for layer in layers:
-            mine = self._stepper.adopt(layer)
-            proxies.update(dict.fromkeys(mine.values(), layer.parameter))
+    def _adopt(self, position: int, layers: list[Layer], traits: Traits) -> None:
+        group = self.param_groups[position]
+        fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
+        fused = {parameter: found for parameter, found in fused.items() if found is not None}
+        proxies = self._stepper.adopt(position, layers, fused, traits.entrywise)
         plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
-        self._stepper.proxies.update({parameter: {"": parameter} for parameter in plain})
+        self._stepper.plain.extend(plain)
         for parameter in plain:
             self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
         self._inner.add_group(_base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:
-            fused = self._layout.fused(layer.parameter)
-            if fused is not None:
-                self._intake.fused.adopt(layer, *fused)
-        self._show_inner_state()
+            if (found := fused.get(layer.parameter)) is not None:
+                self._intake.fused.adopt(layer, *found)
+        self._stepper.show()
         self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
 
     @torch.no_grad()
@@ -584,21 +582,20 @@ class GemsOptimizer(Optimizer):
                 "gradients were captured: convert the model between step() and the next backward pass, or call "
                 "zero_grad()"
             )
-        for group in self.param_groups:
-            on_device = bool(group.get("fused") or group.get("capturable"))
-            for parameter in group["params"]:
-                if parameter in changed:
-                    self._layout.check_dtype(parameter)
-                    self._stepper.convert(parameter, on_device)
-                    self._placed[parameter] = _place(parameter)
-                    layer = self._stepper.layers.get(parameter)
-                    if layer is not None:
-                        self._intake.fused.convert(layer)
+        on_device = {
+            parameter: bool(group.get("fused") or group.get("capturable"))
+            for group in self.param_groups
+            for parameter in group["params"]
+        }
+        for parameter in changed:
+            self._layout.check_dtype(parameter)
+        self._stepper.convert(changed, on_device.__getitem__)
+        for parameter in changed:
+            self._placed[parameter] = _place(parameter)
+            layer = self._stepper.layers.get(parameter)
+            if layer is not None:
+                self._intake.fused.convert(layer)
         self._bank.forget_directions()
-
-    def _show_inner_state(self) -> None:
-        for parameter, proxies in self._stepper.proxies.items():
-            mirror(self.state, parameter, self._inner, proxies)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a `state_dict` as if never interrupted.
@@ -625,7 +622,7 @@ class GemsOptimizer(Optimizer):
                 self.param_groups,
                 self.state,
                 self._stepper.layers,
-                self._stepper.proxies,
+                self._stepper.proxies_of,
                 self._layout,
                 self._bank,
                 self._inner,
@@ -666,9 +663,7 @@ class GemsOptimizer(Optimizer):
     def _settle(self) -> None:
         """Everybody goes on from what is in the state."""
         self._attach()
-        for parameter, proxies in self._stepper.proxies.items():
-            hand_down(self.state.get(parameter, {}), self._inner, proxies)
-        self._stepper.restore_protection()
+        self._stepper.take_over()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.
@@ -696,19 +691,20 @@ class GemsOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.
         mine = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
-        return {**super().__getstate__(), **mine}
+        state = self._stepper.unshown() if "_stepper" in mine else self.state
+        return {**super().__getstate__(), "state": state, **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_bank" in self.__dict__:
+        if "_stepper" in self.__dict__:
             self._attach()
         if "_intake" in state:
+            self._stepper.show(anew=True)
             self._intake.capture.hook()
             self._intake.fused.reinstall()
 
     def _attach(self) -> None:
         """Everybody follows to the state and the groups that torch has put in the place of the old ones."""
-        self._bank.attach(self.state)
         self._stepper.attach(self.state)
         put_before(self._inner.base, self)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsub.linalg._arithmetic import widest
-from gradsub.subspace import Layer, lift, local
+from gradsub.subspace import Block, Layer, lift, local, pieces
 
 __all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_updates", "hold_protected", "initialise_update"]
 
@@ -41,49 +41,45 @@ def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
 
-def apply_updates(
-    layers: Sequence[Layer],
-    states: Sequence[State],
-    steps: Tensor,
-    bases: Sequence[Tensor],
-    shrink: float | Tensor,
-) -> None:
-    r"""W <- W - shrink P W + lift(steps), for layers of one shape.
+def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: Tensor, shrink: float | Tensor) -> None:
+    r"""W <- W - shrink P W + lift(steps), for the layers of a block.
 
     The whole update is formed before it is added: each addition rounds W, and only rounding can move what is protected.
 
     Args:
-        layers: L of them; W is a layer's parameter.
+        block: L layers; W is a layer's parameter.
         states: of the layers.
         steps: d, scaled and gated, side by side for all subspaces (L x m x r for axis 1, L x r x n for axis 0).
-        bases: of the same subspaces (d x r each); they lie in the null space, so every lifted step does.
+        bases: of the same subspaces (L x d x r); they lie in the null space, so every lifted step does.
         shrink: lr times weight decay, or 0. P = I - K K^T keeps the decay off the protected directions as well.
     """
-    first = layers[0]
-    weight = first.parameter
-    rests = not isinstance(shrink, Tensor) and shrink == 0.0
-    if rests and weight.device.type != "cpu" and weight.dtype == first.dtype:
-        _add_batched(layers, steps, bases)
-        return
-    for layer, state, step, basis in zip(layers, states, steps, bases, strict=True):
-        _apply(layer, state, step, basis, shrink)
+    shrinks = isinstance(shrink, Tensor) or shrink != 0.0
+    together: list[int] = []
+    alone: list[int] = []
+    for row, layer in enumerate(block.layers):
+        simple = layer.parameter.dtype == layer.dtype and not (shrinks and layer.protected is not None)
+        (together if simple and _small(layer) else alone).append(row)
+    first = block.first
+    for rows in pieces(together, first.shape[0] * first.shape[1], block.device):
+        whole = len(rows) == len(block)
+        taken, spanned = (steps, bases) if whole else (steps[list(rows)], bases[list(rows)])
+        if first.axis == 0 and first.shards is not None:
+            spanned = spanned[:, first.shards.start : first.shards.stop]
+        weights = [local(block.layers[row].parameter) for row in rows]
+        updates = list(lift(taken, spanned, first.axis).unbind())
+        if weights[0].ndim != 2:
+            # The update takes the weight's shape, never the reverse: as a matrix, a channels_last weight is a copy.
+            updates = [update.reshape(weight.shape) for update, weight in zip(updates, weights, strict=True)]
+        if shrinks:
+            torch._foreach_mul_(weights, 1 - shrink)
+        torch._foreach_add_(weights, updates)
+    for row in alone:
+        _apply(block.layers[row], states[row], steps[row], bases[row], shrink)
 
 
-def _add_batched(layers: Sequence[Layer], steps: Tensor, bases: Sequence[Tensor], most: int = 1 << 25) -> None:
-    """W <- W + lift(steps) by one product for many layers, where starting an operation costs more than doing it.
-
-    Updates of at most ``most`` entries exist at a time (or that of one layer).
-    """
-    axis = layers[0].axis
-    weights = [local(layer.parameter) for layer in layers]
-    bases = bases if axis == 1 else [layer.near(basis) for layer, basis in zip(layers, bases, strict=True)]
-    size = max(1, most // max(1, weights[0].numel()))
-    for start in range(0, len(weights), size):
-        some = slice(start, start + size)
-        updates = lift(steps[some], torch.stack(list(bases[some])), axis)
-        # The update takes the weight's shape, never the reverse: as a matrix, a channels_last weight is a copy.
-        shaped = [update.reshape(weight.shape) for update, weight in zip(updates.unbind(), weights[some], strict=True)]
-        torch._foreach_add_(weights[some], shaped)
+def _small(layer: Layer) -> bool:
+    """Whether starting an operation costs more than doing it; else one product a layer spares memory for the update."""
+    return layer.parameter.device.type != "cpu" or layer.parameter.numel() <= 1 << 14
 
 
 def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: float | Tensor) -> None:

@@ -5,7 +5,7 @@ from gradsub.capture._clip import clip_captured, scale_captured, scale_norms
 from gradsub.capture._fused import FusedCapture, Part, can_fuse
 from gradsub.capture._generic import MIXED, GenericCapture
 from gradsub.capture._losses import LossWatcher, watch_through
-from gradsub.capture._projected import Projected, gather, mix
+from gradsub.capture._projected import Projected, mix, project_block
 from gradsub.capture._rows import MixedRows
 from gradsub.capture._scaled import Unscaling, leaves, scaler_reading, scaler_stepping
 
@@ -21,9 +21,9 @@ __all__ = [
     "Unscaling",
     "can_fuse",
     "clip_captured",
-    "gather",
     "leaves",
     "mix",
+    "project_block",
     "scale_captured",
     "scale_norms",
     "scaler_reading",

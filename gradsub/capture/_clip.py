@@ -45,7 +45,7 @@ def clip_captured(
         split = bool(sharded_over(parameter))
         if layer is not None:
             split = layer.splits_coordinates and captured.squared_norm is None
-        (here if split else everywhere).append(captured.norm_known())
+        (here if split else everywhere).append(captured.squared_norm_known(layer))
     sums = [torch.stack([square.to(device).double() for square in squares]).sum() for squares in (here, everywhere)]
     norm = (in_common(sums[0]) + sums[1]).sqrt()
     scale_captured(held, (max_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny)).clamp_max(1.0))

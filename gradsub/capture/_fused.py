@@ -260,14 +260,14 @@ class FusedCapture:
             slot.layouts = layouts
 
     def _segment(self, member: _Member, part: Part) -> Segment:
-        layer, subspaces = member.layer, (SHARED, part.task + 1)
+        layer = member.layer
         probe, second = member.slot.probes[part.task]
-        due = any(self._bank.due(layer, subspace) for subspace in subspaces)
-        if due and not layer.sketched:
+        full, sketch = self._bank.demand(layer, part.task)
+        if full:
             return Segment(None, None, second, None)
         # Of equal strides for all tasks: torch.compile then needs one graph for all.
-        basis = self._bank.joint_basis(layer, subspaces).contiguous()
-        if not due:
+        basis = layer.block.joint(part.task, layer.dtype)[layer.row]
+        if not sketch:
             return Segment(basis, None, probe, None)
         return Segment(basis, self._bank.directions(layer), probe, second)
 
@@ -299,8 +299,7 @@ class FusedCapture:
         elif kind == "sketch":
             captured = Captured(sketch=gradient)
         else:
-            shared, own = torch.split(gradient, [layer.widths[SHARED], layer.widths[task + 1]], dim=layer.axis)
-            captured = Captured(shared=shared, own=own)
+            captured = Captured(projected=gradient)
         self._generic.deliver(layer.parameter, task, captured)
 
     def remove(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture._captured import Captured, squared_norm
-from gradsub.subspace import SHARED, Layer, SubspaceBank
+from gradsub.subspace import Layer, SubspaceBank
 
 # In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
 MIXED = -1
@@ -169,18 +169,14 @@ class GenericCapture:
             gradient = layer.matrix(gradient)
             self.rounding = max(self.rounding, torch.finfo(gradient.dtype).eps)
             squared = squared_norm(gradient)
-            own = task + 1
-            due = self._bank.due(layer, SHARED) or self._bank.due(layer, own)
-            if due and not layer.sketched:
+            full, sketch = self._bank.demand(layer, task)
+            if full:
                 return Captured(full=gradient, squared_norm=squared)
-            captured = Captured(
-                shared=layer.project(gradient, self._bank.basis(layer, SHARED)),
-                own=layer.project(gradient, self._bank.basis(layer, own)),
+            return Captured(
+                projected=layer.project(gradient, layer.block.joint(task, layer.dtype)[layer.row]),
+                sketch=layer.sketch(gradient, self._bank.directions(layer)) if sketch else None,
                 squared_norm=squared,
             )
-            if due:
-                captured.sketch = layer.sketch(gradient, self._bank.directions(layer))
-            return captured
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to these parameters, not to their copies: a copy hooks its own.

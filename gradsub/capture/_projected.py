@@ -1,97 +1,207 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
+from gradsub._rounding import drop_rounding
 from gradsub.capture._captured import Captured, squared_norm
-from gradsub.subspace import SHARED, BasisChanged, Layer, SubspaceBank
+from gradsub.subspace import SHARED, BasesChanged, Block, Rows, SubspaceBank, pieces, project
 
 
 @dataclass
 class Projected:
-    """A layer's gradients in the coordinates of its subspaces.
+    """A block's gradients in the coordinates of its subspaces.
 
     Attributes:
-        parts: each present task's gradient in the shared subspace.
-        outside: what came from no task, in the shared subspace.
-        own: R_k in each present task's own subspace.
-        squared_norms: each present task's squared norm of the whole gradient, where it is known.
-        sketches: by subspace, what its basis is to be renewed from after the step.
+        block: L layers.
+        parts: each present task's gradients in the shared subspaces (L x m x r).
+        outside: what came from no task, in the shared subspaces, likewise, or None.
+        own: R_k in each present task's own subspaces (L x m x r_k).
+        squared_norms: each present task's squared norms of the whole gradients (L,), NaN where unknown; without a task
+            of which none is known.
+        sketches: by subspace, what bases are to be renewed from after the step.
     """
 
+    block: Block
     parts: dict[int, Tensor]
     outside: Tensor | None
     own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
-    sketches: dict[int, Tensor] = field(default_factory=dict)
+    sketches: dict[int, Rows] = field(default_factory=dict)
+
+    def shared(self, weights: Mapping[int, float | Tensor]) -> Tensor:
+        """The gradients in the shared subspaces (L x m x r)."""
+        return mix(self.parts, weights, self.outside)
 
 
-def gather(
-    layer: Layer,
+def project_block(
+    block: Block,
     bank: SubspaceBank,
-    captured: Mapping[int, Captured],
-    outside: Tensor | None,
+    captured: Mapping[int, Sequence[Captured]],
+    outside: Sequence[Tensor | None],
     weights: Mapping[int, float | Tensor],
     update_proj_gap: int,
-    changed: BasisChanged,
+    rounding: float,
+    changed: BasesChanged,
 ) -> Projected:
     """Refresh the bases that are due, and project what still has to be projected.
 
     Args:
-        layer: the layer.
-        bank: its bases.
-        captured: by task, what the capture left; full gradients are freed on the way.
-        outside: the gradient of backward passes outside any task, which belongs to the shared subspace alone.
+        block: the layers.
+        bank: their bases.
+        captured: by task, what the capture left of each layer; full gradients are freed on the way.
+        outside: the gradients of backward passes outside any task, which belong to the shared subspace alone.
         weights: w_k, each task's share of the samples.
         update_proj_gap: steps between refreshes.
+        rounding: epsilon of the coarsest format in which a gradient was computed.
         changed: told about every basis that changed.
     """
-    outside = None if outside is None else layer.matrix(outside).to(layer.dtype)
-    sketches = _sketches(layer, bank, captured, outside, weights)
-    full = {task + 1: held.full.to(layer.dtype) for task, held in captured.items() if held.full is not None}
-    if len(full) == len(captured) and bank.due(layer, SHARED):
-        full[SHARED] = mix({task: full[task + 1] for task in captured}, weights, outside)
-    if not layer.sketched:
-        bank.refresh(layer, full, update_proj_gap, changed)
-    parts, own, squared_norms = {}, {}, {}
-    for task, held in captured.items():
-        if held.full is not None:
-            parts[task] = layer.project(held.full, bank.basis(layer, SHARED))
-            own[task] = layer.project(held.full, bank.basis(layer, task + 1))
-            if held.squared_norm is None:
-                held.squared_norm = squared_norm(held.full)
-            held.full = None
+    first = block.first
+    matrices = [
+        None if each is None else layer.matrix(each).to(layer.dtype)
+        for layer, each in zip(block.layers, outside, strict=True)
+    ]
+    sketches = _sketches(block, bank, captured, matrices, weights) if first.sketched else {}
+    _project_whole(block, bank, captured, matrices, weights, update_proj_gap, changed)
+    aside = _aside(block, bank, matrices)
+    if aside is not None:
+        drop_rounding(aside, first, rounding, None)
+    if not captured:
+        return Projected(block, {}, aside, {}, {}, sketches)
+    everything = [each for found in captured.values() for each in found]
+    joint = _stack([each.projected for each in everything if each.projected is not None])
+    norms = _norms(everything)
+    known = all(each.squared_norm is not None for each in everything)
+    drop_rounding(joint, first, rounding, norms if known else None)
+    for each in everything:
+        each.projected = each.sketch = None
+    axis, width = 1 + first.axis, first.widths[SHARED]
+    parts, own = (
+        dict(zip(captured, torch.split(stack, len(block)), strict=True))
+        for stack in torch.split(joint, [width, joint.shape[axis] - width], axis)
+    )
+    squared_norms = {} if norms is None else dict(zip(captured, torch.split(norms, len(block)), strict=True))
+    return Projected(block, parts, aside, own, squared_norms, sketches)
+
+
+def _norms(everything: Sequence[Captured]) -> Tensor | None:
+    """The squared norms of all whole gradients, NaN where unknown; None if none is known."""
+    like = next((each.squared_norm for each in everything if each.squared_norm is not None), None)
+    if like is None:
+        return None
+    unknown = like.new_full((), math.nan)
+    return torch.stack([unknown if each.squared_norm is None else each.squared_norm for each in everything])
+
+
+def _project_whole(
+    block: Block,
+    bank: SubspaceBank,
+    captured: Mapping[int, Sequence[Captured]],
+    outside: Sequence[Tensor | None],
+    weights: Mapping[int, float | Tensor],
+    update_proj_gap: int,
+    changed: BasesChanged,
+) -> None:
+    """Layers of which whole gradients were captured: their bases are refreshed, and the gradients projected."""
+    kinds: dict[tuple[tuple[int, ...], bool], list[int]] = defaultdict(list)
+    alone_due = [not block.first.sketched and due for due in bank.due(block)[:, SHARED]]
+    for row in range(len(block)):
+        whole = tuple(task for task, found in captured.items() if found[row].full is not None)
+        if whole or (alone_due[row] and not captured and outside[row] is not None):
+            kinds[whole, outside[row] is None].append(row)
+    first = block.first
+    for (whole, alone), members in kinds.items():
+        for rows in pieces(members, first.shape[0] * first.shape[1], block.device):
+            gradients: dict[int, Tensor] = {}
+            for task in whole:
+                held = [captured[task][row] for row in rows]
+                gradients[task + 1] = torch.stack([one.full for one in held if one.full is not None]).to(first.dtype)
+                for one in held:
+                    one.full = None
+            if len(whole) == len(captured):
+                aside = None if alone else torch.stack([each for row in rows if (each := outside[row]) is not None])
+                gradients[SHARED] = mix({task: gradients[task + 1] for task in whole}, weights, aside)
+            bank.refresh(block, rows, gradients, update_proj_gap, changed)
+            for task in whole:
+                gradient = gradients[task + 1]
+                bases = block.joint(task, first.dtype)
+                projected = project(gradient, bases if len(rows) == len(block) else bases[list(rows)], first.axis)
+                squares = squared_norm(gradient, dim=(1, 2))
+                for row, R, square in zip(rows, projected.unbind(), squares.unbind(), strict=True):
+                    captured[task][row].projected = R
+                    if captured[task][row].squared_norm is None:
+                        captured[task][row].squared_norm = square
+
+
+def _aside(block: Block, bank: SubspaceBank, outside: Sequence[Tensor | None]) -> Tensor | None:
+    """What came from outside any task, in the shared subspaces (L x m x r); zero where nothing did."""
+    if all(each is None for each in outside):
+        return None
+    found = []
+    for layer, each in zip(block.layers, outside, strict=True):
+        if each is None:
+            found.append(layer.block.stacks["basis"].new_zeros(layer.coordinates(SHARED)))
         else:
-            assert held.shared is not None
-            assert held.own is not None
-            parts[task], own[task] = held.shared, held.own
-            held.shared = held.own = held.sketch = None
-        if held.squared_norm is not None:
-            squared_norms[task] = held.squared_norm
-    aside = None if outside is None else layer.total(layer.project(outside, bank.basis(layer, SHARED)))
-    return Projected(parts, aside, own, squared_norms, sketches)
+            found.append(layer.total(layer.project(each, bank.basis(layer, SHARED))))
+    return _stack(found)
 
 
 def _sketches(
-    layer: Layer,
+    block: Block,
     bank: SubspaceBank,
-    captured: Mapping[int, Captured],
-    outside: Tensor | None,
+    captured: Mapping[int, Sequence[Captured]],
+    outside: Sequence[Tensor | None],
     weights: Mapping[int, float | Tensor],
-) -> dict[int, Tensor]:
+) -> dict[int, Rows]:
     """The sketch of the shared gradient is that of its parts, mixed; only what is due is there."""
-    if not layer.sketched:
-        return {}
-    found = {task + 1: held.sketch for task, held in captured.items() if held.sketch is not None}
-    if not bank.due(layer, SHARED) or len(found) < len(captured):
-        return found
-    aside = None if outside is None else layer.sketch(outside, bank.directions(layer))
-    if aside is not None and layer.shards is not None:
-        layer.shards.sum_([aside])
-    found[SHARED] = mix({task: found[task + 1] for task in captured}, weights, aside)
+    due = bank.due(block)
+    found: dict[int, Rows] = {}
+    for task, held in captured.items():
+        there = [row for row, each in enumerate(held) if each.sketch is not None]
+        if there:
+            found[task + 1] = there, torch.stack([each.sketch for each in held if each.sketch is not None])
+    rows = [
+        row
+        for row in range(len(block))
+        if due[row, SHARED]
+        and (captured or outside[row] is not None)
+        and all(held[row].sketch is not None for held in captured.values())
+    ]
+    if rows:
+        chosen = {
+            task: Y if len(every) == len(rows) else Y[[every.index(row) for row in rows]]
+            for task in captured
+            for every, Y in (found[task + 1],)
+        }
+        found[SHARED] = rows, mix(chosen, weights, _sketched_aside(block, bank, rows, outside))
     return found
+
+
+def _sketched_aside(
+    block: Block, bank: SubspaceBank, rows: Sequence[int], outside: Sequence[Tensor | None]
+) -> Tensor | None:
+    if all(outside[row] is None for row in rows):
+        return None
+    found = []
+    for row in rows:
+        layer, each = block.layers[row], outside[row]
+        if each is None:
+            found.append(block.stacks["basis"].new_zeros(layer.dimension, layer.sketch_size))
+            continue
+        found.append(layer.sketch(each, bank.directions(layer)))
+        if layer.shards is not None:
+            layer.shards.sum_([found[-1]])
+    return torch.stack(found)
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    # Contiguous in any case: torch's fused optimizers read a gradient's memory as if it were, and say nothing.
+    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:

@@ -82,15 +82,13 @@ def _pieces(bank: SubspaceBank, parameter: Tensor, layer: Layer | None, task: in
     """What a capture holds of a parameter in this step; the other ranks know it without being told."""
     if layer is None:
         return [_Piece(task, parameter, "full", tuple(parameter.shape), parameter.dtype)]
-    own = task + 1
-    due = bank.due(layer, SHARED) or bank.due(layer, own)
-    if due and not layer.sketched:
+    full, sketch = bank.demand(layer, task)
+    if full:
         return [_Piece(task, parameter, "full", layer.shape, layer.dtype)]
-    pieces = [
-        _Piece(task, parameter, "shared", layer.coordinates(SHARED), layer.dtype),
-        _Piece(task, parameter, "own", layer.coordinates(own), layer.dtype),
-    ]
-    if due:
+    shape = list(layer.coordinates(SHARED))
+    shape[layer.axis] += layer.widths[task + 1]
+    pieces = [_Piece(task, parameter, "projected", tuple(shape), layer.dtype)]
+    if sketch:
         pieces.append(_Piece(task, parameter, "sketch", (layer.dimension, layer.sketch_size), layer.dtype))
     return pieces
 
@@ -108,7 +106,7 @@ def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> No
             if layer is None or layer.shards is None or layer.shards.group is None:
                 continue
             shards = layer.shards
-            whole = [] if layer.splits_coordinates else [captured.shared, captured.own]
+            whole = [] if layer.splits_coordinates else [captured.projected]
             parts += [part for part in (captured.sketch, captured.squared_norm, *whole) if part is not None]
     if shards is not None:
         _sum_flat(parts, shards.sum_)

@@ -6,7 +6,7 @@ from torch import Tensor
 from ._arithmetic import full_precision, widen
 from ._checks import check_matrix
 from ._gaussian import gaussian
-from ._thin import positive_qr
+from ._thin import added_by_each, independent_qr
 
 
 def orthonormalize(Y: Tensor, *, against: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -97,8 +97,8 @@ def _orthonormalize_unchecked(
         random = _project_out(K, gaussian(d, c, like=Y, generator=generator, skip=k))
         random = random / random.norm(dim=-2, keepdim=True)
         W = _replace_vanished(_unit_columns(Y), K, random, negligible)
-        Q = positive_qr(_replace_dependent(W, random, negligible))
-        return Q if K is None else positive_qr(_project_out(K, Q))
+        Q = independent_qr(_replace_dependent(W, random, negligible))
+        return Q if K is None else independent_qr(_project_out(K, Q))
 
 
 def _project_out(K: Tensor | None, X: Tensor) -> Tensor:
@@ -128,6 +128,5 @@ def _replace_dependent(Y: Tensor, random: Tensor, negligible: float) -> Tensor:
     """Unit columns Y, random where a column depends linearly on the columns before it."""
     # A trace of the replacement is mixed in for the test only: in [e1, e1, e2] plain QR completes the second column
     # with e2 itself and then finds the third one dependent, which loses e2 from the span.
-    R = torch.linalg.qr(Y + negligible / 4 * random, mode="r").R
-    left = R.diagonal(dim1=-2, dim2=-1).abs().unsqueeze(-2)
+    left = added_by_each(Y + negligible / 4 * random).unsqueeze(-2)
     return torch.where(left <= negligible, random, Y)

@@ -12,6 +12,78 @@ def positive_qr(Y: Tensor) -> Tensor:
     return torch.mul(Q, signs)
 
 
+def independent_qr(Y: Tensor) -> Tensor:
+    """`positive_qr` of columns whose norms are near 1 and that are independent to 1e-6; NaN gives NaN."""
+    if not _widens(Y):
+        return positive_qr(Y)
+    wide = Y.double()
+    for _ in range(2):
+        wide = torch.matmul(wide, _inverse(_factor(wide)))
+    return wide.to(Y.dtype)
+
+
+def dominant_eigenvectors(gramian: Tensor, start: Tensor, iterations: int) -> Tensor:
+    """Orthonormal columns that approach the leading eigenvectors of Y^T Y (..., c, c), by orthogonal iteration.
+
+    Nothing waits for the device. Columns beyond the rank of ``gramian`` mean nothing, and need not be orthonormal.
+
+    Args:
+        gramian: Y^T Y.
+        start: (..., c, k), not orthogonal to the eigenvectors.
+        iterations: products with the Gramian.
+    """
+    if not _widens(gramian):
+        Z = torch.linalg.qr(start).Q
+        for _ in range(iterations):
+            Z = torch.linalg.qr(gramian @ Z).Q
+        return Z
+    wide = gramian.double()
+    Z = _rotated(start.double())
+    for _ in range(iterations):
+        Z = _rotated(wide @ Z)
+    return torch.Tensor.to(Z, gramian.dtype)
+
+
+def _rotated(Z: Tensor) -> Tensor:
+    """The columns made orthonormal, as far as they are independent: close to the eigenvectors they nearly are."""
+    norms = torch.linalg.vector_norm(Z, dim=-2, keepdim=True)
+    Z = Z / torch.where(norms == 0, 1, norms)
+    return Z @ _inverse(_factor(Z))
+
+
+def added_by_each(Y: Tensor) -> Tensor:
+    """What each column has beyond those before it: the absolute diagonal of R of Y = Q R, (..., c)."""
+    if _widens(Y):
+        return _factor(Y.double()).diagonal(dim1=-2, dim2=-1).to(Y.dtype)
+    added: Tensor = torch.linalg.qr(Y, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+    return added
+
+
+def _widens(Y: Tensor) -> bool:
+    """Whether there is a format with twice the digits, in which the Gramian of ``Y`` says all about it.
+
+    Then Cholesky's decomposition of the Gramian takes the place of Householder's of ``Y``: few products of matrices for
+    any number of matrices, where cuSOLVER decomposes one matrix after the other, and nothing waits for the device.
+    """
+    return Y.dtype == torch.float32 and Y.device.type != "mps"
+
+
+def _factor(wide: Tensor) -> Tensor:
+    """R, upper triangular with a positive diagonal, of Y^T Y = R^T R; entries below its rounding error are kept."""
+    gramian = wide.mT @ wide
+    diagonal = gramian.diagonal(dim1=-2, dim2=-1)
+    shift = torch.finfo(wide.dtype).eps * 4 * gramian.shape[-1] * diagonal.amax(-1, keepdim=True)
+    gramian = gramian + torch.diag_embed(shift.expand_as(diagonal))
+    R: Tensor = torch.linalg.cholesky_ex(gramian, upper=True).L
+    return R
+
+
+def _inverse(R: Tensor) -> Tensor:
+    identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    inverse: Tensor = torch.linalg.solve_triangular(R, identity.expand_as(R), upper=True)
+    return inverse
+
+
 def thin_svd(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U (..., m, c), S (..., c), V (..., c, c) with Y = U diag(S) V^T, for Y (..., m, c) with m >= c.
 

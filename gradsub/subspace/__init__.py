@@ -1,7 +1,8 @@
 """The low-rank subspaces of each weight: bases, projection, lift, and what follows a change of basis."""
 
-from gradsub.subspace._bank import SHARED, SKETCHES, BasisChanged, SubspaceBank
+from gradsub.subspace._bank import SHARED, SKETCHES, BasesChanged, Rows, SubspaceBank
 from gradsub.subspace._basis import dominant_basis, lift, orthonormality, project
+from gradsub.subspace._block import Block, make_blocks, pieces
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._moments import MOMENT_RULES, carry_moments
 from gradsub.subspace._schedule import check_steps_taken, sketch_size
@@ -11,8 +12,10 @@ __all__ = [
     "MOMENT_RULES",
     "SHARED",
     "SKETCHES",
-    "BasisChanged",
+    "BasesChanged",
+    "Block",
     "Layer",
+    "Rows",
     "Shards",
     "SubspaceBank",
     "carry_moments",
@@ -21,7 +24,9 @@ __all__ = [
     "is_distributed",
     "lift",
     "local",
+    "make_blocks",
     "orthonormality",
+    "pieces",
     "project",
     "sharded_over",
     "shards_of",

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
+from gradsub.subspace._block import Block, pieces
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place, own_place
 from gradsub.subspace._verdicts import Verdicts
@@ -26,12 +27,14 @@ _DIRECTIONS = 1 << 16
 # In multiples of the gap that is in force: how far ahead a refresh may be planned in a checkpoint.
 _LONGEST_GAP = 1024
 
-State = MutableMapping[Tensor, Any]
-BasisChanged = Callable[[Layer, int, Tensor, Tensor], None]
+# Rows of a block, and a stack of one matrix for each of them.
+Rows: TypeAlias = "tuple[Sequence[int], Tensor]"
+# The block, the rows, the subspace, and its old and new bases (l x d x r each).
+BasesChanged: TypeAlias = "Callable[[Block, Sequence[int], int, Tensor, Tensor], None]"
 
 
 class SubspaceBank:
-    """Every layer's bases, and when each is due for a refresh; all of it lives in the optimizer's state.
+    """Every layer's bases, and when each is due for a refresh; all of it lies in the blocks and shows in the state.
 
     A layer's state holds ``"step"`` (a count of the layer's steps, 0-dim, int64, CPU), ``"basis"`` (d x sum of widths:
     the shared basis, then one a task) and ``"next_refresh"`` (the step at which each basis is due, int64, CPU). A basis
@@ -43,85 +46,88 @@ class SubspaceBank:
     sketch one step later. A sketched layer's state also holds ``"singular_values"`` (of the first sketch, one a
     column), ``"sketches"`` (how many of a refresh's sketches were taken, int64, CPU) and ``"usable"`` (whether the last
     one was). The device decides what is usable; the schedule assumes that it is, and is put right one step later, when
-    reading the decision does not keep the device waiting.
+    reading the decision does not keep the device waiting. Both refresh all layers of a
+    block together; random numbers depend on shapes and steps alone, so that it does not matter which layers those are.
 
     Args:
-        state: the optimizer's state.
         orthogonalize: ``"none"``, or ``"shared_first"``: task bases are orthogonal to the shared one.
-        seed: with a layer's index, the subspace and the step it determines every random number.
+        seed: with the shape, the subspace and the step it determines every random number.
     """
 
-    def __init__(self, state: State, orthogonalize: str, seed: int) -> None:
-        self._state = state
+    def __init__(self, orthogonalize: str, seed: int) -> None:
         self._orthogonalize = orthogonalize
         self._seed = seed
-        self._directions: dict[Layer, Tensor] = {}
+        self._directions: dict[Hashable, Tensor] = {}
         self._verdicts = Verdicts()
 
-    def attach(self, state: State) -> None:
-        """Follow the optimizer to another state dictionary: torch replaces it when it loads."""
-        self._state = state
-
-    def initialise(self, layer: Layer) -> None:
+    def initialise(self, block: Block) -> None:
         """The first bases, all of them due.
 
         Zero ones where the first gradient is decomposed before it is used: until then nothing moves. Random ones where
         it is sketched, since the first step is taken before its sketch is there.
         """
-        basis = torch.zeros(layer.dimension, sum(layer.widths), dtype=layer.dtype, device=layer.parameter.device)
-        self._state[layer.parameter].update(
-            step=torch.zeros((), dtype=torch.int64, device="cpu"), basis=basis, next_refresh=_counts(layer)
-        )
-        if not layer.sketched:
+        first = block.first
+        subspaces = len(first.widths)
+        block.add("step", dtype=torch.int64, device="cpu")
+        block.add("basis", (first.dimension, sum(first.widths)))
+        block.add("next_refresh", (subspaces,), dtype=torch.int64, device="cpu")
+        if not first.sketched:
             return
-        self._expect_sketches(layer)
-        for subspace, width in enumerate(layer.widths):
-            against, free = self._forbidden(layer, subspace)
-            kept = min(width, free)
-            if kept:
-                generator = self._generator(layer.parameter.device, layer.index, subspace, 0)
-                random = gaussian(layer.dimension, kept, like=basis, generator=generator)
-                orthonormal = _orthonormalize_unchecked(random, against=against, generator=generator)
-                self.basis(layer, subspace)[:, :kept] = orthonormal
+        block.add("singular_values", (sum(first.widths),))
+        block.add("sketches", (subspaces,), dtype=torch.int64, device="cpu")
+        block.add("usable", (subspaces,), dtype=torch.bool, fill=True)
+        for subspace in range(subspaces):
+            for rows, kept in self._alike(block, range(len(block)), subspace):
+                if not kept:
+                    continue
+                generator = self._generator(block, subspace, 0)
+                random = gaussian(first.dimension, kept, like=block.stacks["basis"], generator=generator)
+                new = block.basis(subspace, rows).new_zeros(len(rows), first.dimension, first.widths[subspace])
+                new[:, :, :kept] = _orthonormalize_unchecked(
+                    random.expand(len(rows), -1, -1),
+                    against=self._forbidden(block, rows, subspace),
+                    generator=generator,
+                )
+                self._write(block, rows, subspace, new)
 
     def basis(self, layer: Layer, subspace: int) -> Tensor:
         """The subspace's basis (d x r), a view."""
-        joint: Tensor = self._state[layer.parameter]["basis"]
-        return joint[:, layer.columns(subspace)]
+        return layer.block.stacks["basis"][layer.row][:, layer.columns(subspace)]
 
-    def joint_basis(self, layer: Layer, subspaces: Collection[int]) -> Tensor:
-        """The bases of several subspaces side by side, in this order (d x sum of r); all of them are there as such."""
-        joint: Tensor = self._state[layer.parameter]["basis"]
-        subspaces = list(subspaces)
-        if subspaces == list(range(len(subspaces))):
-            return joint[:, : sum(layer.widths[: len(subspaces)])]
-        return torch.cat([self.basis(layer, subspace) for subspace in subspaces], dim=1)
+    def due(self, block: Block) -> Any:
+        """Which rows (L) should refresh which subspaces (S) in this step: an array of booleans."""
+        return _array(block, "step")[:, None] >= _array(block, "next_refresh")
 
-    def due(self, layer: Layer, subspace: int) -> bool:
-        """Whether this step should refresh the subspace."""
-        state = self._state[layer.parameter]
-        return bool(state["step"] >= state["next_refresh"][subspace])
+    def demand(self, layer: Layer, task: int) -> tuple[bool, bool]:
+        """What a capture has to leave of a task's gradient: the whole of it, or beside its projections a sketch."""
+        block, row = layer.block, layer.row
+        step, places = _array(block, "step")[row], _array(block, "next_refresh")[row]
+        due = bool(step >= places[SHARED] or step >= places[task + 1])
+        return due and not layer.sketched, due and layer.sketched
 
     def at_place(self, layer: Layer, gap: int) -> bool:
         """Whether this step is the layer's first or its own place within ``gap`` steps."""
-        step = int(self._state[layer.parameter]["step"])
-        return step == 0 or step % gap == own_place(gap, layer.index)
+        step = int(_array(layer.block, "step")[layer.row])
+        return step == 0 or step % gap == own_place(gap, layer.block.turn)
 
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
 
-        It is the same for all tasks and the whole step, so that sketches of several backward passes add up.
+        It is the same for all tasks, for all layers of one width, and for the whole step, so that sketches of several
+        backward passes add up.
         """
-        if layer not in self._directions:
-            state = self._state[layer.parameter]
-            size = layer.sketch_size
+        step = int(_array(layer.block, "step")[layer.row])
+        size, device, dtype = layer.sketch_size, layer.parameter.device, layer.dtype
+        key = (layer.codimension, size, step, device, dtype)
+        if key not in self._directions:
             if size == layer.codimension:
-                found = torch.eye(size, dtype=layer.dtype, device=layer.parameter.device)
+                found = torch.eye(size, dtype=dtype, device=device)
             else:
-                generator = self._generator(layer.parameter.device, layer.index, _DIRECTIONS, int(state["step"]))
-                found = gaussian(layer.codimension, size, like=state["basis"], generator=generator) / size**0.5
-            self._directions[layer] = found
-        return self._directions[layer]
+                generator = self._generator(layer.block, _DIRECTIONS, step, layer.codimension)
+                like = layer.block.stacks["basis"]
+                found = gaussian(layer.codimension, size, like=like, generator=generator) / size**0.5
+            self._directions[key] = found
+        return self._directions[key]
 
     def forget_directions(self) -> None:
         """The step is over."""
@@ -134,11 +140,11 @@ class SubspaceBank:
         """
         if layer.protected is None:
             return
-        state = self._state[layer.parameter]
-        inside = layer.protected.mT @ state["basis"]
+        basis = layer.block.stacks["basis"][layer.row]
+        inside = layer.protected.mT @ basis
         if inside.numel() and bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
-            state["basis"] -= layer.protected @ inside
-            state["next_refresh"].fill_(int(state["step"]))
+            basis -= layer.protected @ inside
+            _array(layer.block, "next_refresh")[layer.row] = int(_array(layer.block, "step")[layer.row])
 
     def check(self, layer: Layer, state: Mapping[str, Any], update_proj_gap: int) -> None:
         """Raise if a layer's state from elsewhere, of the right shapes, cannot have come about.
@@ -175,177 +181,212 @@ class SubspaceBank:
                     f"state_dict: 'basis' {of} is not orthonormal in its columns {layer.columns(subspace)}"
                 )
 
-    def follow_refresh(self, layer: Layer) -> None:
-        """Make a state that came from elsewhere one of this kind of refresh: sketches are begun anew, or forgotten."""
-        state = self._state[layer.parameter]
-        if not layer.sketched:
-            for key in SKETCHES:
-                state.pop(key, None)
-        else:
-            self._expect_sketches(layer)
-            self._verdicts.expect(layer)
+    def loaded(self, block: Block) -> None:
+        """Its state came from elsewhere: what the device decided last may not have been heeded yet."""
+        if block.first.sketched:
+            self._verdicts.expect(block)
 
-    def _expect_sketches(self, layer: Layer) -> None:
-        """What a sketched layer's state has and a checkpoint of another kind, or of an earlier version, lacks."""
-        state = self._state[layer.parameter]
-        if "sketches" not in state:
-            state["singular_values"] = state["basis"].new_zeros(sum(layer.widths))
-            state["sketches"] = _counts(layer)
-        if "usable" not in state:
-            state["usable"] = torch.ones(len(layer.widths), dtype=torch.bool, device=state["basis"].device)
-
-    def advance(self, layers: Iterable[Layer]) -> None:
+    def advance(self, block: Block) -> None:
         """Count a step."""
-        torch._foreach_add_([self._state[layer.parameter]["step"] for layer in layers], 1)
+        block.stacks["step"] += 1
 
     def refresh(
-        self, layer: Layer, gradients: Mapping[int, Tensor], update_proj_gap: int, changed: BasisChanged
+        self,
+        block: Block,
+        rows: Sequence[int],
+        gradients: Mapping[int, Tensor],
+        update_proj_gap: int,
+        changed: BasesChanged,
     ) -> None:
         """Recompute the bases that are due and whose gradient is there and says something.
 
         Args:
-            layer: the layer.
-            gradients: full gradients (m x n) by subspace.
+            block: the layers.
+            rows: those of them whose gradients are given.
+            gradients: full gradients (l x m x n) by subspace.
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
-            changed: told the layer, the subspace, its old and its new basis.
+            changed: told what changed.
         """
-        state = self._state[layer.parameter]
-        step = int(state["step"])
+        due, steps, places = self.due(block), _array(block, "step"), _array(block, "next_refresh")
         for subspace in sorted(gradients):
-            if not self.due(layer, subspace):
-                continue
-            against, free = self._forbidden(layer, subspace)
-            old = self.basis(layer, subspace)
-            new = dominant_basis(
-                gradients[subspace].to(layer.dtype),
-                layer.widths[subspace],
-                layer.axis,
-                against,
-                free,
-                self._generator(layer.parameter.device, layer.index, subspace, step),
-                self._may_vanish(subspace) or not free,
-            )
-            if new is None:
-                continue
-            changed(layer, subspace, old, new)
-            old.copy_(new)
-            state["next_refresh"][subspace] = next_multiple(step, update_proj_gap)
-            if subspace == SHARED and self._orthogonalize == "shared_first":
-                # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
-                state["next_refresh"][1:] = step
+            for some, kept in self._alike(block, [row for row in rows if due[row, subspace]], subspace):
+                step = int(steps[some[0]])
+                gradient = gradients[subspace]
+                found = dominant_basis(
+                    gradient if len(some) == len(rows) else gradient[_places(rows, some)],
+                    block.first.widths[subspace],
+                    block.first.axis,
+                    self._forbidden(block, some, subspace),
+                    kept,
+                    self._generator(block, subspace, step),
+                    self._may_vanish(subspace) or not kept,
+                )
+                if found is None:
+                    continue
+                new, usable = found
+                if not all(usable):
+                    new = new[[place for place, good in enumerate(usable) if good]]
+                    some = [row for row, good in zip(some, usable, strict=True) if good]
+                changed(block, some, subspace, block.basis(subspace, some), new)
+                self._write(block, some, subspace, new)
+                places[some, subspace] = next_multiple(step, update_proj_gap)
+                if subspace == SHARED and self._orthogonalize == "shared_first":
+                    # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
+                    places[some, 1:] = step
+                    due[some, 1:] = True
 
-    def renew(
-        self, sketches: Mapping[Layer, Mapping[int, Tensor]], gaps: Mapping[Layer, int], changed: BasisChanged
-    ) -> None:
-        """Take the bases that are due from sketches of this step's gradients; equal shapes are done together.
+    def renew(self, batches: Iterable[tuple[Block, Mapping[int, Rows], int]], changed: BasesChanged) -> None:
+        """Take the bases that are due from sketches of this step's gradients; nothing here waits for the device.
 
         Args:
-            sketches: of each layer and subspace, Y (d x c), in equal numbers of columns for one layer.
-            gaps: of each layer, the steps between refreshes.
-            changed: told the layer, the subspace, its old and its new basis.
+            batches: blocks; by subspace, of which of their rows there are sketches, and Y (l x d x c); and the steps
+                between refreshes.
+            changed: told what changed.
         """
-        self._settle()
-        due = {
-            layer: {subspace: Y for subspace, Y in found.items() if self.due(layer, subspace)}
-            for layer, found in sketches.items()
-        }
-        shared = {layer: found[SHARED] for layer, found in due.items() if SHARED in found}
-        self._renew_alike(SHARED, shared, changed)
-        for subspace in range(1, 1 + max((len(layer.widths) - 1 for layer in sketches), default=0)):
-            own = {layer: found[subspace] for layer, found in due.items() if subspace in found}
-            if self._orthogonalize == "shared_first":
-                # A task without a sketch keeps what the new shared basis leaves of its own.
-                own = {layer: self.basis(layer, subspace).clone() for layer in shared} | own
-            self._renew_alike(subspace, own, changed)
-        for layer, found in due.items():
-            state = self._state[layer.parameter]
-            step = int(state["step"])
-            for subspace in found:
-                taken = int(state["sketches"][subspace]) + 1
-                complete = taken == SKETCHES_PER_REFRESH
-                state["sketches"][subspace] = 0 if complete else taken
-                state["next_refresh"][subspace] = next_place(step, gaps[layer], layer.index) if complete else step + 1
-        for layer, found in due.items():
-            if found:
-                self._verdicts.expect(layer)
-        self._verdicts.send(self._state)
+        self.settle()
+        for block, sketches, update_proj_gap in batches:
+            self._renew_block(block, sketches, update_proj_gap, changed)
+        self._verdicts.send()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Take back what the schedule assumed of the last step's sketches and the device found otherwise."""
-        for layer, usable in self._verdicts.read(self._state):
-            state = self._state[layer.parameter]
-            for subspace, good in enumerate(usable):
-                if not good:
-                    state["sketches"][subspace] = (int(state["sketches"][subspace]) - 1) % SKETCHES_PER_REFRESH
-                    state["next_refresh"][subspace] = int(state["step"])
-            if not all(usable):
-                state["usable"].fill_(True)
+        for block, usable in self._verdicts.read():
+            steps, places, taken = (_array(block, key) for key in ("step", "next_refresh", "sketches"))
+            rows, subspaces = (~usable).nonzero()
+            if len(rows):
+                taken[rows, subspaces] = (taken[rows, subspaces] - 1) % SKETCHES_PER_REFRESH
+                places[rows, subspaces] = steps[rows]
+                block.stacks["usable"].fill_(True)
 
-    def _renew_alike(self, subspace: int, sketches: Mapping[Layer, Tensor], changed: BasisChanged) -> None:
-        """One decomposition for all layers of the same shape; nothing here waits for the device."""
-        alike: dict[Any, list[tuple[Layer, Tensor | None]]] = defaultdict(list)
-        for layer, Y in sketches.items():
-            against, free = self._forbidden(layer, subspace)
-            width = min(layer.widths[subspace], free)
-            state = self._state[layer.parameter]
-            constraint = None if against is None else against.shape
-            count = int(state["sketches"][subspace])
-            if width:
-                alike[width, count, int(state["step"]), Y.shape, constraint, Y.device, Y.dtype].append((layer, against))
-        for (width, count, step, *_), members in alike.items():
-            layers = [layer for layer, _ in members]
-            bases, values = zip(*(self._kept(layer, subspace, width) for layer in layers), strict=True)
-            constraints = [against for _, against in members if against is not None]
+    def _renew_block(
+        self, block: Block, sketches: Mapping[int, Rows], update_proj_gap: int, changed: BasesChanged
+    ) -> None:
+        due = self.due(block)
+        found = {s: [row for row in rows if due[row, s]] for s, (rows, _) in sketches.items()}
+        shared = found.get(SHARED, [])
+        for subspace in sorted({*found, *range(len(block.first.widths))} if shared else found):
+            rows = found.get(subspace, [])
+            if rows:
+                every, Y = sketches[subspace]
+                Y = Y if len(rows) == len(every) else Y[_places(every, rows)]
+                self._renew(block, rows, subspace, Y, changed, judged=True)
+            if subspace != SHARED and self._orthogonalize == "shared_first":
+                # A task without a sketch keeps what the new shared basis leaves of its own.
+                left = [row for row in shared if row not in set(rows)]
+                if left:
+                    Y = block.basis(subspace, left).clone()
+                    self._renew(block, left, subspace, Y, changed, judged=False)
+        steps, places, taken = (_array(block, key) for key in ("step", "next_refresh", "sketches"))
+        for subspace, rows in found.items():
+            for row in rows:
+                step, count = int(steps[row]), int(taken[row, subspace]) + 1
+                complete = count == SKETCHES_PER_REFRESH
+                taken[row, subspace] = 0 if complete else count
+                places[row, subspace] = next_place(step, update_proj_gap, block.turn) if complete else step + 1
+        if any(found.values()):
+            self._verdicts.expect(block)
+
+    def _renew(
+        self, block: Block, rows: Sequence[int], subspace: int, Y: Tensor, changed: BasesChanged, judged: bool
+    ) -> None:
+        taken = _array(block, "sketches")
+        columns = block.first.columns(subspace)
+        for some, kept in self._alike(block, rows, subspace, lambda row: int(taken[row, subspace])):
+            if not kept:
+                continue
+            every = len(some) == len(block)
+            old = block.basis(subspace, some)
+            values = block.stacks["singular_values"][:, columns.start : columns.start + kept]
+            values = values if every else values[list(some)]
+            count, step = int(taken[some[0], subspace]), int(_array(block, "step")[some[0]])
             fresh, strengths, usable = sketched_basis(
-                torch.stack([sketches[layer] for layer in layers]),
-                torch.stack([basis * value for basis, value in zip(bases, values, strict=True)]) if count else None,
-                width,
-                torch.stack(constraints) if constraints else None,
-                self._generator(layers[0].parameter.device, layers[0].index, subspace, step),
+                Y if len(some) == len(rows) else Y[_places(rows, some)],
+                old[:, :, :kept] * values[:, None] if count else None,
+                kept,
+                self._forbidden(block, some, subspace),
+                self._generator(block, subspace, step),
                 self._may_vanish(subspace),
             )
-            for i, layer in enumerate(layers):
-                old = self.basis(layer, subspace)
-                new = torch.zeros_like(old)
-                new[:, :width] = torch.where(usable[i], fresh[i], bases[i])
-                changed(layer, subspace, old, new)
-                old.copy_(new)
-                # What is left of a refresh that began with nothing must not enter the next sketch.
-                kept = values[i] if count else 0.0
-                values[i].copy_(torch.where(usable[i, 0], strengths[i], kept))
-                if self.due(layer, subspace):
-                    self._state[layer.parameter]["usable"][subspace].copy_(usable[i, 0, 0])
+            new = torch.zeros_like(old)
+            new[:, :, :kept] = torch.where(usable, fresh, old[:, :, :kept])
+            changed(block, some, subspace, old, new)
+            self._write(block, some, subspace, new)
+            # What is left of a refresh that began with nothing must not enter the next sketch.
+            strengths = torch.where(usable[:, 0], strengths, values if count else 0.0)
+            place: Any = slice(None) if every else list(some)
+            block.stacks["singular_values"][place, columns.start : columns.start + kept] = strengths
+            if judged:
+                block.stacks["usable"][place, subspace] = usable[:, 0, 0]
 
-    def _kept(self, layer: Layer, subspace: int, width: int) -> tuple[Tensor, Tensor]:
-        """The basis and the singular values, views of as many columns as there is room for."""
-        columns = layer.columns(subspace)
-        return self.basis(layer, subspace)[:, :width], self._state[layer.parameter]["singular_values"][columns][:width]
+    def _write(self, block: Block, rows: Sequence[int], subspace: int, new: Tensor) -> None:
+        basis = block.basis(subspace)
+        if len(rows) == len(block):
+            basis.copy_(new)
+        else:
+            basis[list(rows)] = new
 
     def _may_vanish(self, subspace: int) -> bool:
         """Whether a gradient counts of which nothing is left: where another basis has all of it, waiting is in vain."""
         return subspace != SHARED and self._orthogonalize != "none"
 
-    def _forbidden(self, layer: Layer, subspace: int) -> tuple[Tensor | None, int]:
-        protected, free = layer.protected, layer.free
-        if subspace == SHARED or self._orthogonalize == "none":
-            return protected, free
-        shared = self.basis(layer, SHARED)
-        free = max(0, free - min(shared.shape[1], free))
-        return shared if protected is None else torch.cat([protected, shared], dim=1), free
+    def _alike(
+        self,
+        block: Block,
+        rows: Sequence[int],
+        subspace: int,
+        more: Callable[[int], Hashable] = lambda row: None,
+    ) -> Iterator[tuple[Sequence[int], int]]:
+        """Rows that one operation can refresh, and how many of the columns find room beside what is forbidden."""
+        kinds: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
+        steps, width = _array(block, "step"), block.first.widths[subspace]
+        for row in rows:
+            kept = min(width, self._free(block.layers[row], subspace))
+            kinds[kept, (int(steps[row]), more(row))].append(row)
+        size = block.first.dimension
+        for (kept, _), some in kinds.items():
+            forbidden = size - min(self._free(block.layers[row], subspace) for row in some)
+            for piece in pieces(some, size * (forbidden + 2 * width), block.device):
+                yield piece, kept
 
-    def _generator(self, device: torch.device, index: int, subspace: int, step: int) -> torch.Generator:
+    def _free(self, layer: Layer, subspace: int) -> int:
+        if subspace == SHARED or self._orthogonalize == "none":
+            return layer.free
+        return max(0, layer.free - min(layer.widths[SHARED], layer.free))
+
+    def _forbidden(self, block: Block, rows: Sequence[int], subspace: int) -> Tensor | None:
+        """What the bases of these rows have to stay orthogonal to (l x d x k); zero columns where there is less."""
+        protected = [block.layers[row].protected for row in rows]
+        most = max(0 if K is None else K.shape[1] for K in protected)
+        stacked = None
+        if most:
+            stacked = block.stacks["basis"].new_zeros(len(rows), block.first.dimension, most)
+            for place, K in enumerate(protected):
+                if K is not None:
+                    stacked[place, :, : K.shape[1]] = K
+        if subspace == SHARED or self._orthogonalize == "none":
+            return stacked
+        shared = block.basis(SHARED, rows)
+        return shared if stacked is None else torch.cat([stacked, shared], dim=2)
+
+    def _generator(self, block: Block, subspace: int, step: int, length: int | None = None) -> torch.Generator:
         """An own generator for every draw: reproducible after a resume, and the global one is left alone."""
-        entropy = np.random.SeedSequence([self._seed, index, subspace, step])
-        generator = torch.Generator(device=device)
+        length = block.first.dimension if length is None else length
+        entropy = np.random.SeedSequence([self._seed, length, subspace, step])
+        generator = torch.Generator(device=block.device)
         return generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_directions": {}}
 
 
-def _counts(layer: Layer) -> Tensor:
-    """A zero for each subspace, whatever the default dtype and device are."""
-    return torch.zeros(len(layer.widths), dtype=torch.int64, device="cpu")
+def _array(block: Block, key: str) -> Any:
+    """A stack of counts as an array that shares its memory: reading it is no operation of torch."""
+    return block.stacks[key].numpy()
+
+
+def _places(every: Sequence[int], some: Sequence[int]) -> list[int]:
+    where = {row: place for place, row in enumerate(every)}
+    return [where[row] for row in some]
 
 
 def _plausible(basis: Tensor, columns: int, due: bool) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 from gradsub.linalg._arithmetic import full_precision, largest_magnitude
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
+from gradsub.linalg._thin import added_by_each, dominant_eigenvectors
 
 _ITERATIONS = 4
 _ROUNDING = 32
@@ -46,24 +47,25 @@ def dominant_basis(
     free: int,
     generator: torch.Generator,
     may_vanish: bool = False,
-) -> Tensor | None:
+) -> tuple[Tensor, list[bool]] | None:
     """The leading singular vectors of (I - K K^T) G along ``axis``, as orthonormal columns orthogonal to K.
 
     The protection is folded into the basis here: whatever the inner optimizer then does with the coordinates, the
     lifted update stays orthogonal to K.
 
     Args:
-        gradient: G (m x n).
+        gradient: G (m x n), or several of them (L x m x n).
         width: columns of the result.
         axis: the axis of length d that the basis spans.
-        against: K (d x k), orthonormal columns (zero columns are allowed) to stay orthogonal to.
+        against: K (d x k, or L of them), orthonormal columns (zero columns are allowed) to stay orthogonal to.
         free: the dimension of K's complement; columns beyond it are zero, since there is no direction left for them.
         generator: draws the random test matrix, and the columns beyond the rank of (I - K K^T) G.
         may_vanish: whether G counts if K leaves nothing but rounding of it: then all columns are drawn.
 
     Returns:
-        the basis (d x width), or None if G does not count: it is zero, not finite, or K leaves nothing of it. Reading
-        that waits for the device, as the decomposition does.
+        the basis (d x width), or L of them, and of which of them G counts: it is finite, not zero, and K leaves
+        something of it. Where it does not, ignore the basis. None if none counts. Reading that waits for the device, as
+        the decomposition does.
     """
     whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
     if against is not None:
@@ -71,15 +73,18 @@ def dominant_basis(
             matrix = matrix - against @ (against.mT @ matrix)
     largest = largest_magnitude(whole)
     error = _error(largest, largest_magnitude(matrix))
-    if not _counts(largest, error, may_vanish):
+    usable: list[bool] = _counts(largest, error, may_vanish).flatten().tolist()
+    if not any(usable):
         return None
-    basis = matrix.new_zeros(matrix.shape[0], width)
+    # One that is not finite would make the decomposition of all raise.
+    matrix = torch.where(torch.isfinite(largest), matrix, 0.0)
+    basis = matrix.new_zeros(*matrix.shape[:-1], width)
     kept = min(width, free)
     if kept:
         leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
         leading = leading.masked_fill(_is_rounding(values, error).unsqueeze(-2), 0)
-        basis[:, :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
-    return basis
+        basis[..., :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
+    return basis, usable
 
 
 def sketched_basis(
@@ -130,13 +135,11 @@ def sketched_basis(
         if earlier is not None:
             # Columns of both: the iteration would never leave the earlier sketch where that has a lower rank, or none.
             start = start + gramian[..., -columns:]
-        Z = torch.linalg.qr(start).Q
-        for _ in range(_ITERATIONS):
-            Z = torch.linalg.qr(gramian @ Z).Q
+        Z = dominant_eigenvectors(gramian, start, _ITERATIONS)
         leading = Y @ Z
         values = torch.linalg.vector_norm(leading, dim=-2)
         # Not the values: on the Gramian small ones are inexact, and columns are left with parts of those before them.
-        new = torch.linalg.qr(leading, mode="r").R.diagonal(dim1=-2, dim2=-1).abs()
+        new = added_by_each(leading)
         rounding = _is_rounding(new, torch.where(error < 1, error, _ROUNDING * torch.finfo(Y.dtype).eps))
         leading, values = leading.masked_fill(rounding.unsqueeze(-2), 0), values.masked_fill(rounding, 0)
     basis = Y.new_zeros(*Y.shape[:-1], width)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -8,6 +9,9 @@ from torch import Tensor
 from gradsub.subspace._basis import lift, project, sketch
 from gradsub.subspace._schedule import sketch_size
 from gradsub.subspace._shards import Shards, local
+
+if TYPE_CHECKING:
+    from gradsub.subspace._block import Block
 
 
 @dataclass(eq=False)
@@ -25,6 +29,8 @@ class Layer:
         protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow.
         sketched: whether bases are refreshed from sketches of the gradient, without the whole of it.
         shards: which of the weight's rows are on this rank; None: all. Bases are whole on every rank.
+        block: the layers that it is stacked with.
+        row: its place among them.
     """
 
     name: str
@@ -35,6 +41,8 @@ class Layer:
     protected: Tensor | None = None
     sketched: bool = False
     shards: Shards | None = None
+    block: Block = field(init=False, repr=False)
+    row: int = field(init=False, default=0)
 
     @property
     def whole_shape(self) -> tuple[int, int]:
@@ -110,7 +118,8 @@ class Layer:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of bases and of everything inside the subspace: float32 at least."""
-        return torch.promote_types(self.parameter.dtype, torch.float32)
+        # Not torch.promote_types: that is an operation, and this is asked for in every step and layer.
+        return torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
 
     def coordinates(self, subspace: int) -> tuple[int, int]:
         """The shape of a projected gradient: (m, r) or (r, n)."""

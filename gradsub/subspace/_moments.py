@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"})
 
 
-def carry_moments(state: dict[str, Any], old: Tensor, new: Tensor, axis: int) -> None:
-    r"""Express an inner optimizer's moments, in place, in a new basis.
+def carry_moments(state: Mapping[str, Any], rows: Sequence[int] | None, old: Tensor, new: Tensor, axis: int) -> None:
+    r"""Express an inner optimizer's moments, in place, in new bases.
 
     With C = B_old^T B_new (r x r), a first moment M (m x r, axis 1) becomes M C. A second moment v becomes
     v (C * C) + mean(v) (1 - 1^T (C * C)): coordinates are taken as uncorrelated, and the part of a new direction that
@@ -20,21 +21,35 @@ def carry_moments(state: dict[str, Any], old: Tensor, new: Tensor, axis: int) ->
     would be several times the learning rate. State of unknown meaning or other shape is left as it is. A second moment
     that has overflowed counts as the largest one that can be mixed with others: infinity times zero would be NaN.
 
+    Args:
+        state: by name; moments of several layers (L x m x r) or of one (m x r).
+        rows: of which layers the bases changed; None: of all.
+        old: their bases before (l x d x r).
+        new: their bases now.
+        axis: of the weight that the bases span.
+
     Source: LDAdam (arXiv 2410.16103) for the rotation; the fill-in of unseen directions is this library's.
     """
     change = old.mT @ new
     squared = change.square()
-    unseen = (1.0 - squared.sum(0)).clamp_min(0.0)
-    rank_axis = 1 if axis == 1 else 0
+    unseen = (1.0 - squared.sum(-2)).clamp_min(0.0)
+    rank_axis = -1 if axis == 1 else -2
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[rank_axis] != change.shape[0]:
+        if not isinstance(value, Tensor) or value.ndim != change.ndim or value.shape[rank_axis] != change.shape[-1]:
             continue
+        held = value if rows is None else value[list(rows)]
         if key in FIRST_MOMENTS:
-            value.copy_(_right(value, change.to(value.dtype), axis))
+            carried = _right(held, change.to(value.dtype), axis)
         elif key in SECOND_MOMENTS:
-            value.clamp_(max=torch.finfo(value.dtype).max / (2 * change.shape[0]))
-            filled = value.mean(rank_axis, keepdim=True) * (unseen if axis == 1 else unseen[:, None]).to(value.dtype)
-            value.copy_(_right(value, squared.to(value.dtype), axis) + filled)
+            held = held.clamp(max=torch.finfo(value.dtype).max / (2 * change.shape[-1]))
+            shape = unseen.unsqueeze(-2 if axis == 1 else -1).to(value.dtype)
+            carried = _right(held, squared.to(value.dtype), axis) + held.mean(rank_axis, keepdim=True) * shape
+        else:
+            continue
+        if rows is None:
+            value.copy_(carried)
+        else:
+            value[list(rows)] = carried
 
 
 def _right(value: Tensor, change: Tensor, axis: int) -> Tensor:

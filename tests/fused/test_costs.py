@@ -11,8 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsub import GemsOptimizer
 from gradsub.memory import layer_bytes
-from gradsub.subspace import Layer
-from gradsub.update import _add_batched
 
 from .worlds import gems, model_of, null_space_of, train
 
@@ -54,7 +52,7 @@ def test_state_and_captured_gradients_are_what_the_formula_says(capture, side, r
             for layer in (model[0], model[2]):
                 expected = layer_bytes(layer.out_features, layer.in_features, rank=8, tasks=3, side=side)
                 held = [optimizer._intake.gradients[task][layer.weight] for task in range(3)]
-                assert bytes_of(t for each in held for t in (each.shared, each.own)) == expected.captured
+                assert bytes_of(each.projected for each in held) == expected.captured
                 sketches = [each.sketch for each in held if each.sketch is not None]
                 state = optimizer.state[layer.weight]
                 due = refresh == "sketch" and state["next_refresh"][0] <= state["step"]
@@ -167,25 +165,6 @@ def test_operations_of_a_step_do_not_grow_with_the_layers():
     few, many = operations(3), operations(9)
     assert few == many
     assert few["bmm"] >= 1
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("most", [1, 150, 1 << 25])
-def test_the_batched_lift_is_the_lift_of_each(axis, most):
-    """What devices other than the CPU run, here on the CPU."""
-    weights = [torch.randn(8, 9) for _ in range(5)]
-    bases = [torch.randn(9 if axis == 1 else 8, 3) for _ in range(5)]
-    steps = torch.randn(5, *((8, 3) if axis == 1 else (3, 9)))
-    expected = [
-        weight + (step @ basis.mT if axis == 1 else basis @ step)
-        for weight, step, basis in zip(weights, steps, bases, strict=True)
-    ]
-    layers = [Layer(f"{i}", nn.Parameter(weight), i, axis, (3,)) for i, weight in enumerate(weights)]
-    with torch.no_grad():
-        _add_batched(layers, steps, bases, most)
-    weights = [layer.parameter for layer in layers]
-    for weight, wanted in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight, wanted)
 
 
 def test_nothing_grows_with_the_number_of_steps():

@@ -144,8 +144,9 @@ def test_refreshes_are_spread_over_the_gap(layers, gap):
     assert most <= -(-layers // gap) + 1
 
 
-def test_layers_refresh_one_after_the_other_and_twice_each():
-    model = model_of((20,) * 7)
+def test_blocks_refresh_one_after_the_other_and_twice_each():
+    """Layers of one shape refresh together, layers of different shapes in their own places within the gap."""
+    model = model_of((20, 20, 20, 24, 28, 28, 32))
     optimizer = gems(model, refresh="sketch", update_proj_gap=12)
     changes = []
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
@@ -155,6 +156,7 @@ def test_layers_refresh_one_after_the_other_and_twice_each():
         now = [optimizer.state[weight]["basis"] for weight in weights]
         changes.append([not torch.equal(a, b) for a, b in zip(before, now, strict=True)])
     assert changes[0] == changes[1] == [True] * 6
+    assert all(row[0] == row[1] for row in changes)
     for layer in range(6):
         later = [step for step in range(2, 26) if changes[step][layer]]
         assert len(later) == 2 * SKETCHES_PER_REFRESH
