@@ -48,10 +48,10 @@ def carries_protection(module: nn.Module, input_side: bool, transposed: bool) ->
     weight = own_weight(module)
     if weight is None or can_fuse(module):
         return weight is not None
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(weight)
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(weight)
 
     W = weight.detach()
     change = noise(*W.shape) * (W.square().mean().sqrt() if bool(W.any()) else 1.0)
@@ -77,8 +77,10 @@ def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:
     weight = own_weight(layer)
     if weight is None or weight.ndim != 2:
         return False
-    generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, _ROWS, weight.shape[1], generator=generator).to(weight)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    first, second = torch.randn(2, _ROWS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(
+        weight
+    )
     x = torch.cat([first, second, first + second, torch.zeros_like(first)])
     added: Tensor | float = 0.0
     asked: list[Any] = []
@@ -92,7 +94,9 @@ def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:
         # A module that draws random numbers itself may not change what the user draws next.
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad(), evaluating(outer):
             plain = outer(x)
-            added = torch.randn(*plain.shape, generator=generator).to(plain)  # of another shape, the sum fails
+            added = torch.randn(*plain.shape, generator=generator, dtype=torch.float32, device="cpu").to(
+                plain
+            )  # of another shape, the sum fails
             moved = outer(x) - plain
         if torch.equal(asked[0], x) and bool((moved - added).norm() <= _TOLERANCE * added.norm()):
             return True

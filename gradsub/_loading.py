@@ -438,7 +438,7 @@ def convert(
 
 def _tensor(what: str, value: Any, like: Tensor, device: torch.device | None, finite: bool) -> Tensor:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and like.ndim == 0:
-        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64, device="cpu")
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type == "meta":
         raise ValueError(f"state_dict: {what} is {_described(value)}, expected a tensor of shape {tuple(like.shape)}")
     if value.shape != like.shape:

@@ -486,6 +486,5 @@ class Stepper:
         for found in sketched:
             for row in found.sketches.get(SHARED, ((), None))[0]:
                 self._follow(found.block.layers[row])
-        if sketched:
-            batches = [(each.block, each.sketches, groups[each.block.group]["update_proj_gap"]) for each in sketched]
-            self._bank.renew(batches, self._carry)
+        batches = [(each.block, each.sketches, groups[each.block.group]["update_proj_gap"]) for each in sketched]
+        self._bank.renew(batches, self._carry)

@@ -323,7 +323,7 @@ class Inner:
             given = {key: value for key, value in options.items() if key in accepted}
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                type(self.base)([nn.Parameter(torch.zeros(1))], **given)
+                type(self.base)([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **given)
 
         def step(options: Mapping[str, Any]) -> None:
             self.trial(options, torch.Size([4, 6]), like.dtype, like.device)

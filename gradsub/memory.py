@@ -71,7 +71,7 @@ def layer_bytes(
         >>> from gradsub.memory import layer_bytes
         >>> found = layer_bytes(576, 1536, rank=64)
         >>> found.state, found.captured
-        (1376843, 442368)
+        (1376847, 442368)
         >>> 2 * 4 * 576 * 1536  # the moments of Adam on the whole weight
         7077888
     """
@@ -82,7 +82,7 @@ def layer_bytes(
     d, o = (in_features, out_features) if side == "input" else (out_features, in_features)
     counts = len(widths)
     # step, next_refresh and gate_memory; of sketches, their number, singular values and whether the last was usable.
-    bookkeeping = 4 + 8 * counts + itemsize * tasks + (9 * counts + itemsize * sum(widths) if sketched else 0)
+    bookkeeping = 8 + 8 * counts + itemsize * tasks + (9 * counts + itemsize * sum(widths) if sketched else 0)
     return LayerBytes(
         bases=itemsize * d * sum(widths),
         moments=moments * itemsize * o * sum(widths) + (4 * counts if moments > 1 else 0),

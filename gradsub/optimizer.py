@@ -460,7 +460,7 @@ class GemsOptimizer(Optimizer):
         self._intake.forget_skipped()
         if self._intake.unscaled:
             raise RuntimeError("unscale_ on gradients that were divided by the scale of the loss already: leave it out")
-        tensor = scale.detach() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64)
+        tensor = scale.detach() if isinstance(scale, Tensor) else torch.tensor(scale, dtype=torch.float64, device="cpu")
         self._intake.unscale(tensor.reshape(()))
 
     def _unscaled(self) -> bool:

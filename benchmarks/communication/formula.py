@@ -33,5 +33,5 @@ def sketch_bytes(shapes: Iterable[Shape], *, rank: int, tasks: int, side: str = 
 
 
 def agreement_bytes(parameters: int, tasks: int) -> int:
-    """Samples, losses and the loss scale, and who has a gradient of what: in float64."""
-    return 8 * ((tasks + 1) + tasks + 1 + (tasks + 2) * parameters + tasks + 1)
+    """Samples, losses, the coarsest format, and who has a gradient of what: in float64."""
+    return 8 * ((tasks + 1) + tasks + 1 + (tasks + 2) * parameters + tasks)

@@ -94,7 +94,7 @@ class Unscaling:
         """
         self.done, self._scaler = True, scaler
         if self._factor is None:
-            self._factor = torch.ones((), device=device)
+            self._factor = torch.ones((), dtype=torch.float32, device=device)
         return self._factor
 
     def take(self) -> Tensor | None:

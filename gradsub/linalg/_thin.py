@@ -32,6 +32,7 @@ def dominant_eigenvectors(gramian: Tensor, start: Tensor, iterations: int) -> Te
         start: (..., c, k), not orthogonal to the eigenvectors.
         iterations: products with the Gramian.
     """
+    Z: Tensor
     if not _widens(gramian):
         Z = torch.linalg.qr(start).Q
         for _ in range(iterations):
@@ -41,7 +42,7 @@ def dominant_eigenvectors(gramian: Tensor, start: Tensor, iterations: int) -> Te
     Z = _rotated(start.double())
     for _ in range(iterations):
         Z = _rotated(wide @ Z)
-    return torch.Tensor.to(Z, gramian.dtype)
+    return Z.to(gramian.dtype)
 
 
 def _rotated(Z: Tensor) -> Tensor:
@@ -73,6 +74,7 @@ def _factor(wide: Tensor) -> Tensor:
     gramian = wide.mT @ wide
     diagonal = gramian.diagonal(dim1=-2, dim2=-1)
     shift = torch.finfo(wide.dtype).eps * 4 * gramian.shape[-1] * diagonal.amax(-1, keepdim=True)
+    shift = shift.clamp_min(1e-200)  # of a matrix of zeros: R must have an inverse
     gramian = gramian + torch.diag_embed(shift.expand_as(diagonal))
     R: Tensor = torch.linalg.cholesky_ex(gramian, upper=True).L
     return R

@@ -52,6 +52,8 @@ def check_steps_taken(what: str, value: Tensor | float) -> None:
     number = float(value)
     # A float32 count stays at 2^24: adding 1 does not change it.
     narrow = isinstance(value, Tensor) and value.is_floating_point()
-    most = min(2.0**53, 2 / torch.finfo(value.dtype).eps) if narrow else 2.0**53  # type: ignore[union-attr]
+    # Nobody takes a thousand steps a second for two years.
+    longest = 2.0**36
+    most = min(longest, 2 / torch.finfo(value.dtype).eps) if narrow else longest  # type: ignore[union-attr]
     if not (0 <= number <= most and number == math.floor(number)):
         raise ValueError(f"{what} is {number:g}: it counts steps, so it must be a whole number from 0 to {most:g}")

@@ -29,7 +29,7 @@ class Verdicts:
             if here.is_cpu:
                 self._sent.append((here.clone(), None))
                 continue
-            there = torch.empty(here.shape, dtype=here.dtype, pin_memory=here.is_cuda)
+            there = torch.empty(here.shape, dtype=here.dtype, device="cpu", pin_memory=here.is_cuda)
             there.copy_(here, non_blocking=True)
             event = torch.Event(here.device)
             event.record()

@@ -156,7 +156,8 @@ def test_a_checkpoint_of_the_base_is_the_wrappers():
 def test_a_group_that_is_added_to_the_base_is_the_wrappers():
     model, more = mlp(), mlp(seed=4)
     base = torch.optim.AdamW(model.parameters(), lr=0.01)
-    optimizer = gems(nn.ModuleList([model, more]), base=base)
+    with pytest.warns(UserWarning, match="not among the base optimizer's parameters"):
+        optimizer = gems(nn.ModuleList([model, more]), base=base)
     base.add_param_group({"params": list(more.parameters()), "lr": 0.5})
     assert base.param_groups is optimizer.param_groups
     assert (optimizer.param_groups[1]["lr"], optimizer.param_groups[1]["rank"]) == (0.5, 4)

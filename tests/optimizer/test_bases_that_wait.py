@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradsub import GemsOptimizer, NullSpace
-from gradsub.subspace import SHARED, Layer, SubspaceBank
+from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
 from gradsub.subspace._schedule import next_place
 
 from .toys import mlp, same, weights_of
@@ -199,24 +199,25 @@ KINDS = st.sampled_from(["good", "zero", "nan", "inf", "absent"])
 @given(kinds=st.lists(KINDS, max_size=7), seed=st.integers(0, 99))
 def test_random_bases_are_replaced_by_the_first_two_usable_sketches(kinds, seed, device):
     layer = bare_layer(device, widths=(4,))
-    state = {layer.parameter: {}}
-    bank = SubspaceBank(state, "none", seed)
-    bank.initialise(layer)
+    block, state = Block(0, [layer], layer.index), {layer.parameter: {}}
+    bank = SubspaceBank("none", seed)
+    bank.initialise(block)
+    block.show(state)
     mine = state[layer.parameter]
     draws = torch.Generator().manual_seed(seed)
     taken = []
     for kind in [*kinds, *["good"] * 5]:
         before = mine["basis"].clone()
         sketches = {}
-        if kind != "absent" and bank.due(layer, SHARED):
+        if kind != "absent" and bank.due(block)[0, SHARED]:
             # Of rank 2: two of them fill the basis.
             Y = (torch.randn(20, 2, generator=draws) @ torch.randn(2, 9, generator=draws)).to(device)
             Y = {"good": Y, "zero": Y * 0, "nan": Y * torch.nan, "inf": Y / 0}[kind]
-            sketches = {layer: {SHARED: Y}}
+            sketches = {SHARED: ([0], Y[None])}
             if kind == "good":
                 taken.append(Y)
-        bank.renew(sketches, {layer: 40}, lambda *_: None)
-        bank.advance([layer])
+        bank.renew([(block, sketches, 40)], lambda *_: None)
+        bank.advance(block)
         good = bool(sketches) and kind == "good"
         assert good != torch.equal(before, mine["basis"])
     assert len(taken) == 2, "neither more nor fewer sketches than a refresh needs"
@@ -227,7 +228,8 @@ def test_random_bases_are_replaced_by_the_first_two_usable_sketches(kinds, seed,
 
 
 def test_turns_spread_after_a_common_delay(device):
-    model = mlp((24,) * 13, bias=False).to(device)
+    widths = range(24, 50, 2)  # layers of one shape refresh together
+    model = mlp(widths, bias=False).to(device)
     nn.init.zeros_(model[-1].weight)
     base = torch.optim.AdamW(model.parameters(), lr=1e-3)
     optimizer = GemsOptimizer(base, tasks=("a",), rank=4, model=model, refresh="sketch", update_proj_gap=60)

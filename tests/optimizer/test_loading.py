@@ -248,7 +248,8 @@ def test_a_layer_of_which_nothing_is_protected(side, refresh):
         null_space = NullSpace(side=side, threshold=1e9)
         for layer, width in (("0", 12 if side == "input" else 16), ("2", 16 if side == "input" else 8)):
             null_space.update(layer, torch.randn(50, width))
-        return gems(model, null_space=null_space, side=side, refresh=refresh)
+        with pytest.warns(UserWarning, match="protects no direction"):
+            return gems(model, null_space=null_space, side=side, refresh=refresh)
 
     whole, again = resumed(make)
     assert same(whole, again)

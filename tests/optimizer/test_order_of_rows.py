@@ -93,7 +93,7 @@ def layer_of(shape, axis, device, dtype):
 def basis_of(gradient, axis, rank, refresh, dtype):
     generator = torch.Generator(gradient.device).manual_seed(5)
     if refresh == "svd":
-        return dominant_basis(gradient, rank, axis, None, gradient.shape[axis], generator)
+        return dominant_basis(gradient, rank, axis, None, gradient.shape[axis], generator)[0]
     Y = gradient.mT if axis == 1 else gradient
     return sketched_basis(Y[None], None, rank, None, generator)[0][0]
 
@@ -118,7 +118,7 @@ def test_what_lies_beyond_the_rank_goes_and_small_directions_stay(shape, spectru
     basis = basis_of(gradient, axis, RANK, refresh, dtype)
     R = project(gradient, basis, axis)[None].contiguous()
     before = R.clone()
-    drop_rounding([R], layer_of(shape, axis, device, dtype), 0.0, None)
+    drop_rounding(R, layer_of(shape, axis, device, dtype), 0.0, None)
     columns = R[0] if axis == 1 else R[0].mT
     lost = torch.linalg.norm((R - before)[0] / scale) / torch.linalg.norm(before[0] / scale)
     assert lost < (1e-5 if dtype == torch.float32 else 1e-13)

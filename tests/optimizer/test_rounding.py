@@ -12,7 +12,7 @@ from gradsub.subspace._basis import dominant_basis, sketched_basis
 
 def of_svd(gradient, width, against, free):
     generator = torch.Generator().manual_seed(5)
-    return dominant_basis(gradient, width, 0, against, free, generator)
+    return dominant_basis(gradient, width, 0, against, free, generator)[0]
 
 
 def of_sketch(gradient, width, against, free):
