@@ -47,11 +47,11 @@ class SubspaceBank:
     column), ``"sketches"`` (how many of a refresh's sketches were taken, int64, CPU) and ``"usable"`` (whether the last
     one was). The device decides what is usable; the schedule assumes that it is, and is put right one step later, when
     reading the decision does not keep the device waiting. Both refresh all layers of a
-    block together; random numbers depend on shapes and steps alone, so that it does not matter which layers those are.
+    block together, with the same random numbers.
 
     Args:
         orthogonalize: ``"none"``, or ``"shared_first"``: task bases are orthogonal to the shared one.
-        seed: with the shape, the subspace and the step it determines every random number.
+        seed: with the block, the subspace and the step it determines every random number.
     """
 
     def __init__(self, orthogonalize: str, seed: int) -> None:
@@ -113,17 +113,17 @@ class SubspaceBank:
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
 
-        It is the same for all tasks, for all layers of one width, and for the whole step, so that sketches of several
+        It is the same for all tasks, for all layers of a block, and for the whole step, so that sketches of several
         backward passes add up.
         """
         step = int(_array(layer.block, "step")[layer.row])
         size, device, dtype = layer.sketch_size, layer.parameter.device, layer.dtype
-        key = (layer.codimension, size, step, device, dtype)
+        key = (layer.block.turn, step, device, dtype)
         if key not in self._directions:
             if size == layer.codimension:
                 found = torch.eye(size, dtype=dtype, device=device)
             else:
-                generator = self._generator(layer.block, _DIRECTIONS, step, layer.codimension)
+                generator = self._generator(layer.block, _DIRECTIONS, step)
                 like = layer.block.stacks["basis"]
                 found = gaussian(layer.codimension, size, like=like, generator=generator) / size**0.5
             self._directions[key] = found
@@ -368,10 +368,9 @@ class SubspaceBank:
         shared = block.basis(SHARED, rows)
         return shared if stacked is None else torch.cat([stacked, shared], dim=2)
 
-    def _generator(self, block: Block, subspace: int, step: int, length: int | None = None) -> torch.Generator:
+    def _generator(self, block: Block, subspace: int, step: int) -> torch.Generator:
         """An own generator for every draw: reproducible after a resume, and the global one is left alone."""
-        length = block.first.dimension if length is None else length
-        entropy = np.random.SeedSequence([self._seed, length, subspace, step])
+        entropy = np.random.SeedSequence([self._seed, block.turn, subspace, step])
         generator = torch.Generator(device=block.device)
         return generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import gradsub._step
 from gradsub import GemsOptimizer, NullSpace, update
+from gradsub.subspace import Block, Layer
 
 from .toys import TASKS, leak, noise
 
@@ -55,15 +55,7 @@ FORMATS: dict[str, Callable[[Tensor], Tensor]] = {
 def branch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's own branch, and that of accelerators on every device."""
     if request.param == "batched":
-        plain = gradsub._step.apply_updates
-
-        def batched(layers: Any, states: Any, steps: Tensor, bases: Any, shrink: Any) -> None:
-            if isinstance(shrink, float) and shrink == 0.0 and layers[0].parameter.dtype == layers[0].dtype:
-                update._add_batched(layers, steps, bases)
-            else:
-                plain(layers, states, steps, bases, shrink)
-
-        monkeypatch.setattr(gradsub._step, "apply_updates", batched)
+        monkeypatch.setattr(update, "_small", lambda layer: True)
 
 
 def laid_out(weight: Tensor, layout: Callable[[Tensor], Tensor]) -> nn.Parameter:
@@ -137,17 +129,17 @@ def test_master_weights_of_any_layout(device, layout):
     stride=st.integers(1, 3),
 )
 def test_a_batched_update_reaches_every_entry_of_any_dense_or_sliced_storage(sizes, order, stride):
-    """`_add_batched` alone: against the addition entry by entry."""
+    """The batched update alone: against the addition entry by entry."""
     axes = list(range(len(sizes)))
     order.shuffle(axes)
     storage = torch.zeros(*[sizes[axis] * stride for axis in axes])
     view = storage[tuple(slice(None, None, stride) for _ in axes)]
     weight = nn.Parameter(view.permute([axes.index(axis) for axis in range(len(axes))]))
     rows, columns = sizes[0], weight.numel() // sizes[0]
-    layer = update.Layer("w", weight, 0, 1, (1,))
+    block = Block(0, [Layer("w", weight, 0, 1, (1,))], 0)
     step, basis = noise(1, rows, 1, key=(1,)), noise(columns, 1, key=(2,))
     with torch.no_grad():
-        update._add_batched([layer], step, [basis])
+        update.apply_updates(block, [{}], step, basis[None], 0.0)
     torch.testing.assert_close(weight.detach(), (step[0] @ basis.mT).reshape(sizes))
 
 
