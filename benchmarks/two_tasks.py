@@ -127,6 +127,11 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def whole_step(self) -> None:
+        """Both."""
+        self.passes()
+        self.step()
+
     def _opened(self, task: int) -> contextlib.AbstractContextManager[Any]:
         if self._gems is None:
             return contextlib.nullcontext()

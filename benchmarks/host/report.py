@@ -53,8 +53,8 @@ def render(result: Result) -> str:
     environment = result["environment"]
     config = result["config"]
     lines = [
-        f"{result['layers']} linear layers, {config['rows']} x {config['length']} tokens a task, rank {config['rank']}, "
-        f"{environment['threads']} thread; torch {environment['packages']['torch']}, {environment['cpu']}, revision "
+        f"{result['layers']} linear layers, {config['rows']} x {config['length']} tokens a task, rank {config['rank']}"
+        f", {environment['threads']} thread; torch {environment['packages']['torch']}, {environment['cpu']}, revision "
         f"{(environment['revision'] or 'unknown')[:12]}, load {environment['load_average']} when it began.",
         *([result["note"]] if result["note"] else []),
         "",
@@ -69,8 +69,8 @@ def render(result: Result) -> str:
 
 def _table(result: Result) -> Iterator[str]:
     yield (
-        "| a step | operations in the passes | of AdamW's | in `step()` | passes (ms) | `step()` (ms) | time of AdamW's "
-        "| operations more, a refreshed layer |"
+        "| a step | operations in the passes | of AdamW's | in `step()` | passes (ms) | `step()` (ms) "
+        "| time of AdamW's | operations more, a refreshed layer |"
     )
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
     reference = result["rows"][REFERENCE]["passes"]["operations"]

@@ -44,24 +44,17 @@ def count(run: Callable[[], object]) -> Operations:
     return operations
 
 
-class Functions:
-    """Python's functions by their own time, over any number of `watch`."""
+def own_milliseconds(run: Callable[[], object]) -> Counter[str]:
+    """Python's functions by their own time in ``run``; being watched slows it down, the more the more calls there are.
 
-    def __init__(self) -> None:
-        self._profile = cProfile.Profile()
-        self._watched = 0
-
-    def watch(self, run: Callable[[], object]) -> None:
-        """Watch one step; the watching makes it slower, by more the more calls there are."""
-        self._profile.runcall(run)
-        self._watched += 1
-
-    def own_milliseconds(self) -> Counter[str]:
-        """By function, a step; what torch does in an operation counts for the function that called it."""
-        found: Counter[str] = Counter()
-        for (file, _, name), (_, _, own, *_) in pstats.Stats(self._profile).stats.items():  # type: ignore[attr-defined]
-            found[f"{_shorten(file)}:{name}" if file != "~" else name] += 1e3 * own / self._watched
-        return found
+    What torch does in an operation counts for the function that called it.
+    """
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    found: Counter[str] = Counter()
+    for (file, _, name), (_, _, own, *_) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        found[f"{_shorten(file)}:{name}" if file != "~" else name] += 1e3 * own  # type: ignore[assignment]
+    return found
 
 
 def _place() -> str:

@@ -30,8 +30,7 @@ def operations_of_step(method: str, depth: int, steps: int) -> int:
     """Of `step()` in step number ``steps``."""
     contender = Contender(METHODS[method], workload(miniature(depth)))
     for _ in range(steps - 1):
-        contender.passes()
-        contender.step()
+        contender.whole_step()
     contender.passes()
     return count(contender.step).names.total()
 
