@@ -46,7 +46,7 @@ def test_nor_does_a_null_space_add_operations_a_layer() -> None:
     assert operations_of_step("gems-null", DEEP, 3) == operations_of_step("gems-null", SHALLOW, 3)
 
 
-@pytest.mark.parametrize("steps", [3, 4], ids=["first sketch", "second sketch"])
+@pytest.mark.parametrize("steps", [3, 4], ids=["odd step", "even step"])
 @pytest.mark.parametrize(
     "method",
     [
