@@ -4,9 +4,11 @@ pytest-benchmark times one contender after the other, so a neighbour's load in t
 between them. Here every round times each contender once, and a ratio is formed within its round.
 """
 
+import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 OURS = "gradsub"
@@ -51,3 +53,22 @@ def alternate(
             for name, values in ratios.items()
         },
     }
+
+
+@contextmanager
+def quiet_collector() -> Iterator[Callable[[], None]]:
+    """Keep python's garbage collector out of the timed parts; yields what runs it in between."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()  # models and modules never become garbage here: looking through them each time would take long
+    gc.disable()
+
+    def collect() -> None:
+        gc.collect()
+
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

@@ -15,11 +15,12 @@ from typing import Any, Final
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..alternate import quiet_collector
 from .config import Case, Config
 from .contenders import Builder, Contender, Key
 from .environment import describe_environment
 from .methods import METHODS
-from .steps import quiet_collector, seconds_of
+from .steps import seconds_of
 
 _ROWS: Final = 30
 _PROFILED_STEPS: Final = 3

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..alternate import take_turns
+from ..alternate import quiet_collector, take_turns
 from .config import Case, Config
 from .contenders import Builder, Key
 from .methods import METHODS
-from .steps import quiet_collector, seconds_of
+from .steps import seconds_of
 
 
 def measure_refreshes(config: Config, case: Case) -> list[dict[str, Any]]:

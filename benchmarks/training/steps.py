@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from ..alternate import take_turns
+from ..alternate import quiet_collector, take_turns
 from .config import Case, Config
 from .contenders import Builder, Contender, Key
 from .methods import METHODS
@@ -52,25 +50,6 @@ def measure_steps(config: Config, case: Case) -> list[dict[str, Any]]:
         }
         for key, each in contenders.items()
     ]
-
-
-@contextmanager
-def quiet_collector() -> Iterator[Callable[[], None]]:
-    """Keep python's garbage collector out of the timed parts; yields what runs it in between."""
-    was_enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()  # models and modules never become garbage here: looking through them each time would take long
-    gc.disable()
-
-    def collect() -> None:
-        gc.collect()
-
-    try:
-        yield collect
-    finally:
-        gc.unfreeze()
-        if was_enabled:
-            gc.enable()
 
 
 def seconds_of(run: Callable[[], object]) -> float:
