@@ -71,7 +71,8 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
             # The update takes the weight's shape, never the reverse: as a matrix, a channels_last weight is a copy.
             updates = [update.reshape(weight.shape) for update, weight in zip(updates, weights, strict=True)]
         if shrinks:
-            torch._foreach_mul_(weights, 1 - shrink)
+            kept = 1 - shrink
+            torch._foreach_mul_(weights, kept.reshape(()) if isinstance(kept, Tensor) else kept)
         torch._foreach_add_(weights, updates)
     for row in alone:
         _apply(block.layers[row], states[row], steps[row], bases[row], shrink)

@@ -126,7 +126,7 @@ def rows_of(matrix: Tensor, rows: Rows) -> Tensor:
         matrix = matrix[rows[0] : rows[1]]
     elif rows is not None:
         matrix = matrix.index_select(0, rows)
-    return matrix.reshape(-1, matrix.shape[-1])
+    return matrix if matrix.ndim == 2 else matrix.reshape(-1, matrix.shape[-1])
 
 
 def coordinates(thin: Tensor, wide: Tensor, axis: int) -> Tensor:
@@ -221,14 +221,16 @@ class _Projecting(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         segments = _unpack(layout, tensors)
-        # Detached: autocast would otherwise keep this cast, made without a graph, for later uses of the weight.
-        output = affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
+        # As a matrix once, for the output and for x V; whatever is known to be one is not asked again.
+        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        output = affine(flat, _compute_copy(weight, x), bias, orientation.transposed)
         thin: list[Tensor] = []
         needed: list[Tensor] = []
         keep_x = False
         for segment in segments:
             if orientation.input_side and segment.basis is not None:
-                thin.append(rows_of(x, segment.rows) @ segment.basis.to(x.dtype))
+                own = flat if segment.rows is None else rows_of(x, segment.rows)
+                thin.append(own @ segment.basis.to(x.dtype))
                 keep_x = keep_x or segment.directions is not None
             else:
                 keep_x = True
@@ -239,7 +241,7 @@ class _Projecting(torch.autograd.Function):
         ctx.probes = tuple((segment.probe, segment.sketch_probe) for segment in segments)
         ctx.biased = bias is not None
         ctx.save_for_backward(weight, *([x] if keep_x else []), *thin, *needed)
-        return output
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -247,8 +249,8 @@ class _Projecting(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         x = saved.pop(0) if ctx.keeps_x else None
         thin, needed = iter(saved[: ctx.thin]), iter(saved[ctx.thin :])
-        for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
-        for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        flat = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
+        for_x, for_bias = _for_input(ctx, g, flat, weight)
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
         if wish is _Wish.WHOLE:
@@ -268,7 +270,7 @@ class _Projecting(torch.autograd.Function):
                 projected, sketched = project_rows(
                     orientation,
                     None if x is None else rows_of(x, rows),
-                    rows_of(g, rows),
+                    flat if rows is None else rows_of(g, rows),
                     basis,
                     directions,
                     next(thin) if has_basis and orientation.input_side else None,
@@ -278,6 +280,26 @@ class _Projecting(torch.autograd.Function):
                 found += [] if sketched is None else [_hand_over(wish, probes[1], sketched)]
                 found += [None] * isinstance(described, bool)
         return for_x, for_bias, None, None, None, *found
+
+
+def _compute_copy(weight: Tensor, x: Tensor) -> Tensor:
+    """The weight as autocast would have it, detached: it would keep a cast, made without a graph, for later uses.
+
+    Without autocast an input of another dtype is an error, as in any linear layer.
+    """
+    if weight.dtype != x.dtype and torch.is_autocast_enabled(x.device.type):
+        return weight.detach().to(x.dtype)
+    return weight
+
+
+def _for_input(ctx: Any, g: Tensor, flat: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the input and of the bias, from that of the output, also as a matrix."""
+    for_x = None
+    if ctx.needs_input_grad[0]:
+        weight = weight.to(g.dtype)
+        for_x = flat @ (weight.mT if ctx.orientation.transposed else weight)
+        for_x = for_x if g.ndim == 2 else for_x.view(*g.shape[:-1], for_x.shape[-1])
+    return for_x, flat.sum(0) if ctx.needs_input_grad[1] else None
 
 
 class _Deferring(torch.autograd.Function):
@@ -295,14 +317,13 @@ class _Deferring(torch.autograd.Function):
     ) -> Tensor:
         ctx.orientation, ctx.opened, ctx.probes, ctx.biased = orientation, opened, probes, bias is not None
         ctx.save_for_backward(x, weight)
-        return affine(x, weight.detach().to(x.dtype), bias, orientation.transposed)
+        return affine(x, _compute_copy(weight, x), bias, orientation.transposed)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         orientation: Orientation = ctx.orientation
         x, weight = ctx.saved_tensors
-        for_x = affine(g, weight.to(g.dtype), None, not orientation.transposed) if ctx.needs_input_grad[0] else None
-        for_bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        for_x, for_bias = _for_input(ctx, g, rows_of(g, None), weight)
         found: list[Tensor | None] = [None] * len(ctx.probes)
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1)

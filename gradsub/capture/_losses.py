@@ -6,29 +6,45 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 
-class LossWatcher(TorchFunctionMode):
-    """Reports every scalar whose ``backward()`` is called, so that a gate learns the losses without being told.
+class LossWatcher:
+    """Reports every scalar on which ``backward()`` is called, so that a gate learns the losses without being told.
+
+    A context that stands in for `torch.autograd.backward`, through which every backward pass goes, in any thread. A
+    mode of torch's would be asked about each of some ten thousand operations of a forward pass as well.
 
     Args:
         observe: receives the loss, weighted as its backward pass is, still on its device.
     """
 
     def __init__(self, observe: Callable[[Tensor], None]) -> None:
-        super().__init__()
         self._observe = observe
+        self._open = False
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.backward and args[0].numel() == 1:
-            weight = kwargs.get("gradient", args[1] if len(args) > 1 else None)
-            self._observe(args[0].detach() if weight is None else weighted(args[0], weight))
-        return func(*args, **kwargs)
+    def __enter__(self) -> LossWatcher:
+        self._behind = torch.autograd.backward
+        self._open = True
+        torch.autograd.backward = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open = False
+        # Blocks of several optimizers need not be closed in the opposite order.
+        while isinstance(watcher := torch.autograd.backward, LossWatcher) and not watcher._open:
+            torch.autograd.backward = watcher._behind
+
+    def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        """`torch.autograd.backward`."""
+        # A backward pass within another is a checkpoint's (the reentrant kind), and of no loss.
+        if self._open and torch._C._current_graph_task_id() == -1:
+            losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+            weights = list(grad_tensors) if isinstance(grad_tensors, (list, tuple)) else [grad_tensors] * len(losses)
+            for loss, weight in zip(losses, weights, strict=False):
+                if isinstance(loss, Tensor) and loss.numel() == 1:
+                    self._observe(loss.detach() if weight is None else weighted(loss, weight))
+        self._behind(tensors, grad_tensors, *args, **kwargs)
 
 
 def weighted(loss: Tensor, weight: Tensor) -> Tensor:
