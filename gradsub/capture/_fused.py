@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._generic import GenericCapture, seen_by_others
@@ -18,8 +17,10 @@ from gradsub.capture._linear import (
     Rows,
     Segment,
     affine,
-    compute_format,
+    cast,
     deferring_linear,
+    needs_autograd,
+    ordinary_linear,
     projecting_linear,
 )
 from gradsub.subspace import SHARED, Layer, SubspaceBank
@@ -30,36 +31,55 @@ class Slot:
     """What a layer's forward pass has to know of an optimizer.
 
     Attributes:
-        name: of the layer.
-        parameter: the weight.
-        orientation: of the weight and the bases.
+        layer: the layer.
+        orientation: of its weight and the bases.
         probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
             of the weight's where the whole gradient may be asked for. Their gradients are what is captured.
         tasks: the open tasks, as indices.
-        segments: their parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
+        ordinary: the task, if one is open to which all rows belong and nothing but projections is wanted; else -1.
+        segments: the tasks' parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
         rounding: epsilon of the format that the last forward pass computed in; 0 before one.
     """
 
-    name: str
-    parameter: Tensor
+    layer: Layer
     orientation: Orientation
-    probes: list[tuple[Tensor, Tensor]]
+    probes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tasks: tuple[int, ...] = ()
+    ordinary: int = -1
     segments: tuple[Segment, ...] | None = None
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
     rounding: float = 0.0
+    ready: dict[int, tuple[Tensor, tuple[Segment, ...]]] = field(default_factory=dict)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight."""
+        return self.layer.parameter
 
     @property
     def opened(self) -> bool:
         """Whether a task is open."""
         return self.whole or self.segments is not None
 
+    def basis(self, dtype: torch.dtype) -> Tensor:
+        """The bases of an ordinary task, in the format of the computation."""
+        return self.layer.block.joint_rows(self.ordinary, dtype)[self.layer.row]
+
     def close(self) -> None:
         """No task is open any more."""
-        self.tasks, self.segments, self.whole, self.layouts = (), None, False, ()
+        self.tasks, self.ordinary, self.segments, self.whole, self.layouts = (), -1, None, False, ()
+
+    def check_open(self, task: int) -> None:
+        """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
+        if task not in self.tasks:
+            raise RuntimeError(
+                f"the forward pass of {self.layer.name} ran inside optimizer.task or optimizer.mixed, its backward "
+                "pass outside of it or in another task: call backward() in the same block, or run the forward pass "
+                "before it"
+            )
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments, with the rows of this input."""
@@ -71,7 +91,7 @@ class Slot:
                 return tuple(segment._replace(rows=its) for segment, its in zip(self.segments, rows, strict=True))
         told = " or ".join(str(length) for length, _ in self.layouts)
         raise RuntimeError(
-            f"optimizer.mixed was told of {told} rows, but the input of {self.name or 'the model'} has the shape "
+            f"optimizer.mixed was told of {told} rows, but the input of {self.layer.name or 'the model'} has the shape "
             f"{tuple(x.shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
             "mixed(task_ids, other_rows=[...]), such as task_ids.repeat_interleave(T) where (B, T, d) is flattened to "
             "(B * T, d), or task_ids.repeat(2) where two batches are concatenated; or use optimizer.task for each "
@@ -93,29 +113,40 @@ class FusedForward:
     def __init__(self, module: nn.Module, transposed: bool) -> None:
         self.module = module
         self.transposed = transposed
+        self.own = type(module).forward
         self.slots: list[Slot] = []
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The layer's output."""
         (x,) = args or kwargs.values()
-        weight, bias = self.module.weight, getattr(self.module, "bias", None)
-        assert isinstance(weight, Tensor)
-        assert bias is None or isinstance(bias, Tensor)
-        slots = [slot for slot in self.slots if slot.parameter is weight]
+        module = self.module
+        if type(module).forward is not self.own:
+            return type(module).forward(module, x)  # type: ignore[no-any-return]  # it has been replaced since
+        weight: Tensor | None = module._parameters.get("weight")
+        bias: Tensor | None = module._parameters.get("bias")
+        slots = self.slots
+        if weight is None or len(slots) != 1 or slots[0].layer.parameter is not weight:
+            weight, bias = module.weight, module.bias
+            slots = [slot for slot in slots if slot.layer.parameter is weight]
+        assert weight is not None
         if not slots or not weight.requires_grad:
             return affine(x, weight, bias, self.transposed)
-        opened = [slot for slot in slots if slot.opened]
-        if torch.compiler.is_compiling():
-            if torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
+        compiling = torch.compiler.is_compiling()
+        if compiling or not torch.is_grad_enabled() or needs_autograd(x) or seen_by_others(weight):
+            opened = [slot for slot in slots if slot.opened]
+            if compiling and torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
                 return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
             return affine(x, weight, bias, self.transposed)
-        if not torch.is_grad_enabled() or _needs_autograd(x) or seen_by_others(weight):
-            return affine(x, weight, bias, self.transposed)
+        x, bias = cast(x, bias)
         for slot in slots:
-            slot.rounding = torch.finfo(compute_format(x)).eps
+            slot.rounding = _EPSILON[x.dtype]
         # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
         # none: what is saved must not depend on that, so the backward pass decides.
-        if not opened or _checkpointed():
+        later = _checkpointed()
+        if len(slots) == 1 and slots[0].ordinary >= 0 and not later:
+            return ordinary_linear(x, weight, bias, slots[0])
+        opened = [slot for slot in slots if slot.opened]
+        if not opened or later:
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
             return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
         if len(opened) > 1 or opened[0].segments is None:
@@ -193,7 +224,7 @@ class FusedCapture:
         self._bank = bank
         self._generic = generic
         self._members: list[_Member] = []
-        self._shares: Mapping[int, float] = {}
+        self._parts: list[Part] = []
         self._forwards: list[FusedForward] = []
 
     def __bool__(self) -> bool:
@@ -206,12 +237,8 @@ class FusedCapture:
 
     def adopt(self, layer: Layer, modules: list[nn.Module], transposed: bool) -> None:
         """Take over the forward pass of a layer's modules."""
-        slot = Slot(
-            name=layer.name,
-            parameter=layer.parameter,
-            orientation=Orientation(transposed, layer.axis),
-            probes=[self._probes(layer, task) for task in range(len(layer.widths) - 1)],
-        )
+        slot = Slot(layer, Orientation(transposed, layer.axis))
+        self._probe(slot)
         self._members.append(_Member(layer, modules, slot))
         self._install(self._members[-1])
 
@@ -219,20 +246,18 @@ class FusedCapture:
         """Follow a layer whose weight has another dtype, or is elsewhere, by now."""
         for member in self._members:
             if member.layer is layer:
-                member.slot.probes = [self._probes(layer, task) for task in range(len(layer.widths) - 1)]
+                self._probe(member.slot)
 
-    def _probes(self, layer: Layer, task: int) -> tuple[Tensor, Tensor]:
-        width = layer.widths[SHARED] + layer.widths[task + 1]
+    def _probe(self, slot: Slot) -> None:
+        layer = slot.layer
         rows, columns = layer.shape
-        first = (rows, width) if layer.axis == 1 else (width, columns)
-        second = (layer.dimension, layer.sketch_size) if layer.sketched else layer.shape
-        pair = (_leaf(first, layer), _leaf(second, layer))
-        for probe, kind in zip(pair, ("projected", "sketch" if layer.sketched else "full"), strict=True):
-            hook = _Hook(self, layer, task, kind)
-            probe.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-            # For backward passes that accumulate into chosen leaves, of which no user names this one.
-            probe.receive = hook.receive  # type: ignore[attr-defined]
-        return pair
+        slot.ready.clear()
+        slot.probes = []
+        for task, own in enumerate(layer.widths[1:]):
+            width = layer.widths[SHARED] + own
+            first = (rows, width) if layer.axis == 1 else (width, columns)
+            second = (layer.dimension, layer.sketch_size) if layer.sketched else layer.shape
+            slot.probes.append((_leaf(first, slot, task), _leaf(second, slot, task)))
 
     def _install(self, member: _Member) -> None:
         for module in member.modules:
@@ -247,60 +272,81 @@ class FusedCapture:
 
     def open(self, parts: Iterable[Part]) -> None:
         """From now on forward and backward passes belong to these tasks."""
+        self.check_strays()
         parts = list(parts)
+        self._parts = parts
         layouts = tuple((length, tuple(part.rows[length] for part in parts)) for length in parts[0].rows)
-        self._shares = {part.task: part.share for part in parts}
+        tasks = tuple(part.task for part in parts)
+        alone = len(parts) == 1 and not layouts
+        due: dict[Any, Any] = {}
         for member in self._members:
-            slot = member.slot
-            segments = [self._segment(member, part) for part in parts]
-            slot.tasks = tuple(part.task for part in parts)
+            slot, layer = member.slot, member.layer
+            block = layer.block
+            if block not in due:
+                due[block] = [self._bank.due_for(block, task) for task in tasks]
+            slot.tasks = tasks
+            if alone and (due[block][0] is None or not due[block][0][layer.row]):
+                slot.ordinary = tasks[0]
+                slot.segments = self._ordinary(slot, tasks[0])
+                continue
+            segments = [self._segment(slot, task) for task in tasks]
             # The whole gradient of a single task is what autograd computes anyway.
             slot.whole = not layouts and any(segment.basis is None for segment in segments)
             slot.segments = None if slot.whole else tuple(segments)
             slot.layouts = layouts
 
-    def _segment(self, member: _Member, part: Part) -> Segment:
-        layer = member.layer
-        probe, second = member.slot.probes[part.task]
-        full, sketch = self._bank.demand(layer, part.task)
+    def _ordinary(self, slot: Slot, task: int) -> tuple[Segment, ...]:
+        joint = slot.layer.block.joint(task, slot.layer.dtype)
+        found = slot.ready.get(task)
+        if found is None or found[0] is not joint:
+            found = slot.ready[task] = (joint, (self._segment(slot, task),))
+        return found[1]
+
+    def _segment(self, slot: Slot, task: int) -> Segment:
+        layer = slot.layer
+        probe, second = slot.probes[task]
+        full, sketch = self._bank.demand(layer, task)
         if full:
             return Segment(None, None, second, None)
         # Of equal strides for all tasks: torch.compile then needs one graph for all.
-        basis = layer.block.joint(part.task, layer.dtype)[layer.row]
+        basis = layer.block.joint_rows(task, layer.dtype)[layer.row]
         if not sketch:
             return Segment(basis, None, probe, None)
         return Segment(basis, self._bank.directions(layer), probe, second)
 
     def close(self) -> None:
-        """Forward and backward passes belong to no task any more."""
+        """Forward and backward passes belong to no task any more; what they left is delivered."""
+        self.collect()
         for member in self._members:
             member.slot.close()
-            self._generic.rounding = max(self._generic.rounding, member.slot.rounding)
-        self._shares = {}
+        self._parts = []
+
+    def collect(self) -> None:
+        """Deliver what backward passes have left so far."""
+        for member in self._members:
+            slot = member.slot
+            self._generic.rounding = max(self._generic.rounding, slot.rounding)
+            for part in self._parts:
+                first, second = slot.probes[part.task]
+                if first.grad is not None or second.grad is not None:
+                    self._generic.deliver(
+                        slot.layer.parameter, part.task, _captured(first, second, slot.layer.sketched, part.share)
+                    )
+
+    def check_strays(self) -> None:
+        """Raise if a backward pass has left something after its task was closed (one that torch has compiled)."""
+        for member in self._members:
+            for task, (first, second) in enumerate(member.slot.probes):
+                if first.grad is not None or second.grad is not None:
+                    self.clear()
+                    member.slot.check_open(task)
 
     def clear(self) -> None:
         """The step is over."""
         for member in self._members:
             member.slot.rounding = 0.0
-
-    def take(self, layer: Layer, task: int, kind: str, gradient: Tensor) -> None:
-        """The hook: a probe's gradient is there."""
-        if task not in self._shares:
-            raise RuntimeError(
-                f"the forward pass of {layer.name} ran inside optimizer.task or optimizer.mixed, its backward pass "
-                "outside of it or in another task: call backward() in the same block, or run the forward pass before it"
-            )
-        gradient = gradient.detach()
-        share = self._shares[task]
-        if share != 1.0:
-            gradient = gradient / share
-        if kind == "full":
-            captured = Captured(full=gradient)
-        elif kind == "sketch":
-            captured = Captured(sketch=gradient)
-        else:
-            captured = Captured(projected=gradient)
-        self._generic.deliver(layer.parameter, task, captured)
+            for first, second in member.slot.probes:
+                first.grad = second.grad = None
 
     def remove(self) -> None:
         """Give the modules their own forward pass back."""
@@ -322,7 +368,7 @@ class FusedCapture:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bank, self._generic = state["_bank"], state["_generic"]
-        self._shares, self._forwards, self._members = {}, [], []
+        self._parts, self._forwards, self._members = [], [], []
         self._waiting = state["members"]
 
     def reinstall(self) -> None:
@@ -331,6 +377,9 @@ class FusedCapture:
             self.adopt(layer, modules, transposed)
 
 
+_EPSILON: Mapping[torch.dtype, float] = {
+    dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -344,21 +393,6 @@ def _checkpointed() -> bool:
     while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
         frame = frame.f_back
     return frame is not None
-
-
-def _needs_autograd(x: Tensor) -> bool:
-    """Whether only operations that torch knows compute what is wanted: an ordinary linear layer does, captured or not.
-
-    Function transforms (``torch.func``), forward-mode derivatives and ``torch.jit.trace`` want to see inside of an
-    operation; nested and sparse inputs have no rows to take.
-    """
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-        or x.is_nested
-        or x.layout is not torch.strided
-    )
 
 
 def can_fuse(module: nn.Module) -> bool:
@@ -375,32 +409,28 @@ def can_fuse(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
 
 
-def _leaf(shape: tuple[int, int], layer: Layer) -> Tensor:
-    """A leaf of this shape that takes one number's memory."""
-    zero = torch.zeros(1, dtype=layer.dtype, device=layer.parameter.device)
-    return zero.expand(shape).detach().requires_grad_()
+def _leaf(shape: tuple[int, int], slot: Slot, task: int) -> Tensor:
+    """A leaf of this shape that takes one number's memory, and knows whose it is."""
+    zero = torch.zeros(1, dtype=slot.layer.dtype, device=slot.layer.parameter.device)
+    leaf = zero.expand(shape).detach().requires_grad_()
+    leaf.owner = (weakref.ref(slot), task)  # type: ignore[attr-defined]
+    return leaf
+
+
+def _captured(first: Tensor, second: Tensor, sketched: bool, share: float) -> Captured:
+    """What the probes' gradients are; they have none any more."""
+    found: list[Tensor | None] = []
+    for probe in (first, second):
+        gradient, probe.grad = probe.grad, None
+        if gradient is not None:
+            gradient = gradient.detach() if gradient.requires_grad else gradient
+            gradient = gradient if share == 1.0 else gradient / share
+        found.append(gradient)
+    projected, other = found
+    return Captured(projected=projected, sketch=other) if sketched else Captured(projected=projected, full=other)
 
 
 def _uninstall(forward: FusedForward, slot: Slot) -> None:
     forward.slots = [other for other in forward.slots if other is not slot]
     if not forward.slots and forward.module.__dict__.get("forward") is forward:
         del forward.module.forward
-
-
-class _Hook:
-    """A hook that does not keep the optimizer alive."""
-
-    def __init__(self, capture: FusedCapture, layer: Layer, task: int, kind: str) -> None:
-        self._capture = weakref.ref(capture)
-        self._layer, self._task, self._kind = layer, task, kind
-
-    def __call__(self, probe: Tensor) -> None:
-        gradient, probe.grad = probe.grad, None
-        if gradient is not None:
-            self.receive(gradient)
-
-    def receive(self, gradient: Tensor) -> None:
-        """The gradient of the probe."""
-        capture = self._capture()
-        if capture is not None:
-            capture.take(self._layer, self._task, self._kind, gradient)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gradsub.capture._generic import seen_by_others
@@ -75,25 +76,36 @@ def projecting_linear(
         for segment in segments
     )
     tensors = [tensor for segment in segments for tensor in segment if isinstance(tensor, Tensor)]
-    return _Projecting.apply(*_cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _Projecting.apply(*cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # By segment: whether there is a basis, whether there are directions, and the rows, or that a tensor of them follows.
 Layout: TypeAlias = "tuple[tuple[bool, bool, bool | tuple[int, int] | None], ...]"
 
 
-def compute_format(x: Tensor) -> torch.dtype:
-    """What autocast would compute in."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and x.dtype != torch.float64 else x.dtype
-
-
-def _cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What autocast would make of them: inside a custom function nobody else does."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = compute_format(x)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         return x.to(dtype), None if bias is None else bias.to(dtype)
     return x, bias
+
+
+def needs_autograd(x: Tensor) -> bool:
+    """Whether only operations that torch knows compute what is wanted: an ordinary linear layer does, captured or not.
+
+    Function transforms (``torch.func``), forward-mode derivatives and ``torch.jit.trace`` want to see inside of an
+    operation; nested and sparse inputs have no rows to take; what is not floating is for torch to refuse.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or x.is_nested
+        or x.layout is not torch.strided
+        or not x.is_floating_point()
+    )
 
 
 def _unpack(layout: Layout, tensors: tuple[Tensor, ...]) -> list[Segment]:
@@ -201,12 +213,62 @@ def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> _Wish:
 
 
 def _hand_over(wish: _Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
-    """To the engine, or to the capture itself."""
-    gradient = gradient.to(probe.dtype)
+    """To the engine, or to the probe itself."""
+    if not torch.compiler.is_compiling():
+        slot, task = probe.owner  # type: ignore[attr-defined]
+        if (open_slot := slot()) is not None:
+            open_slot.check_open(task)
+    gradient = gradient if gradient.dtype == probe.dtype else gradient.to(probe.dtype)
     if wish is _Wish.ALL_LEAVES:
         return gradient
-    probe.receive(gradient)  # type: ignore[attr-defined]
+    probe.grad = gradient if probe.grad is None else probe.grad + gradient
     return None
+
+
+class _Ordinary(torch.autograd.Function):
+    """What nearly all calls are: one task, all rows, projections and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, probe: Tensor, basis: Tensor, orientation: Orientation
+    ) -> Tensor:
+        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+        output = affine(flat, _compute_copy(weight, x), bias, orientation.transposed)
+        ctx.orientation, ctx.probe, ctx.place = orientation, probe, 1 if bias is None else 2
+        if orientation.input_side:
+            ctx.save_for_backward(weight, flat @ basis)
+        else:
+            ctx.save_for_backward(weight, flat, basis)
+        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        weight, kept, *bases = ctx.saved_tensors
+        flat = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
+        for_x, for_bias = _for_input(ctx, g, flat, weight)
+        wish = _wish(ctx, weight, ctx.place, ctx.place + 1)
+        if wish is _Wish.WHOLE:
+            raise RuntimeError(_WANTED_WHOLE)
+        if wish is _Wish.NOTHING:
+            return for_x, for_bias, None, None, None, None
+        axis = ctx.orientation.axis
+        with torch.no_grad():
+            # thin^T wide: of the input side x V and g, of the output side g U and x.
+            projected = coordinates(flat @ bases[0], kept, axis) if bases else coordinates(kept, flat, axis)
+        return for_x, for_bias, None, _hand_over(wish, ctx.probe, projected), None, None
+
+
+def ordinary_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Any) -> Tensor:
+    """`projecting_linear` for one task to which all rows belong; ``x`` and ``bias`` are `cast` already."""
+    probe = slot.probes[slot.ordinary][0]
+    return _Ordinary.apply(x, bias, weight, probe, slot.basis(x.dtype), slot.orientation)  # type: ignore[no-any-return, no-untyped-call]
+
+
+_WANTED_WHOLE = (
+    "the gradient of a weight is wanted as a whole (by torch.autograd.grad or a hook) whose layer ran inside of a "
+    "task, where it is only computed in the subspaces: run the forward pass outside of the task, register hooks before "
+    'it, or pass capture="generic"'
+)
 
 
 class _Projecting(torch.autograd.Function):
@@ -254,11 +316,7 @@ class _Projecting(torch.autograd.Function):
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
         if wish is _Wish.WHOLE:
-            raise RuntimeError(
-                "the gradient of a weight is wanted as a whole (by torch.autograd.grad or a hook) whose layer ran "
-                "inside of a task, where it is only computed in the subspaces: run the forward pass outside of the "
-                'task, register hooks before it, or pass capture="generic"'
-            )
+            raise RuntimeError(_WANTED_WHOLE)
         if wish is _Wish.NOTHING:
             return for_x, for_bias, *[None] * (len(ctx.needs_input_grad) - 2)
         found: list[Tensor | None] = []
@@ -364,4 +422,4 @@ def deferring_linear(
             and its sketch probe among ``probes``, or None: then the weight receives its ordinary gradient.
         probes: all that may receive a gradient.
     """
-    return _Deferring.apply(*_cast(x, bias), weight, orientation, opened, *probes)  # type: ignore[no-any-return, no-untyped-call]
+    return _Deferring.apply(*cast(x, bias), weight, orientation, opened, *probes)  # type: ignore[no-any-return, no-untyped-call]

@@ -44,6 +44,8 @@ class Block:
         self.proxies: list[list[nn.Parameter]] = []
         self.shown: dict[tuple[str, int], Any] = {}
         self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+        self._joint_rows: dict[tuple[int, torch.dtype], tuple[Tensor, Sequence[Tensor]]] = {}
+        self._arrays: dict[str, tuple[Tensor, Any]] = {}
         self._count_rows()
 
     def _count_rows(self) -> None:
@@ -84,6 +86,14 @@ class Block:
         self._fills[key] = fill
         self.stacks[key] = torch.full((len(self), *shape), fill, dtype=dtype, device=device)
 
+    def array(self, key: str) -> Any:
+        """A stack of counts as an array that shares its memory: reading that is no operation of torch."""
+        stack = self.stacks[key]
+        found = self._arrays.get(key)
+        if found is None or found[0] is not stack:
+            found = self._arrays[key] = (stack, stack.numpy())
+        return found[1]
+
     def show(self, state: State) -> None:
         """Put views of the stacks into the layers' state."""
         for row, layer in enumerate(self.layers):
@@ -114,6 +124,14 @@ class Block:
             self._joint[task, dtype] = (basis._version, found)
         return found
 
+    def joint_rows(self, task: int, dtype: torch.dtype) -> Sequence[Tensor]:
+        """The same for each layer (d x (r + r_k))."""
+        joint = self.joint(task, dtype)
+        found = self._joint_rows.get((task, dtype))
+        if found is None or found[0] is not joint:
+            found = self._joint_rows[task, dtype] = (joint, joint.unbind())
+        return found[1]
+
     def split(self, rows: Sequence[int]) -> Block:
         """A block of its own for some of the rows; the others stay. Views of the old stacks are to be shown anew."""
         leaving = set(rows)
@@ -124,12 +142,13 @@ class Block:
         self.stacks = {key: stack[staying] for key, stack in self.stacks.items()}
         self.layers = [self.layers[row] for row in staying]
         self._joint.clear()
+        self._joint_rows.clear()
         self.shown.clear()
         self._count_rows()
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joint": {}, "shown": {}}
+        return {**self.__dict__, "_joint": {}, "_joint_rows": {}, "_arrays": {}, "shown": {}}
 
 
 def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable]) -> list[Block]:
