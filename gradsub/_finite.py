@@ -17,7 +17,7 @@ class NonFiniteError(FloatingPointError, ValueError):
 
 
 def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum of the tensors' largest absolute entries (0-dim): NaN or Inf if any entry of any of them is."""
+    """The tensors' largest absolute entry (0-dim): NaN or Inf if any entry of any of them is."""
     here = [local(tensor) for tensor in tensors]
     norms = torch._foreach_norm(
         [tensor for tensor in here if tensor.numel()] or [torch.zeros(1, dtype=torch.float32, device="cpu")], math.inf
@@ -25,9 +25,9 @@ def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for norm in norms:
         alike[norm.device, norm.dtype].append(norm)
-    first, *others = [torch.stack(found).to(widest(device)).sum() for (device, _), found in alike.items()]
+    first, *others = [torch.stack(found).amax() for found in alike.values()]
     for other in others:
-        first = first + other.to(first)
+        first = torch.maximum(first, other.to(first))
     return first
 
 
@@ -59,5 +59,7 @@ def find_nonfinite(
     if not flags:
         return None
     like = flags[0][1]
-    bad = in_common(torch.stack([(~torch.isfinite(value)).to(like.device, torch.float32) for _, value in flags]))
+    alike = len({(value.device, value.dtype) for _, value in flags}) == 1
+    found = [value if alike else value.to(like.device, widest(like.device)) for _, value in flags]
+    bad = in_common((torch.stack(found) * 0 != 0).to(torch.float32))  # of NaN and Inf alone
     return next((what for (what, _), wrong in zip(flags, bad.tolist(), strict=True) if wrong), None)

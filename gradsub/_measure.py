@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsub.capture import Projected
 from gradsub.gates import Gate, GateInputs
-from gradsub.linalg._arithmetic import norm, widest
+from gradsub.linalg._arithmetic import widest
 from gradsub.report import Measurements
 
 GATE_MEMORY: Final = "gate_memory"
@@ -49,12 +49,11 @@ def measure(
     unknown = zero + math.nan
     wide = zero.to(widest(zero.device))
 
-    def by_task(block: Projected, values: Mapping[int, Tensor], missing: Tensor) -> Tensor:
-        empty = missing.expand(len(block.block.layers))
-        return torch.stack([values[k].to(missing) if k in values else empty for k in range(tasks)], dim=1)
-
-    norms = [{k: norm(R, dim=(1, 2)) for k, R in block.own.items()} for block in blocks]
-    own_norms = torch.cat([by_task(block, found, wide) for block, found in zip(blocks, norms, strict=True)])
+    lengths = [len(block.block) for block in blocks]
+    inside = [_inside(block, tasks) for block in blocks]
+    # Numbers of the order of the gradients, whose squares their own format need not have room for.
+    units = torch.cat([unit for unit, _, _ in inside]).view(-1, tasks).to(wide)
+    own_norms = torch.cat([norms for _, norms, _ in inside]).view(-1, tasks) * units
     own_norms = _over_shards(blocks, own_norms.square()).sqrt() if _split(blocks) else own_norms
     # A gate sums them; tasks whose sum overflows count as equally large.
     own_norms = own_norms.clamp_max(torch.finfo(zero.dtype).max / (tasks + 1)).to(zero)
@@ -80,12 +79,11 @@ def measure(
         raise ValueError(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
-    lengths = [len(block.block) for block in blocks]
     torch._foreach_copy_([block.block.stacks[GATE_MEMORY] for block in blocks], list(torch.split(memory, lengths)))
     return Measurements(
         layers=layers,
-        gramian=_over_shards(blocks, torch.cat([_gramian(block, tasks).to(wide) for block in blocks])),
-        squared_norms=torch.cat([by_task(block, block.squared_norms, wide + math.nan) for block in blocks]),
+        gramian=_over_shards(blocks, torch.cat([g for _, _, g in inside]) * units.unsqueeze(2) * units.unsqueeze(1)),
+        squared_norms=_squared_norms(blocks, tasks, wide),
         own_norms=own_norms,
         gates=gates,
         present=present,
@@ -137,19 +135,41 @@ def _alignments(blocks: Sequence[Projected], tasks: int) -> Tensor:
     return products[..., 0] / norms.where(norms > 0, 1.0)
 
 
-def _gramian(block: Projected, tasks: int) -> Tensor:
-    """Inner products (L x K x K) of the tasks' gradients in the shared subspace; zeros where a task is absent."""
-    if not block.parts:
-        like = block.block.stacks["basis"]
-        return like.new_zeros(len(block.block), tasks, tasks)
-    products = _inner_products(torch.stack([part.flatten(1) for part in block.parts.values()], dim=1))
-    if len(block.parts) == tasks:
-        return products
-    gramian = products.new_zeros(len(block.block.layers), tasks, tasks)
-    for i, a in enumerate(block.parts):
-        for j, b in enumerate(block.parts):
-            gramian[:, a, b] = products[:, i, j]
-    return gramian
+def _inside(found: Projected, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Layer by layer of each task a unit and the norm in its own subspace in that unit (L K each), and the Gramians in
+    the shared subspaces in these units (L x K x K); zeros where a task is absent.
+    """
+    block, size = found.block, len(found.block)
+    if found.joint is None or found.unit is None:
+        like = block.stacks["basis"]
+        return like.new_zeros(size * tasks), like.new_zeros(size * tasks), like.new_zeros(size, tasks, tasks)
+    axis, width = 1 + block.first.axis, block.first.widths[0]
+    unit = found.unit.clamp_min(torch.finfo(found.unit.dtype).tiny)
+    shared, own = torch.split(found.joint / unit, [width, found.joint.shape[axis] - width], axis)
+    norms = torch.linalg.vector_norm(own, dim=(1, 2))
+    rows = shared.reshape(size, len(found.own), -1)
+    gramian, unit = torch.bmm(rows, rows.mT), unit.view(-1)
+    if len(found.own) == tasks:
+        return unit, norms, gramian
+    here = list(found.own)
+    spread = [value.new_zeros(size, tasks) for value in (unit, norms)]
+    for all_tasks, value in zip(spread, (unit, norms), strict=True):
+        all_tasks[:, here] = value.view(size, -1)
+    whole = gramian.new_zeros(size, tasks, tasks)
+    for i, a in enumerate(here):
+        whole[:, a, here] = gramian[:, i]
+    return spread[0].view(-1), spread[1].view(-1), whole
+
+
+def _squared_norms(blocks: Sequence[Projected], tasks: int, wide: Tensor) -> Tensor:
+    """Of the whole gradients (L x K), NaN where unknown."""
+    found = wide.new_full((sum(len(block.block) for block in blocks), tasks), math.nan)
+    start = 0
+    for block in blocks:
+        for task, values in block.squared_norms.items():
+            found[start : start + len(block.block), task] = values.to(found)
+        start += len(block.block)
+    return found
 
 
 def _inner_products(rows: Tensor) -> Tensor:

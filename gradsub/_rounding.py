@@ -15,7 +15,7 @@ from gradsub.subspace import Layer
 _BASIS: Final = 32
 
 
-def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tensor | None) -> None:
+def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tensor | None) -> Tensor:
     r"""Set to zero, in place, what is rounding in R = G V, for many G of one shape; nothing waits for the device.
 
     Where the rank of G is below that of the basis, coordinates are left that would be zero if one could compute
@@ -35,16 +35,20 @@ def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tenso
         rounding: u, or what is known of it; the format of the coordinates is no finer.
         squared_norms: (B,) of the whole gradients, if they are known: then a gradient of which the subspaces hold
             nothing at all is told from a small one.
+
+    Returns:
+        a number of the order of what is left of each, at most some thousand times smaller (B x 1 x 1), or 0.
     """
     along, across = (-1, -2) if layer.axis == 1 else (-2, -1)
     unit = max(rounding, rounding_unit(R.dtype, R.device))
     tau = _BASIS * torch.finfo(R.dtype).eps + 2 * unit / math.sqrt(layer.dimension)
-    bounds = torch.linalg.vector_norm(R, math.inf, dim=along, keepdim=True) * tau
+    magnitudes = R.abs()
+    bounds = magnitudes.amax(along, keepdim=True) * tau
     least = bounds.amax(across, keepdim=True)
     if squared_norms is not None:
         # The root mean square of the norms of G's rows.
         mean = squared_norms.sqrt() / math.sqrt(layer.codimension)
         least = torch.maximum(least, (tau * mean).to(least).view_as(least))
-    magnitudes = R.abs()
     says = (magnitudes > bounds) & (magnitudes.amax(across, keepdim=True) > least)
     R *= says
+    return least

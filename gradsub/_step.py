@@ -441,44 +441,41 @@ class Stepper:
         steps: Mapping[Tensor, Tensor],
         measured: Measurements | None,
     ) -> None:
-        start = 0
-        for found in projected:
+        lengths = [len(found.block) for found in projected]
+        gates = [None] * len(lengths) if measured is None else list(torch.split(measured.gates, lengths))
+        for found, mine in zip(projected, gates, strict=True):
             block, group = found.block, groups[found.block.group]
             states = [self.state[layer.parameter] for layer in block.layers]
             for row, layer in enumerate(block.layers):
                 if layer.protected is not None and self._bank.at_place(layer, group["update_proj_gap"]):
                     hold_protected(layer, states[row], min(int(states[row]["step"]), group["update_proj_gap"]))
-            gates = None if measured is None else measured.gates[start : start + len(block)]
-            start += len(block)
             taken = {
                 subspace: self._stacked(block, subspace, steps) for subspace in (SHARED, *(k + 1 for k in found.own))
             }
-            scaled = [self._scaled(subspace, d, gates, group["scale"]) for subspace, d in taken.items()]
+            joint = torch.cat(list(taken.values()), dim=1 + block.first.axis)
+            factors = self._factors(block, tuple(taken), mine, group["scale"])
+            if factors is not None:
+                joint *= factors.unsqueeze(1 if block.first.axis == 1 else 2)
             basis = block.stacks["basis"]
             if len(taken) < len(block.proxies):
                 basis = torch.cat([block.basis(subspace) for subspace in taken], dim=2)
-            apply_updates(
-                block,
-                states,
-                torch.cat(scaled, dim=1 + block.first.axis),
-                basis,
-                decoupled_shrinkage(self._inner.traits[block.group], group),
-            )
+            shrinkage = decoupled_shrinkage(self._inner.traits[block.group], group)
+            apply_updates(block, states, joint, basis, shrinkage)
             if needs_alignment(self._gate):
                 for task in found.own:
                     block.stacks[previous_step(task)].copy_(taken[task + 1])
+
+    def _factors(self, block: Block, subspaces: tuple[int, ...], gates: Tensor | None, scale: float) -> Tensor | None:
+        """By what the steps enter the update (L x R): the scale, and for a task's own subspace its gate as well."""
+        if gates is None or len(subspaces) == 1:
+            return None if scale == 1.0 else block.stacks["basis"].new_full((1, 1), scale)
+        constant, columns = block.columns(subspaces)
+        return torch.addmm(constant, gates.to(constant), columns, beta=scale, alpha=scale)
 
     def _stacked(self, block: Block, subspace: int, steps: Mapping[Tensor, Tensor]) -> Tensor:
         """The steps in a subspace (L x m x r)."""
         found = [steps[proxy] for proxy in block.proxies[subspace]]
         return found[0] if found[0].ndim == 3 else torch.stack(found)
-
-    def _scaled(self, subspace: int, d: Tensor, gates: Tensor | None, scale: float) -> Tensor:
-        """The steps (L x m x r) as they enter the update: times the scale, and the gate of a task's own subspace."""
-        if subspace == SHARED:
-            return d if scale == 1.0 else d * scale
-        assert gates is not None
-        return d * (gates[:, subspace - 1] * scale).to(d)[:, None, None]
 
     def _renew(self, groups: Groups, projected: Sequence[Projected]) -> None:
         """Bases for the next step, from this step's sketches."""

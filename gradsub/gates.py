@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -97,7 +98,8 @@ def heuristic_gate(inputs: GateInputs) -> Tensor:
     seen = ((losses == losses) | ~inputs.present).all(-1, keepdim=True)
     losses = losses.where(seen, 1.0).nan_to_num(0.0)
     samples = inputs.samples.to(norms.dtype).expand_as(norms)
-    return 0.4 * _shares(losses, present) + 0.4 * _shares(norms, present) + 0.2 * _shares(samples, present)
+    shares = _shares(torch.stack([losses, norms, samples]), present)
+    return 0.4 * (shares[0] + shares[1]) + 0.2 * shares[2]
 
 
 @dataclass(frozen=True)

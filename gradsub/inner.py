@@ -239,9 +239,10 @@ class Inner:
             d, the step taken, for every proxy in ``gradients``.
         """
         self._read_options(groups)
+        places = {}
         for proxy, gradient in gradients.items():
-            proxy.data = starts[proxy].clone() if proxy in starts else torch.zeros_like(gradient)
-            proxy.grad = gradient
+            place = places[proxy] = starts[proxy].clone() if proxy in starts else torch.zeros_like(gradient)
+            proxy.data, proxy.grad = place, gradient
         shown = self.base.param_groups
         self.base.param_groups = [
             group for pair in zip(self._plain, self._proxied, strict=True) for group in pair if group["params"]
@@ -251,7 +252,9 @@ class Inner:
         finally:
             self.base.param_groups = shown
         self._write_options(groups)
-        steps = {proxy: proxy.data - starts[proxy] if proxy in starts else proxy.data for proxy in gradients}
+        # A base optimizer may have put other memory in the place of what it was given.
+        ends = {proxy: end if proxy.data_ptr() == end.data_ptr() else proxy.data for proxy, end in places.items()}
+        steps = {proxy: end - starts[proxy] if proxy in starts else end for proxy, end in ends.items()}
         self._release(gradients)
         return steps
 

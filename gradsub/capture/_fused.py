@@ -126,7 +126,7 @@ class FusedForward:
         bias: Tensor | None = module._parameters.get("bias")
         slots = self.slots
         if weight is None or len(slots) != 1 or slots[0].layer.parameter is not weight:
-            weight, bias = module.weight, module.bias
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
             slots = [slot for slot in slots if slot.layer.parameter is weight]
         assert weight is not None
         if not slots or not weight.requires_grad:

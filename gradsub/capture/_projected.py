@@ -25,6 +25,8 @@ class Projected:
         squared_norms: each present task's squared norms of the whole gradients (L,), NaN where unknown; without a task
             of which none is known.
         sketches: by subspace, what bases are to be renewed from after the step.
+        joint: layer by layer, the present tasks' gradients in the shared and in their own subspace, or None.
+        unit: a number of the order of each of them (B x 1 x 1).
     """
 
     block: Block
@@ -33,6 +35,8 @@ class Projected:
     own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
     sketches: dict[int, Rows] = field(default_factory=dict)
+    joint: Tensor | None = None
+    unit: Tensor | None = None
 
     def shared(self, weights: Mapping[int, float | Tensor]) -> Tensor:
         """The gradients in the shared subspaces (L x m x r)."""
@@ -73,20 +77,21 @@ def project_block(
         drop_rounding(aside, first, rounding, None)
     if not captured:
         return Projected(block, {}, aside, {}, {}, sketches)
-    everything = [each for found in captured.values() for each in found]
+    everything = [each for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
     joint = _stack([each.projected for each in everything if each.projected is not None])
     norms = _norms(everything)
     known = all(each.squared_norm is not None for each in everything)
-    drop_rounding(joint, first, rounding, norms if known else None)
+    unit = drop_rounding(joint, first, rounding, norms if known else None)
     for each in everything:
         each.projected = each.sketch = None
-    axis, width = 1 + first.axis, first.widths[SHARED]
-    parts, own = (
-        dict(zip(captured, torch.split(stack, len(block)), strict=True))
-        for stack in torch.split(joint, [width, joint.shape[axis] - width], axis)
+    axis, width = 2 + first.axis, first.widths[SHARED]
+    by_layer = joint.view(len(block), len(captured), *joint.shape[1:])
+    shared, own = torch.split(by_layer, [width, by_layer.shape[axis] - width], axis)
+    squared_norms = {} if norms is None else dict(zip(captured, norms.view(len(block), -1).unbind(1), strict=True))
+    parts = dict(zip(captured, shared.unbind(1), strict=True))
+    return Projected(
+        block, parts, aside, dict(zip(captured, own.unbind(1), strict=True)), squared_norms, sketches, joint, unit
     )
-    squared_norms = {} if norms is None else dict(zip(captured, torch.split(norms, len(block)), strict=True))
-    return Projected(block, parts, aside, own, squared_norms, sketches)
 
 
 def _norms(everything: Sequence[Captured]) -> Tensor | None:

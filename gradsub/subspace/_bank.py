@@ -193,7 +193,8 @@ class SubspaceBank:
 
     def advance(self, block: Block) -> None:
         """Count a step."""
-        block.stacks["step"] += 1
+        steps = block.array("step")
+        steps += 1
 
     def refresh(
         self,

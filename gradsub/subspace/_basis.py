@@ -23,7 +23,8 @@ def project(matrix: Tensor, basis: Tensor, axis: int) -> Tensor:
 
 def lift(coordinates: Tensor, basis: Tensor, axis: int) -> Tensor:
     """d V^T for axis 1, U d for axis 0: the m x n matrix that has these coordinates in the subspace."""
-    return coordinates @ basis.mT if axis == 1 else basis @ coordinates
+    product = torch.bmm if basis.ndim == 3 else torch.mm
+    return product(coordinates, basis.mT) if axis == 1 else product(basis, coordinates)
 
 
 def sketch(matrix: Tensor, directions: Tensor, axis: int) -> Tensor:

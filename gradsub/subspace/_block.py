@@ -45,6 +45,7 @@ class Block:
         self.shown: dict[tuple[str, int], Any] = {}
         self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
         self._joint_rows: dict[tuple[int, torch.dtype], tuple[Tensor, Sequence[Tensor]]] = {}
+        self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrays: dict[str, tuple[Tensor, Any]] = {}
         self._count_rows()
 
@@ -132,6 +133,23 @@ class Block:
             found = self._joint_rows[task, dtype] = (joint, joint.unbind())
         return found[1]
 
+    def columns(self, subspaces: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Which columns of these subspaces' bases, side by side, are the shared one's (R) and each task's (K x R).
+
+        Numbers of 0 and 1, to spread a factor of each subspace over its columns.
+        """
+        found = self._columns.get(subspaces)
+        if found is None:
+            widths = self.first.widths
+            rows = torch.zeros(len(widths), sum(widths[s] for s in subspaces), dtype=self.first.dtype, device="cpu")
+            start = 0
+            for subspace in subspaces:
+                rows[subspace, start : start + widths[subspace]] = 1
+                start += widths[subspace]
+            rows = rows.to(self.device)
+            found = self._columns[subspaces] = (rows[0], rows[1:])
+        return found
+
     def split(self, rows: Sequence[int]) -> Block:
         """A block of its own for some of the rows; the others stay. Views of the old stacks are to be shown anew."""
         leaving = set(rows)
@@ -148,7 +166,7 @@ class Block:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joint": {}, "_joint_rows": {}, "_arrays": {}, "shown": {}}
+        return {**self.__dict__, "_joint": {}, "_joint_rows": {}, "_columns": {}, "_arrays": {}, "shown": {}}
 
 
 def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable]) -> list[Block]:
