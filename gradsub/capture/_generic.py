@@ -185,8 +185,10 @@ class GenericCapture:
 
 def seen_by_others(parameter: Tensor) -> bool:
     """Whether hooks that are not a capture's want to see, or change, the parameter's gradient."""
-    after = parameter._post_accumulate_grad_hooks or {}
-    return bool(parameter._backward_hooks) or any(not isinstance(hook, _Hook) for hook in after.values())
+    if parameter._backward_hooks:
+        return True
+    after = parameter._post_accumulate_grad_hooks
+    return bool(after) and any(type(hook) is not _Hook for hook in after.values())
 
 
 class _Hook:

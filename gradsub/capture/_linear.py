@@ -197,15 +197,33 @@ class _Wish(Enum):
     NOTHING = auto()
 
 
+class _Engine:
+    """What was found out of the engine's task that runs: to ask anew in every layer takes its time.
+
+    Attributes:
+        into_all: the last task found that accumulates into all leaves; of those that do not, no probe is executed.
+    """
+
+    into_all = -1
+
+
 def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> _Wish:
     """What is wanted of the weight, which is at a place among the function's tensors, as one of its probes is."""
     if torch.compiler.is_compiling():
         return _Wish.ALL_LEAVES
-    nodes = ctx.next_functions
-    if torch._C._will_engine_execute_node(nodes[probe_place][0]):
-        return _Wish.WHOLE if seen_by_others(weight) else _Wish.ALL_LEAVES
+    task = torch._C._current_graph_task_id()
+    if task != _Engine.into_all:
+        nodes = ctx.next_functions
+        if not torch._C._will_engine_execute_node(nodes[probe_place][0]):
+            return _wish_of_some(weight, nodes[place][0])
+        _Engine.into_all = task
+    return _Wish.WHOLE if seen_by_others(weight) else _Wish.ALL_LEAVES
+
+
+def _wish_of_some(weight: Tensor, node: Any) -> _Wish:
+    """The same in a backward pass for chosen tensors, by the node that accumulates into the weight."""
     try:
-        if not torch._C._will_engine_execute_node(nodes[place][0]):
+        if not torch._C._will_engine_execute_node(node):
             return _Wish.NOTHING
     except RuntimeError:
         return _Wish.WHOLE  # torch does not say it of leaves that `torch.autograd.grad` is asked for
@@ -226,35 +244,48 @@ def _hand_over(wish: _Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
 
 
 class _Ordinary(torch.autograd.Function):
-    """What nearly all calls are: one task, all rows, projections and nothing else."""
+    """What nearly all calls are: one task, all rows, projections and nothing else. Every microsecond counts here."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, probe: Tensor, basis: Tensor, orientation: Orientation
     ) -> Tensor:
-        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        output = affine(flat, _compute_copy(weight, x), bias, orientation.transposed)
-        ctx.orientation, ctx.probe, ctx.place = orientation, probe, 1 if bias is None else 2
-        if orientation.input_side:
-            ctx.save_for_backward(weight, flat @ basis)
+        ctx.orientation, ctx.probe, ctx.biased = orientation, probe, bias is not None
+        transposed, axis = orientation
+        # With bases of outputs x itself is kept, and g U takes the place of x V.
+        if (axis == 1) != transposed:
+            ctx.save_for_backward(weight, x @ basis)
         else:
-            ctx.save_for_backward(weight, flat, basis)
-        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
+            ctx.save_for_backward(weight, x, basis)
+        kernel = weight if weight.dtype is x.dtype else _compute_copy(weight, x)
+        return F.linear(x, kernel.mT if transposed else kernel, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, kept, *bases = ctx.saved_tensors
-        flat = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
-        for_x, for_bias = _for_input(ctx, g, flat, weight)
-        wish = _wish(ctx, weight, ctx.place, ctx.place + 1)
-        if wish is _Wish.WHOLE:
-            raise RuntimeError(_WANTED_WHOLE)
-        if wish is _Wish.NOTHING:
-            return for_x, for_bias, None, None, None, None
-        axis = ctx.orientation.axis
-        with torch.no_grad():
-            # thin^T wide: of the input side x V and g, of the output side g U and x.
-            projected = coordinates(flat @ bases[0], kept, axis) if bases else coordinates(kept, flat, axis)
+        saved = ctx.saved_tensors
+        weight, kept = saved[0], saved[1]
+        transposed, axis = ctx.orientation
+        needs = ctx.needs_input_grad
+        for_x = for_bias = None
+        if needs[0]:
+            kernel = weight if weight.dtype is g.dtype else weight.to(g.dtype)
+            for_x = g @ (kernel.mT if transposed else kernel)
+        if needs[1]:
+            for_bias = rows_of(g, None).sum(0)
+        place = 2 if ctx.biased else 1
+        wish = _wish(ctx, weight, place, place + 1)
+        if wish is not _Wish.ALL_LEAVES:
+            if wish is _Wish.WHOLE:
+                raise RuntimeError(_WANTED_WHOLE)
+            if wish is _Wish.NOTHING:
+                return for_x, for_bias, None, None, None, None
+        if torch.is_grad_enabled():  # create_graph=True
+            g, kept = g.detach(), kept.detach()
+        if len(saved) == 3:
+            thin, wide = g @ saved[2], kept
+        else:
+            thin, wide = kept, g
+        projected = coordinates(rows_of(thin, None), rows_of(wide, None), axis)
         return for_x, for_bias, None, _hand_over(wish, ctx.probe, projected), None, None
 
 
