@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gradsub._coverage import Coverage
 from gradsub._effective import own_weight
 from gradsub._left_out import left_out, smaller_side
+from gradsub._placement import Placement
 from gradsub.capture import can_fuse
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
@@ -55,6 +56,7 @@ class Layout:
         master_weights: whether float32 copies of lower-precision weights are kept.
         capture: ``"auto"``, ``"fused"`` or ``"generic"``.
         refresh: ``"auto"``, ``"sketch"`` or ``"svd"``.
+        protection: ``"auto"``, ``"device"`` or ``"host"``: where protected directions lie between refreshes.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Layout:
         master_weights: bool = False,
         capture: str = "auto",
         refresh: str = "auto",
+        protection: str = "auto",
     ) -> None:
         if null_space is not None and null_space.side != side:
             raise ValueError(
@@ -77,6 +80,7 @@ class Layout:
         self._capture = capture
         self._refresh = refresh
         self._tasks = tasks
+        self._placement = Placement(protection)
         self._null_space = null_space
         self._model = model
         self._target_modules = target_modules
@@ -156,7 +160,7 @@ class Layout:
         if parameter not in self._vectors:
             return None
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype)
+        return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype).to(parameter.device)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
         if not self.may_decompose(parameter, group):
@@ -188,8 +192,9 @@ class Layout:
         layer.sketched = self._sketched(layer)
         if not protecting:
             return layer
-        layer.protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
-        self._note_extremes(layer.name, layer.protected)
+        protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
+        layer.protected = self.keep(protected, parameter)
+        self._note_extremes(layer.name, protected)
         self._held.add(parameter)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
@@ -281,6 +286,10 @@ class Layout:
             kept = self._null_space.extended(name, kept)
         return kept
 
+    def keep(self, protected: Tensor, parameter: Tensor) -> Tensor:
+        """A layer's protected directions where they lie between refreshes."""
+        return self._placement.keep(protected, parameter.device)
+
     def reconsider(self, parameter: Tensor) -> None:
         """Directions came from elsewhere: at the next occasion the null space says what it knows beyond them."""
         if self._protecting(parameter):
@@ -304,7 +313,7 @@ class Layout:
     def _protected(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Tensor:
         """K (d x k) of a parameter; of a weight that several modules share, what protects all of them."""
         assert self._null_space is not None
-        bases = [self._null_space.basis(name, dtype).to(parameter.device) for name in names]
+        bases = [self._null_space.basis(name, dtype) for name in names]
         for name, basis in zip(names, bases, strict=True):
             if basis.shape[0] != dimension:
                 raise ValueError(
@@ -314,7 +323,8 @@ class Layout:
                 )
         if len(bases) == 1:
             return bases[0]
-        vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
+        several = torch.cat([basis.to(parameter.device) for basis in bases], dim=1)
+        vectors, values, _ = torch.linalg.svd(several, full_matrices=False)
         union: Tensor = vectors[:, values > 1e-5 * values[0]]
         return union
 

@@ -16,7 +16,7 @@ from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
 from gradsub.subspace import SKETCHES, Layer, SubspaceBank, check_steps_taken, is_distributed, local, orthonormality
-from gradsub.update import ANCHOR, PROTECTED
+from gradsub.update import ANCHOR, PENDING_DECAY, PROTECTED
 
 NULL_SPACE = frozenset({ANCHOR, PROTECTED})
 
@@ -185,7 +185,7 @@ class StateDictReader:
     ) -> dict[str, Any]:
         """What is not the base optimizer's."""
         expected = {key: value for key, value in ours.items() if not key.startswith(INNER) and not is_weighing(key)}
-        optional = NULL_SPACE | SKETCHES if layer is not None else frozenset({PROTECTED})
+        optional = NULL_SPACE | SKETCHES | {PENDING_DECAY} if layer is not None else frozenset({PROTECTED})
         given = {key for key in theirs if not key.startswith(INNER)}
         found = {
             key: convert(f"{key!r} of {name}", theirs[key], expected[key], parameter)
@@ -198,6 +198,12 @@ class StateDictReader:
                 f"state_dict: {name} {_difference(missing, extra)}: use the same gate and master_weights, and what "
                 "GemsOptimizer.state_dict() gave"
             )
+        if PENDING_DECAY in expected and PENDING_DECAY in theirs:
+            found[PENDING_DECAY] = share = convert(
+                f"{PENDING_DECAY!r} of {name}", theirs[PENDING_DECAY], expected[PENDING_DECAY], parameter
+            )
+            if not 0 <= float(share) <= 1:
+                raise ValueError(f"state_dict: {PENDING_DECAY!r} of {name} is {float(share):g}: a share is 0 to 1")
         found.update(self._protection(name, layer, parameter, theirs))
         if layer is not None and layer.sketched:
             pair = {key for key in SKETCHES if key in theirs}
@@ -216,8 +222,8 @@ class StateDictReader:
         given = {key for key in wanted if key in theirs}
         if not given:
             return {}
-        if given != wanted:
-            raise ValueError(f"state_dict: {name} lacks {sorted(wanted - given)}, but has {sorted(given)}")
+        if PROTECTED not in given:
+            raise ValueError(f"state_dict: {name} lacks {PROTECTED!r}, but has {sorted(given)}")
         K = theirs[PROTECTED]
         dimension = layer.dimension if layer is not None else parameter.numel()
         if not isinstance(K, Tensor) or K.ndim != 2 or K.shape[0] != dimension or K.shape[1] > dimension:
@@ -234,7 +240,9 @@ class StateDictReader:
         if layer is not None:
             rows, columns = layer.shape
             shape = (rows, K.shape[1]) if layer.axis == 1 else (K.shape[1], columns)
-            found[ANCHOR] = convert(f"'anchor' of {name}", theirs[ANCHOR], like.new_zeros(shape), parameter)
+            if ANCHOR in given:
+                found[ANCHOR] = convert(f"'anchor' of {name}", theirs[ANCHOR], like.new_zeros(shape), parameter)
+            found[PROTECTED] = self._layout.keep(found[PROTECTED], parameter)
         return found
 
     def _of_inner(
@@ -479,7 +487,7 @@ def _range(value: Tensor | float) -> tuple[float, float]:
 
 
 def _overlap(K: Tensor, basis: Tensor) -> float:
-    return float((K.mT @ basis).abs().max()) if K.shape[1] and basis.numel() else 0.0
+    return float((K.to(basis.device).mT @ basis).abs().max()) if K.shape[1] and basis.numel() else 0.0
 
 
 def _difference(missing: set[str] | frozenset[str], extra: set[str]) -> str:

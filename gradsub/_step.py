@@ -17,7 +17,16 @@ from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.report import Measurements
 from gradsub.subspace import SHARED, SKETCHES, Block, Layer, SubspaceBank, carry_moments, make_blocks
-from gradsub.update import MASTER, PROTECTED, apply_updates, hold_protected, initialise_update
+from gradsub.update import (
+    MASTER,
+    PENDING_DECAY,
+    PROTECTED,
+    apply_updates,
+    collect_decay,
+    decay,
+    hold_protected,
+    initialise_update,
+)
 
 State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
@@ -33,6 +42,7 @@ class Stepper:
         surgery: weighs the tasks in the shared subspace, from their Gramian; None leaves the plain sum.
         moments: what happens to the base optimizer's moments when a basis changes.
         master_weights: whether float32 copies of lower-precision weights are kept.
+        anchor: whether the protected part of each weight is kept and set back at refreshes.
     """
 
     def __init__(
@@ -43,6 +53,7 @@ class Stepper:
         surgery: Callable[[Tensor], Tensor] | None,
         moments: str,
         master_weights: bool,
+        anchor: bool,
     ) -> None:
         self._tasks = tasks
         self._layout = layout
@@ -50,6 +61,7 @@ class Stepper:
         self._surgery = surgery
         self.moments = moments
         self._master_weights = master_weights
+        self._anchor = anchor
         self.layers: dict[Tensor, Layer] = {}
         self.blocks: list[Block] = []
         self.plain: list[Tensor] = []
@@ -95,18 +107,22 @@ class Stepper:
             self.blocks.append(block)
             self._bank.initialise(block)
             block.add(GATE_MEMORY, (len(self._tasks),))
+            block.add(PENDING_DECAY, device="cpu")
             if needs_alignment(self._gate):
                 for task in range(len(self._tasks)):
                     block.add(previous_step(task), block.first.coordinates(task + 1))
             block.show(self.state)
             for layer in block.layers:
-                initialise_update(layer, self.state[layer.parameter], self._master_weights)
+                self._initialise(layer)
             block.proxies = [
                 self._inner.proxies(block, subspace, self._as_stacks[group]) for subspace in range(1 + len(self._tasks))
             ]
             for _, mine in prefixed(block, self._tasks):
                 proxies.update({proxy: block.layers[place].parameter for place, proxy in enumerate(mine)})
         return proxies
+
+    def _initialise(self, layer: Layer) -> None:
+        initialise_update(layer, self.state[layer.parameter], self._master_weights, self._anchor)
 
     def proxies_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """What the base optimizer steps for a parameter, by the prefix of its state; maybe for others as well."""
@@ -189,7 +205,7 @@ class Stepper:
             for made in self.blocks[before:]:
                 self._go_on_from(made, held)
                 for layer in made.layers:
-                    initialise_update(layer, self.state[layer.parameter], self._master_weights)
+                    self._initialise(layer)
 
     def _convert_state(self, state: dict[str, Any], parameter: Tensor, dtype: torch.dtype, on_device: bool) -> None:
         for key, value in list(state.items()):
@@ -204,6 +220,8 @@ class Stepper:
             else:
                 wide = torch.promote_types(dtype, torch.float32) if key == PROTECTED else dtype
                 state[key] = value.to(parameter.device, wide)
+                if key == PROTECTED and parameter in self.layers:
+                    state[key] = self._layout.keep(state[key], parameter)
 
     def take(
         self,
@@ -279,8 +297,8 @@ class Stepper:
 
     def protect(self, layer: Layer, protected: Tensor | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
-        layer.protected = None if protected is None else protected.to(layer.parameter.device)
-        initialise_update(layer, self.state[layer.parameter], self._master_weights)
+        layer.protected = None if protected is None else self._layout.keep(protected, layer.parameter)
+        self._initialise(layer)
         self._bank.enforce(layer)
 
     def restore_protection(self) -> None:
@@ -298,7 +316,8 @@ class Stepper:
             elif kept is None:
                 self.protect(layer, self._layout.renewed(parameter, None, layer.protected))
             else:
-                layer.protected = kept
+                layer.protected = self._layout.keep(kept, parameter)
+                self._initialise(layer)
 
     def take_over(self) -> None:
         """After loading: the blocks and the base optimizer go on from what the parameters' states have now."""
@@ -445,8 +464,11 @@ class Stepper:
         for found in projected:
             block, group = found.block, groups[found.block.group]
             states = [self.state[layer.parameter] for layer in block.layers]
+            shrink = decoupled_shrinkage(self._inner.traits[block.group], group)
+            collect_decay(block, states, shrink)
             for row, layer in enumerate(block.layers):
                 if layer.protected is not None and self._bank.at_place(layer, group["update_proj_gap"]):
+                    decay(layer, states[row])
                     hold_protected(layer, states[row], min(int(states[row]["step"]), group["update_proj_gap"]))
             gates = None if measured is None else measured.gates[start : start + len(block)]
             start += len(block)
@@ -462,7 +484,7 @@ class Stepper:
                 states,
                 torch.cat(scaled, dim=1 + block.first.axis),
                 basis,
-                decoupled_shrinkage(self._inner.traits[block.group], group),
+                shrink,
             )
             if needs_alignment(self._gate):
                 for task in found.own:

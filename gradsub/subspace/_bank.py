@@ -96,19 +96,20 @@ class SubspaceBank:
 
     def due(self, block: Block) -> Any:
         """Which rows (L) should refresh which subspaces (S) in this step: an array of booleans."""
-        return _array(block, "step")[:, None] >= _array(block, "next_refresh")
+        return block.array("step")[:, None] >= block.array("next_refresh")
 
     def demand(self, layer: Layer, task: int) -> tuple[bool, bool]:
         """What a capture has to leave of a task's gradient: the whole of it, or beside its projections a sketch."""
         block, row = layer.block, layer.row
-        step, places = _array(block, "step")[row], _array(block, "next_refresh")[row]
+        step, places = block.array("step")[row], block.array("next_refresh")[row]
         due = bool(step >= places[SHARED] or step >= places[task + 1])
         return due and not layer.sketched, due and layer.sketched
 
     def at_place(self, layer: Layer, gap: int) -> bool:
-        """Whether this step is the layer's first or its own place within ``gap`` steps."""
-        step = int(_array(layer.block, "step")[layer.row])
-        return step == 0 or step % gap == own_place(gap, layer.block.turn)
+        """Whether this step is the layer's first, or the one in ``gap`` steps in which its bases are due."""
+        step = int(layer.block.array("step")[layer.row])
+        place = own_place(gap, layer.block.turn) if layer.sketched else 0
+        return step == 0 or step % gap == place
 
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
@@ -116,7 +117,7 @@ class SubspaceBank:
         It is the same for all tasks, for all layers of a block, and for the whole step, so that sketches of several
         backward passes add up.
         """
-        step = int(_array(layer.block, "step")[layer.row])
+        step = int(layer.block.array("step")[layer.row])
         size, device, dtype = layer.sketch_size, layer.parameter.device, layer.dtype
         key = (layer.block.turn, step, device, dtype)
         if key not in self._directions:
@@ -141,10 +142,11 @@ class SubspaceBank:
         if layer.protected is None:
             return
         basis = layer.block.stacks["basis"][layer.row]
-        inside = layer.protected.mT @ basis
+        K = layer.protected_here()
+        inside = K.mT @ basis
         if inside.numel() and bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
-            basis -= layer.protected @ inside
-            _array(layer.block, "next_refresh")[layer.row] = int(_array(layer.block, "step")[layer.row])
+            basis -= K @ inside
+            layer.block.array("next_refresh")[layer.row] = int(layer.block.array("step")[layer.row])
 
     def check(self, layer: Layer, state: Mapping[str, Any], update_proj_gap: int) -> None:
         """Raise if a layer's state from elsewhere, of the right shapes, cannot have come about.
@@ -207,7 +209,7 @@ class SubspaceBank:
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
             changed: told what changed.
         """
-        due, steps, places = self.due(block), _array(block, "step"), _array(block, "next_refresh")
+        due, steps, places = self.due(block), block.array("step"), block.array("next_refresh")
         for subspace in sorted(gradients):
             for some, kept in self._alike(block, [row for row in rows if due[row, subspace]], subspace):
                 step = int(steps[some[0]])
@@ -251,7 +253,7 @@ class SubspaceBank:
     def settle(self) -> None:
         """Take back what the schedule assumed of the last step's sketches and the device found otherwise."""
         for block, usable in self._verdicts.read():
-            steps, places, taken = (_array(block, key) for key in ("step", "next_refresh", "sketches"))
+            steps, places, taken = (block.array(key) for key in ("step", "next_refresh", "sketches"))
             rows, subspaces = (~usable).nonzero()
             if len(rows):
                 taken[rows, subspaces] = (taken[rows, subspaces] - 1) % SKETCHES_PER_REFRESH
@@ -276,7 +278,7 @@ class SubspaceBank:
                 if left:
                     Y = block.basis(subspace, left).clone()
                     self._renew(block, left, subspace, Y, changed, judged=False)
-        steps, places, taken = (_array(block, key) for key in ("step", "next_refresh", "sketches"))
+        steps, places, taken = (block.array(key) for key in ("step", "next_refresh", "sketches"))
         for subspace, rows in found.items():
             for row in rows:
                 step, count = int(steps[row]), int(taken[row, subspace]) + 1
@@ -289,7 +291,7 @@ class SubspaceBank:
     def _renew(
         self, block: Block, rows: Sequence[int], subspace: int, Y: Tensor, changed: BasesChanged, judged: bool
     ) -> None:
-        taken = _array(block, "sketches")
+        taken = block.array("sketches")
         columns = block.first.columns(subspace)
         for some, kept in self._alike(block, rows, subspace, lambda row: int(taken[row, subspace])):
             if not kept:
@@ -298,7 +300,7 @@ class SubspaceBank:
             old = block.basis(subspace, some)
             values = block.stacks["singular_values"][:, columns.start : columns.start + kept]
             values = values if every else values[list(some)]
-            count, step = int(taken[some[0], subspace]), int(_array(block, "step")[some[0]])
+            count, step = int(taken[some[0], subspace]), int(block.array("step")[some[0]])
             fresh, strengths, usable = sketched_basis(
                 Y if len(some) == len(rows) else Y[_places(rows, some)],
                 old[:, :, :kept] * values[:, None] if count else None,
@@ -338,7 +340,7 @@ class SubspaceBank:
     ) -> Iterator[tuple[Sequence[int], int]]:
         """Rows that one operation can refresh, and how many of the columns find room beside what is forbidden."""
         kinds: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
-        steps, width = _array(block, "step"), block.first.widths[subspace]
+        steps, width = block.array("step"), block.first.widths[subspace]
         for row in rows:
             kept = min(width, self._free(block.layers[row], subspace))
             kinds[kept, (int(steps[row]), more(row))].append(row)
@@ -362,7 +364,7 @@ class SubspaceBank:
             stacked = block.stacks["basis"].new_zeros(len(rows), block.first.dimension, most)
             for place, K in enumerate(protected):
                 if K is not None:
-                    stacked[place, :, : K.shape[1]] = K
+                    stacked[place, :, : K.shape[1]].copy_(K, non_blocking=True)
         if subspace == SHARED or self._orthogonalize == "none":
             return stacked
         shared = block.basis(SHARED, rows)
@@ -376,11 +378,6 @@ class SubspaceBank:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_directions": {}}
-
-
-def _array(block: Block, key: str) -> Any:
-    """A stack of counts as an array that shares its memory: reading it is no operation of torch."""
-    return block.stacks[key].numpy()
 
 
 def _places(every: Sequence[int], some: Sequence[int]) -> list[int]:

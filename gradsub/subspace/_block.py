@@ -44,6 +44,7 @@ class Block:
         self.proxies: list[list[nn.Parameter]] = []
         self.shown: dict[tuple[str, int], Any] = {}
         self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
+        self._arrays: dict[str, tuple[Tensor, Any]] = {}
         self._count_rows()
 
     def _count_rows(self) -> None:
@@ -100,6 +101,14 @@ class Block:
                     stack[row].fill_(self._fills[key])
         self.show(state)
 
+    def array(self, key: str) -> Any:
+        """A stack on the CPU as an array that shares its memory: reading and writing it is no operation of torch."""
+        stack = self.stacks[key]
+        found = self._arrays.get(key)
+        if found is None or found[0] is not stack:
+            found = self._arrays[key] = (stack, stack.numpy())
+        return found[1]
+
     def basis(self, subspace: int, rows: Sequence[int] | None = None) -> Tensor:
         """A subspace's bases (L x d x r): a view, or a copy of some rows."""
         joint = self.stacks["basis"][:, :, self.first.columns(subspace)]
@@ -129,7 +138,7 @@ class Block:
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joint": {}, "shown": {}}
+        return {**self.__dict__, "_joint": {}, "_arrays": {}, "shown": {}}
 
 
 def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable]) -> list[Block]:

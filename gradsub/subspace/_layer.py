@@ -26,7 +26,8 @@ class Layer:
         axis: the axis of the weight that the bases span, of length d: 1 for ``side="input"`` of an
             ``out_features x in_features`` weight, 0 for ``side="output"``.
         widths: columns of each subspace's basis: the shared one first, then one a task.
-        protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow.
+        protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow. It may lie in
+            the memory of the host, since only refreshes need it.
         sketched: whether bases are refreshed from sketches of the gradient, without the whole of it.
         shards: which of the weight's rows are on this rank; None: all. Bases are whole on every rank.
         block: the layers that it is stacked with.
@@ -109,6 +110,11 @@ class Layer:
         if self.shards is not None and self.axis == 0:
             self.shards.sum_([projected])
         return projected
+
+    def protected_here(self) -> Tensor:
+        """K on the weight's device: a copy that lasts as long as its holder, unless it lies there."""
+        assert self.protected is not None
+        return self.protected.to(self.parameter.device, non_blocking=True)
 
     @property
     def free(self) -> int:
