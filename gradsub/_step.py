@@ -16,8 +16,9 @@ from gradsub.capture import MIXED, Captured, Projected, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.report import Measurements
-from gradsub.subspace import SHARED, SKETCHES, Block, Layer, SubspaceBank, carry_moments, make_blocks
+from gradsub.subspace import SHARED, SKETCHES, Block, Layer, Protected, SubspaceBank, carry_moments, make_blocks
 from gradsub.update import (
+    FREE,
     MASTER,
     PENDING_DECAY,
     PROTECTED,
@@ -26,6 +27,7 @@ from gradsub.update import (
     decay,
     hold_protected,
     initialise_update,
+    protected_in,
 )
 
 State = MutableMapping[Tensor, Any]
@@ -196,7 +198,7 @@ class Stepper:
             for layer in block.layers:
                 state = held[layer.parameter]
                 self._convert_state(state, layer.parameter, layer.dtype, on_device(layer.parameter))
-                layer.protected = state.get(PROTECTED)
+                layer.protected = protected_in(state)
                 if layer.parameter.dtype == layer.dtype:
                     state.pop(MASTER, None)
             before = len(self.blocks)
@@ -218,10 +220,11 @@ class Stepper:
                 # Moments lie in memory like their parameter: fused optimizers read both side by side.
                 state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
             else:
-                wide = torch.promote_types(dtype, torch.float32) if key == PROTECTED else dtype
+                directions = key in (FREE, PROTECTED)
+                wide = torch.promote_types(dtype, torch.float32) if directions else dtype
                 state[key] = value.to(parameter.device, wide)
-                if key == PROTECTED and parameter in self.layers:
-                    state[key] = self._layout.keep(state[key], parameter)
+                if directions and parameter in self.layers:
+                    state[key] = self._layout.keep(Protected(state[key], key == FREE), parameter).directions
 
     def take(
         self,
@@ -291,11 +294,11 @@ class Stepper:
     def _follow(self, layer: Layer) -> None:
         """Take up what the null space has come to know of a layer since."""
         if self._layout.outdated(layer.parameter):
-            protected = self._layout.renewed(layer.parameter, layer.protected)
+            protected = self._layout.grown(layer)
             if protected is not layer.protected:
                 self.protect(layer, protected)
 
-    def protect(self, layer: Layer, protected: Tensor | None) -> None:
+    def protect(self, layer: Layer, protected: Protected | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
         layer.protected = None if protected is None else self._layout.keep(protected, layer.parameter)
         self._initialise(layer)
@@ -307,14 +310,14 @@ class Stepper:
         space obeyed from now on.
         """
         for parameter in (*self.layers, *self.plain):
-            kept = self.state.get(parameter, {}).get(PROTECTED)
+            kept = protected_in(self.state.get(parameter, {}))
             layer = self.layers.get(parameter)
             if kept is not None:
                 self._layout.reconsider(parameter)
             if layer is None:
-                self.vectors.protect(parameter, self._layout.vector(parameter) if kept is None else kept)
+                self.vectors.protect(parameter, self._layout.vector(parameter) if kept is None else kept.directions)
             elif kept is None:
-                self.protect(layer, self._layout.renewed(parameter, None, layer.protected))
+                self.protect(layer, layer.protected if self._layout.knows(parameter) else None)
             else:
                 layer.protected = self._layout.keep(kept, parameter)
                 self._initialise(layer)

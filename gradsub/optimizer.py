@@ -191,7 +191,16 @@ class GemsOptimizer(Optimizer):
         weigh, gates = None if surgery == "sum" else _surgery(surgery), resolve_gate(gate)
         self._nonfinite = nonfinite
         self._layout = Layout(
-            side, len(self.tasks), null_space, model, target_modules, master_weights, capture, refresh, protection
+            side,
+            len(self.tasks),
+            null_space,
+            model,
+            target_modules,
+            master_weights,
+            capture,
+            refresh,
+            protection,
+            anchor,
         )
         self._stepper = Stepper(
             self.tasks,

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from gradsub.linalg._arithmetic import widest
-from gradsub.subspace import Block, Layer, lift, local, pieces
+from gradsub.subspace import Block, Layer, Protected, lift, local, pieces
 
 __all__ = [
     "ANCHOR",
+    "FREE",
     "MASTER",
     "PENDING_DECAY",
     "PROTECTED",
@@ -22,36 +23,48 @@ __all__ = [
     "decay",
     "hold_protected",
     "initialise_update",
+    "protected_in",
 ]
 
 ANCHOR: Final = "anchor"
 MASTER: Final = "master"
 PENDING_DECAY: Final = "pending_decay"
 PROTECTED: Final = "protected"
+FREE: Final = "free"
 
 State = MutableMapping[str, Any]
+
+
+def protected_in(state: Mapping[str, Any]) -> Protected | None:
+    """What a layer's state says is protected."""
+    if FREE in state:
+        return Protected(state[FREE], complement=True)
+    return Protected(state[PROTECTED]) if PROTECTED in state else None
 
 
 def initialise_update(layer: Layer, state: State, master_weights: bool, anchor: bool = False) -> None:
     """The state that updates need: what is protected, where it stood, and the precise weight.
 
-    ``"protected"`` is K (d x k), so that a resumed run protects the same. ``"anchor"`` is W K (m x k) for axis 1,
+    ``"protected"`` is K (d x k), so that a resumed run protects the same; where most directions are protected,
+    ``"free"`` is an orthonormal basis of what K leaves (d x (d - k)) instead. ``"anchor"`` is W K (m x k) for axis 1,
     K^T W (k x n) for axis 0, beside K in memory; it exists on demand. ``"master"`` (m x n) exists for weights below
     float32, on demand.
     """
     weight = layer.parameter
-    held = state.pop(ANCHOR, None)
-    if layer.protected is None:
-        state.pop(PROTECTED, None)
-    else:
-        state[PROTECTED] = layer.protected
+    here = None if layer.protected is None else FREE if layer.protected.complement else PROTECTED
+    # What stays keeps its place: the state of a resumed run has the same order.
+    for key in {FREE, PROTECTED} - {here}:
+        state.pop(key, None)
+    if layer.protected is None or not anchor:
+        state.pop(ANCHOR, None)
+    if layer.protected is not None and here is not None:
+        K = state[here] = layer.protected.directions
         rows, columns = layer.shape
-        count = layer.protected.shape[1]
-        if anchor and held is not None and held.shape == ((rows, count) if layer.axis == 1 else (count, columns)):
-            state[ANCHOR] = held.to(layer.protected.device)
-        elif anchor:
-            found = layer.total(layer.project(layer.matrix(weight.detach()), layer.protected_here()))
-            state[ANCHOR] = found.to(layer.protected.device)
+        expected = (rows, K.shape[1]) if layer.axis == 1 else (K.shape[1], columns)
+        if anchor and (ANCHOR not in state or state[ANCHOR].shape != expected):
+            state[ANCHOR] = layer.total(layer.project(layer.matrix(weight.detach()), K.to(weight.device)))
+        if anchor:
+            state[ANCHOR] = state[ANCHOR].to(K.device)
     if master_weights and weight.dtype != layer.dtype and MASTER not in state:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
@@ -149,9 +162,12 @@ def decay(layer: Layer, state: State) -> None:
     pending = state[PENDING_DECAY]
     if layer.protected is None or (pending.device.type == "cpu" and float(pending) == 0.0):
         return
-    weight, K = _precise(layer, state), layer.protected_here()
+    weight = _precise(layer, state)
     # Of the weight as it is: somebody else may have written it since.
-    free = weight - layer.lift(layer.total(layer.project(weight, K)), K)
+    protected = layer.protected.to(weight.device)
+    free = layer.lift(layer.total(layer.project(weight, protected.directions)), protected.directions)
+    if not protected.complement:
+        free = weight - free
     _write(layer, weight.sub_(free.mul_(float(pending) if pending.device.type == "cpu" else pending)))
     pending.zero_()
 
@@ -161,7 +177,8 @@ def hold_protected(layer: Layer, state: State, steps: int) -> None:
 
     Each step rounds W, and the roundings add up like a random walk: over thousands of steps they leave more in the
     protected directions than the update, which is orthogonal to them, ever would. So W + (A - W K) K^T is restored,
-    with A = W K as it was. Rounding an entry w errs by up to eps |w| / 2, so that T steps move a row of W K by about
+    with A = W K as it was; K is held whole then. Rounding an entry w errs by up to eps |w| / 2, so that T steps move a
+    row of W K by about
     eps sqrt(T) / 5 times the root of the sum over j of w_j^2 |K_j|^2, and storing A costs an eps of its own. A row that
     moved by five times as much was written by somebody else (weights were loaded, scaled, clipped, pruned): then that
     is the new row of A.
@@ -175,7 +192,7 @@ def hold_protected(layer: Layer, state: State, steps: int) -> None:
         return
     weight = _precise(layer, state)
     wide = widest(weight.device)
-    K, W = layer.protected_here().to(wide), weight.to(wide)
+    K, W = layer.protected.directions.to(weight.device, wide), weight.to(wide)
     now = layer.total(layer.project(W, K))
     exposed = layer.total(layer.project(W.square(), K.square().sum(1, keepdim=True)))
     anchor = state[ANCHOR].to(now.device, non_blocking=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsub.subspace._basis import lift, project, sketch
+from gradsub.subspace._protected import Protected
 from gradsub.subspace._schedule import sketch_size
 from gradsub.subspace._shards import Shards, local
 
@@ -26,8 +27,7 @@ class Layer:
         axis: the axis of the weight that the bases span, of length d: 1 for ``side="input"`` of an
             ``out_features x in_features`` weight, 0 for ``side="output"``.
         widths: columns of each subspace's basis: the shared one first, then one a task.
-        protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow. It may lie in
-            the memory of the host, since only refreshes need it.
+        protected: directions along ``axis`` that no update may touch. May grow.
         sketched: whether bases are refreshed from sketches of the gradient, without the whole of it.
         shards: which of the weight's rows are on this rank; None: all. Bases are whole on every rank.
         block: the layers that it is stacked with.
@@ -39,7 +39,7 @@ class Layer:
     index: int
     axis: int
     widths: tuple[int, ...]
-    protected: Tensor | None = None
+    protected: Protected | None = None
     sketched: bool = False
     shards: Shards | None = None
     block: Block = field(init=False, repr=False)
@@ -111,15 +111,10 @@ class Layer:
             self.shards.sum_([projected])
         return projected
 
-    def protected_here(self) -> Tensor:
-        """K on the weight's device: a copy that lasts as long as its holder, unless it lies there."""
-        assert self.protected is not None
-        return self.protected.to(self.parameter.device, non_blocking=True)
-
     @property
     def free(self) -> int:
         """d - k: the dimension of the null space."""
-        return self.dimension - (0 if self.protected is None else self.protected.shape[1])
+        return self.dimension if self.protected is None else self.protected.free
 
     @property
     def dtype(self) -> torch.dtype:
