@@ -33,7 +33,7 @@ class Placement:
             device: of the layer.
         """
         on_host = self._where != "device"
-        found = K.detach().to("cpu" if on_host else device)
+        found = K.to("cpu" if on_host else device)
         key = (found.shape, found.dtype, found.device, device.type, tuple(found.flatten()[:4].tolist()))
         self._kept[key] = [reference for reference in self._kept[key] if reference() is not None]
         for reference in self._kept[key]:
