@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from gradsub._coverage import Coverage
 from gradsub._effective import own_weight
 from gradsub._left_out import left_out, smaller_side
+from gradsub._placement import Placement
 from gradsub.capture import can_fuse
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, Shards, is_distributed, local, shards_of
+from gradsub.subspace import Layer, Protected, Shards, is_distributed, local, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -55,6 +56,8 @@ class Layout:
         master_weights: whether float32 copies of lower-precision weights are kept.
         capture: ``"auto"``, ``"fused"`` or ``"generic"``.
         refresh: ``"auto"``, ``"sketch"`` or ``"svd"``.
+        protection: ``"auto"``, ``"device"`` or ``"host"``: where protected directions lie between refreshes.
+        anchor: whether the protected part of each weight is kept, too.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Layout:
         master_weights: bool = False,
         capture: str = "auto",
         refresh: str = "auto",
+        protection: str = "auto",
+        anchor: bool = False,
     ) -> None:
         if null_space is not None and null_space.side != side:
             raise ValueError(
@@ -77,6 +82,8 @@ class Layout:
         self._capture = capture
         self._refresh = refresh
         self._tasks = tasks
+        self._placement = Placement(protection)
+        self._anchor = anchor
         self._null_space = null_space
         self._model = model
         self._target_modules = target_modules
@@ -149,14 +156,14 @@ class Layout:
         self._seen[parameter] = self._versions(protecting)
         protected = self.vector(parameter)
         assert protected is not None
-        self._note_extremes(self.name(parameter), protected)
+        self._note_extremes(self.name(parameter), *protected.shape)
 
     def vector(self, parameter: Tensor) -> Tensor | None:
         """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
         if parameter not in self._vectors:
             return None
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype)
+        return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype).to(parameter.device)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
         if not self.may_decompose(parameter, group):
@@ -188,8 +195,8 @@ class Layout:
         layer.sketched = self._sketched(layer)
         if not protecting:
             return layer
-        layer.protected = self._protected(protecting, parameter, layer.dimension, layer.dtype)
-        self._note_extremes(layer.name, layer.protected)
+        layer.protected = self.keep(self._smaller(protecting, parameter, layer.dimension, layer.dtype), parameter)
+        self._note_extremes(layer.name, layer.dimension, layer.dimension - layer.free)
         self._held.add(parameter)
         self._seen[layer.parameter] = self._versions(protecting)
         return layer
@@ -263,23 +270,40 @@ class Layout:
             return None
         return list(target.modules), target.transposed
 
-    def renewed(self, parameter: Tensor, kept: Tensor | None, fresh: Tensor | None = None) -> Tensor | None:
+    def renewed(self, parameter: Tensor, kept: Tensor) -> Tensor:
         """The directions to protect now; at least ``kept``, and ``kept`` itself where nothing was added.
 
         Args:
             parameter: a layer's weight, or a vector.
             kept: what was protected before (d x k).
-            fresh: what stands for it if nothing was, but the null space knows the parameter.
         """
         names = self._protecting(parameter)
         if self._null_space is None or not names:
             return kept
-        if kept is None:
-            return fresh
         self._seen[parameter] = self._versions(names)
         for name in names:
             kept = self._null_space.extended(name, kept)
         return kept
+
+    def keep(self, protected: Protected, parameter: Tensor) -> Protected:
+        """What is protected in a layer, as it is kept between refreshes: where it is to lie, in the smaller form.
+
+        An anchor needs K itself.
+        """
+        protected = Protected(protected.whole()) if self._anchor else protected.smaller()
+        return Protected(self._placement.keep(protected.directions, parameter.device), protected.complement)
+
+    def grown(self, layer: Layer) -> Protected | None:
+        """What is protected in a layer now: at least what was, and the very same where nothing was added."""
+        if layer.protected is None:
+            return None
+        whole = layer.protected.whole()
+        found = self.renewed(layer.parameter, whole)
+        return layer.protected if found is whole else Protected(found)
+
+    def knows(self, parameter: Tensor) -> bool:
+        """Whether the null space has something for a parameter."""
+        return bool(self._protecting(parameter))
 
     def reconsider(self, parameter: Tensor) -> None:
         """Directions came from elsewhere: at the next occasion the null space says what it knows beyond them."""
@@ -301,22 +325,36 @@ class Layout:
         names = [*self._aliases.get(parameter, ()), self.name(parameter).removesuffix(".weight")]
         return [name for name in dict.fromkeys(names) if name in self._null_space]
 
+    def _smaller(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Protected:
+        """What a weight's layers protect, in the smaller form where the null space has that at hand."""
+        assert self._null_space is not None
+        complement = getattr(self._null_space, "complement", None)
+        if complement is None or len(names) > 1 or self._anchor or self._null_space.protected_fraction(names[0]) <= 0.5:
+            return Protected(self._protected(names, parameter, dimension, dtype))
+        free: Tensor = complement(names[0], dtype)
+        self._check_length(names[0], free, parameter, dimension)
+        return Protected(free, complement=True)
+
     def _protected(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Tensor:
         """K (d x k) of a parameter; of a weight that several modules share, what protects all of them."""
         assert self._null_space is not None
-        bases = [self._null_space.basis(name, dtype).to(parameter.device) for name in names]
+        bases = [self._null_space.basis(name, dtype) for name in names]
         for name, basis in zip(names, bases, strict=True):
-            if basis.shape[0] != dimension:
-                raise ValueError(
-                    f"null_space has directions of length {basis.shape[0]} for {name!r}, but the weight "
-                    f"{tuple(parameter.shape)} has {dimension} on side={self._side!r}: "
-                    "collect it on this model, for this side"
-                )
+            self._check_length(name, basis, parameter, dimension)
         if len(bases) == 1:
             return bases[0]
-        vectors, values, _ = torch.linalg.svd(torch.cat(bases, dim=1), full_matrices=False)
+        several = torch.cat([basis.to(parameter.device) for basis in bases], dim=1)
+        vectors, values, _ = torch.linalg.svd(several, full_matrices=False)
         union: Tensor = vectors[:, values > 1e-5 * values[0]]
         return union
+
+    def _check_length(self, name: str, directions: Tensor, parameter: Tensor, dimension: int) -> None:
+        if directions.shape[0] != dimension:
+            raise ValueError(
+                f"null_space has directions of length {directions.shape[0]} for {name!r}, but the weight "
+                f"{tuple(parameter.shape)} has {dimension} on side={self._side!r}: "
+                "collect it on this model, for this side"
+            )
 
     def check_dtype(self, parameter: Tensor) -> None:
         """Raise if a parameter is complex; say once if rounding its weights undoes the protection."""
@@ -387,8 +425,7 @@ class Layout:
                 stacklevel=4,
             )
 
-    def _note_extremes(self, name: str, protected: Tensor) -> None:
-        dimension, count = protected.shape
+    def _note_extremes(self, name: str, dimension: int, count: int) -> None:
         if count >= dimension:
             self._said["no freedom"].append(f"{dimension} directions of {name}")
         if not count:

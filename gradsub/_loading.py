@@ -15,10 +15,19 @@ from gradsub import _settings as settings
 from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
-from gradsub.subspace import SKETCHES, Layer, SubspaceBank, check_steps_taken, is_distributed, local, orthonormality
-from gradsub.update import ANCHOR, PROTECTED
+from gradsub.subspace import (
+    SKETCHES,
+    Layer,
+    Protected,
+    SubspaceBank,
+    check_steps_taken,
+    is_distributed,
+    local,
+    orthonormality,
+)
+from gradsub.update import ANCHOR, FREE, PENDING_DECAY, PROTECTED, protected_in
 
-NULL_SPACE = frozenset({ANCHOR, PROTECTED})
+NULL_SPACE = frozenset({ANCHOR, FREE, PROTECTED})
 
 # What says how the layers were built: compared by what it comes to, and then kept as it is here.
 _STRUCTURE = frozenset({"params", "tasks", "side", "subspace", "rank", "task_rank"})
@@ -159,14 +168,16 @@ class StateDictReader:
         found = self._own(name, layer, parameter, theirs, ours)
         found.update(self._of_inner(name, layer, group, parameter, {**theirs, **found}))
         if layer is not None:
-            self._bank.check(layer, found, group["update_proj_gap"])
-            if PROTECTED in found and _overlap(found[PROTECTED], found["basis"]) > orthonormality(found["basis"].dtype):
+            protected = protected_in(found)
+            free = layer.dimension if protected is None else protected.free
+            self._bank.check(layer, found, free, group["update_proj_gap"])
+            if protected is not None and _overlap(protected, found["basis"]) > orthonormality(found["basis"].dtype):
                 raise ValueError(
                     f"state_dict: 'basis' of {name} is not orthogonal to its 'protected' directions: one of them is "
                     "damaged, or of another checkpoint"
                 )
             self._check_steps(name, layer, found)
-        return {key: found[key] for key in theirs if key in found}
+        return {key: found[key] for key in (*theirs, *found) if key in found}
 
     def _set_aside(self, name: str, weighing: Mapping[str, Any]) -> None:
         """The state of surgery and gate is beside that of any one parameter: hooks may have renumbered them."""
@@ -185,7 +196,7 @@ class StateDictReader:
     ) -> dict[str, Any]:
         """What is not the base optimizer's."""
         expected = {key: value for key, value in ours.items() if not key.startswith(INNER) and not is_weighing(key)}
-        optional = NULL_SPACE | SKETCHES if layer is not None else frozenset({PROTECTED})
+        optional = NULL_SPACE | SKETCHES | {PENDING_DECAY} if layer is not None else frozenset({PROTECTED})
         given = {key for key in theirs if not key.startswith(INNER)}
         found = {
             key: convert(f"{key!r} of {name}", theirs[key], expected[key], parameter)
@@ -198,6 +209,16 @@ class StateDictReader:
                 f"state_dict: {name} {_difference(missing, extra)}: use the same gate and master_weights, and what "
                 "GemsOptimizer.state_dict() gave"
             )
+        if PENDING_DECAY in expected and PENDING_DECAY in theirs:
+            found[PENDING_DECAY] = share = convert(
+                f"{PENDING_DECAY!r} of {name}", theirs[PENDING_DECAY], expected[PENDING_DECAY], parameter
+            )
+            given_as = theirs[PENDING_DECAY]
+            whole = isinstance(given_as, Tensor) and not given_as.is_floating_point()
+            if whole or not 0 <= float(share) <= 1:
+                raise ValueError(
+                    f"state_dict: {PENDING_DECAY!r} of {name} is {_described(given_as)}: it must be a share from 0 to 1"
+                )
         found.update(self._protection(name, layer, parameter, theirs))
         if layer is not None and layer.sketched:
             pair = {key for key in SKETCHES if key in theirs}
@@ -216,26 +237,32 @@ class StateDictReader:
         given = {key for key in wanted if key in theirs}
         if not given:
             return {}
-        if given != wanted:
-            raise ValueError(f"state_dict: {name} lacks {sorted(wanted - given)}, but has {sorted(given)}")
-        K = theirs[PROTECTED]
+        if len(given & {FREE, PROTECTED}) != 1:
+            raise ValueError(f"state_dict: {name} has {sorted(given)}, expected one of {FREE!r} and {PROTECTED!r}")
+        key = FREE if FREE in given else PROTECTED
+        K = theirs[key]
         dimension = layer.dimension if layer is not None else parameter.numel()
         if not isinstance(K, Tensor) or K.ndim != 2 or K.shape[0] != dimension or K.shape[1] > dimension:
             raise ValueError(
-                f"state_dict: 'protected' of {name} is {_described(K)}, expected at most {dimension} directions of "
+                f"state_dict: {key!r} of {name} is {_described(K)}, expected at most {dimension} directions of "
                 f"length {dimension}"
             )
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         like = torch.zeros(K.shape, dtype=dtype, device=parameter.device)
-        found = {PROTECTED: convert(f"'protected' of {name}", K, like, parameter)}
+        directions = convert(f"{key!r} of {name}", K, like, parameter)
         eye = torch.eye(K.shape[1], dtype=dtype, device=parameter.device)
-        if K.shape[1] and float((found[PROTECTED].mT @ found[PROTECTED] - eye).abs().max()) > orthonormality(dtype):
-            raise ValueError(f"state_dict: 'protected' of {name} has no orthonormal columns: it is damaged")
-        if layer is not None:
-            rows, columns = layer.shape
-            shape = (rows, K.shape[1]) if layer.axis == 1 else (K.shape[1], columns)
+        if K.shape[1] and float((directions.mT @ directions - eye).abs().max()) > orthonormality(dtype):
+            raise ValueError(f"state_dict: {key!r} of {name} has no orthonormal columns: it is damaged")
+        if layer is None:
+            return {PROTECTED: directions}
+        found = {}
+        protected = Protected(directions, key == FREE)
+        if ANCHOR in given:
+            (rows, columns), count = layer.shape, dimension - protected.free
+            shape = (rows, count) if layer.axis == 1 else (count, columns)
             found[ANCHOR] = convert(f"'anchor' of {name}", theirs[ANCHOR], like.new_zeros(shape), parameter)
-        return found
+        kept = self._layout.keep(protected, parameter)
+        return {**found, FREE if kept.complement else PROTECTED: kept.directions}
 
     def _of_inner(
         self,
@@ -478,8 +505,9 @@ def _range(value: Tensor | float) -> tuple[float, float]:
     return float(here.min()), float(here.max())
 
 
-def _overlap(K: Tensor, basis: Tensor) -> float:
-    return float((K.mT @ basis).abs().max()) if K.shape[1] and basis.numel() else 0.0
+def _overlap(protected: Protected, basis: Tensor) -> float:
+    inside = basis - protected.to(basis.device).leaves(basis)
+    return float(torch.linalg.vector_norm(inside, dim=0).max()) if basis.numel() else 0.0
 
 
 def _difference(missing: set[str] | frozenset[str], extra: set[str]) -> str:

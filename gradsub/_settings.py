@@ -11,6 +11,7 @@ ORTHOGONALIZATIONS = ("none", "shared_first")
 NONFINITE_RULES = ("raise", "skip", "ignore")
 CAPTURES = ("auto", "fused", "generic")
 REFRESHES = ("auto", "sketch", "svd")
+PLACES = ("auto", "device", "host")
 # What a parameter group holds that the base optimizer must not see.
 NOT_INNER = frozenset(
     {"params", "param_names", "tasks", "side", "subspace", "rank", "task_rank", "update_proj_gap", "scale"}
@@ -64,7 +65,9 @@ def check_group(group: Mapping[str, Any]) -> None:
         raise ValueError(f"scale={scale!r} must be a positive number: it multiplies the lifted update")
 
 
-def check_arguments(side: str, orthogonalize: str, moments: str, nonfinite: str, capture: str, refresh: str) -> None:
+def check_arguments(
+    side: str, orthogonalize: str, moments: str, nonfinite: str, capture: str, refresh: str, protection: str
+) -> None:
     """Raise a ValueError if one of the optimizer's choices does not exist."""
     check_side(side)
     check_choice("orthogonalize", orthogonalize, ORTHOGONALIZATIONS)
@@ -72,3 +75,4 @@ def check_arguments(side: str, orthogonalize: str, moments: str, nonfinite: str,
     check_choice("nonfinite", nonfinite, NONFINITE_RULES)
     check_choice("capture", capture, CAPTURES)
     check_choice("refresh", refresh, REFRESHES)
+    check_choice("protection", protection, PLACES)

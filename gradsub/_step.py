@@ -16,8 +16,19 @@ from gradsub.capture import MIXED, Captured, Projected, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.report import Measurements
-from gradsub.subspace import SHARED, SKETCHES, Block, Layer, SubspaceBank, carry_moments, make_blocks
-from gradsub.update import MASTER, PROTECTED, apply_updates, hold_protected, initialise_update
+from gradsub.subspace import SHARED, SKETCHES, Block, Layer, Protected, SubspaceBank, carry_moments, make_blocks
+from gradsub.update import (
+    FREE,
+    MASTER,
+    PENDING_DECAY,
+    PROTECTED,
+    apply_updates,
+    collect_decay,
+    decay,
+    hold_protected,
+    initialise_update,
+    protected_in,
+)
 
 State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
@@ -33,6 +44,7 @@ class Stepper:
         surgery: weighs the tasks in the shared subspace, from their Gramian; None leaves the plain sum.
         moments: what happens to the base optimizer's moments when a basis changes.
         master_weights: whether float32 copies of lower-precision weights are kept.
+        anchor: whether the protected part of each weight is kept and set back at refreshes.
     """
 
     def __init__(
@@ -43,6 +55,7 @@ class Stepper:
         surgery: Callable[[Tensor], Tensor] | None,
         moments: str,
         master_weights: bool,
+        anchor: bool,
     ) -> None:
         self._tasks = tasks
         self._layout = layout
@@ -50,6 +63,7 @@ class Stepper:
         self._surgery = surgery
         self.moments = moments
         self._master_weights = master_weights
+        self._anchor = anchor
         self.layers: dict[Tensor, Layer] = {}
         self.blocks: list[Block] = []
         self.plain: list[Tensor] = []
@@ -95,18 +109,22 @@ class Stepper:
             self.blocks.append(block)
             self._bank.initialise(block)
             block.add(GATE_MEMORY, (len(self._tasks),))
+            block.add(PENDING_DECAY, device="cpu")
             if needs_alignment(self._gate):
                 for task in range(len(self._tasks)):
                     block.add(previous_step(task), block.first.coordinates(task + 1))
             block.show(self.state)
             for layer in block.layers:
-                initialise_update(layer, self.state[layer.parameter], self._master_weights)
+                self._initialise(layer)
             block.proxies = [
                 self._inner.proxies(block, subspace, self._as_stacks[group]) for subspace in range(1 + len(self._tasks))
             ]
             for _, mine in prefixed(block, self._tasks):
                 proxies.update({proxy: block.layers[place].parameter for place, proxy in enumerate(mine)})
         return proxies
+
+    def _initialise(self, layer: Layer) -> None:
+        initialise_update(layer, self.state[layer.parameter], self._master_weights, self._anchor)
 
     def proxies_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """What the base optimizer steps for a parameter, by the prefix of its state; maybe for others as well."""
@@ -180,7 +198,7 @@ class Stepper:
             for layer in block.layers:
                 state = held[layer.parameter]
                 self._convert_state(state, layer.parameter, layer.dtype, on_device(layer.parameter))
-                layer.protected = state.get(PROTECTED)
+                layer.protected = protected_in(state)
                 if layer.parameter.dtype == layer.dtype:
                     state.pop(MASTER, None)
             before = len(self.blocks)
@@ -189,7 +207,7 @@ class Stepper:
             for made in self.blocks[before:]:
                 self._go_on_from(made, held)
                 for layer in made.layers:
-                    initialise_update(layer, self.state[layer.parameter], self._master_weights)
+                    self._initialise(layer)
 
     def _convert_state(self, state: dict[str, Any], parameter: Tensor, dtype: torch.dtype, on_device: bool) -> None:
         for key, value in list(state.items()):
@@ -202,8 +220,11 @@ class Stepper:
                 # Moments lie in memory like their parameter: fused optimizers read both side by side.
                 state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
             else:
-                wide = torch.promote_types(dtype, torch.float32) if key == PROTECTED else dtype
+                directions = key in (FREE, PROTECTED)
+                wide = torch.promote_types(dtype, torch.float32) if directions else dtype
                 state[key] = value.to(parameter.device, wide)
+                if directions and parameter in self.layers:
+                    state[key] = self._layout.keep(Protected(state[key], key == FREE), parameter).directions
 
     def take(
         self,
@@ -273,14 +294,14 @@ class Stepper:
     def _follow(self, layer: Layer) -> None:
         """Take up what the null space has come to know of a layer since."""
         if self._layout.outdated(layer.parameter):
-            protected = self._layout.renewed(layer.parameter, layer.protected)
+            protected = self._layout.grown(layer)
             if protected is not layer.protected:
                 self.protect(layer, protected)
 
-    def protect(self, layer: Layer, protected: Tensor | None) -> None:
+    def protect(self, layer: Layer, protected: Protected | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
-        layer.protected = None if protected is None else protected.to(layer.parameter.device)
-        initialise_update(layer, self.state[layer.parameter], self._master_weights)
+        layer.protected = None if protected is None else self._layout.keep(protected, layer.parameter)
+        self._initialise(layer)
         self._bank.enforce(layer)
 
     def restore_protection(self) -> None:
@@ -289,16 +310,17 @@ class Stepper:
         space obeyed from now on.
         """
         for parameter in (*self.layers, *self.plain):
-            kept = self.state.get(parameter, {}).get(PROTECTED)
+            kept = protected_in(self.state.get(parameter, {}))
             layer = self.layers.get(parameter)
             if kept is not None:
                 self._layout.reconsider(parameter)
             if layer is None:
-                self.vectors.protect(parameter, self._layout.vector(parameter) if kept is None else kept)
+                self.vectors.protect(parameter, self._layout.vector(parameter) if kept is None else kept.directions)
             elif kept is None:
-                self.protect(layer, self._layout.renewed(parameter, None, layer.protected))
+                self.protect(layer, layer.protected if self._layout.knows(parameter) else None)
             else:
-                layer.protected = kept
+                layer.protected = self._layout.keep(kept, parameter)
+                self._initialise(layer)
 
     def take_over(self) -> None:
         """After loading: the blocks and the base optimizer go on from what the parameters' states have now."""
@@ -446,8 +468,11 @@ class Stepper:
         for found, mine in zip(projected, gates, strict=True):
             block, group = found.block, groups[found.block.group]
             states = [self.state[layer.parameter] for layer in block.layers]
+            shrink = decoupled_shrinkage(self._inner.traits[block.group], group)
+            collect_decay(block, states, shrink)
             for row, layer in enumerate(block.layers):
                 if layer.protected is not None and self._bank.at_place(layer, group["update_proj_gap"]):
+                    decay(layer, states[row])
                     hold_protected(layer, states[row], min(int(states[row]["step"]), group["update_proj_gap"]))
             taken = {
                 subspace: self._stacked(block, subspace, steps) for subspace in (SHARED, *(k + 1 for k in found.own))
@@ -459,8 +484,7 @@ class Stepper:
             basis = block.stacks["basis"]
             if len(taken) < len(block.proxies):
                 basis = torch.cat([block.basis(subspace) for subspace in taken], dim=2)
-            shrinkage = decoupled_shrinkage(self._inner.traits[block.group], group)
-            apply_updates(block, states, joint, basis, shrinkage)
+            apply_updates(block, states, joint, basis, shrink)
             if needs_alignment(self._gate):
                 for task in found.own:
                     block.stacks[previous_step(task)].copy_(taken[task + 1])

@@ -1,13 +1,18 @@
-"""What a decomposed layer costs in memory, as a formula; the tests hold the optimizer to it, byte by byte."""
+"""What training costs in memory, as formulas; the tests hold the optimizer to them, byte by byte."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
+from torch import nn
+
+from gradsub._layout import Layout
+from gradsub.null_space import NullSpace
 from gradsub.null_space._null_space import check_side
-from gradsub.subspace import sketch_size
+from gradsub.subspace import Layer, sketch_size
 
-__all__ = ["LayerBytes", "layer_bytes"]
+__all__ = ["LayerBytes", "MethodBytes", "ModelBytes", "layer_bytes", "model_bytes"]
 
 
 @dataclass(frozen=True)
@@ -17,23 +22,33 @@ class LayerBytes:
     Attributes:
         bases: s d R.
         moments: s o R for each moment of the base optimizer, and its step counts.
-        protection: s k (d + o): the protected directions and what they held.
+        protection: s d min(k, d - k): the protected directions in their smaller form, and with an anchor what they
+            held; of layers with the same input there is one.
         bookkeeping: counts, gates, and what sketches remember: some hundred bytes.
+        joint: s d (r + r_k) for every task but the first: its bases side by side, from its first pass on.
         captured: s o (r + r_k) for every task, from its backward pass to the step.
         sketches: s d c for every task, in steps that renew a basis, with c = min(o, max(2 r, r + 64)).
+        on_host: whether the protection lies in the host's memory.
     """
 
     bases: int
     moments: int
     protection: int
     bookkeeping: int
+    joint: int
     captured: int
     sketches: int
+    on_host: bool = True
 
     @property
     def state(self) -> int:
-        """What is there between steps, and in a checkpoint."""
-        return self.bases + self.moments + self.protection + self.bookkeeping
+        """What stays on the device between refreshes, as in a checkpoint; `joint` can be made of it at any time."""
+        return self.bases + self.moments + self.bookkeeping + (0 if self.on_host else self.protection)
+
+    @property
+    def host(self) -> int:
+        """What stays in the host's memory; for a model on a CPU the two are the same memory."""
+        return self.protection if self.on_host else 0
 
 
 def layer_bytes(
@@ -48,6 +63,8 @@ def layer_bytes(
     protected: int = 0,
     sketched: bool = True,
     itemsize: int = 4,
+    protection: str = "host",
+    anchor: bool = False,
 ) -> LayerBytes:
     """The memory of a linear layer's training state under `GemsOptimizer`, besides the weight itself.
 
@@ -63,15 +80,17 @@ def layer_bytes(
         sketched: whether the bases are refreshed from sketches, as by default those of large layers at small ranks
             are. If not, the step of a refresh holds a whole gradient (s m n) for every task instead.
         itemsize: bytes of a number in the subspaces: 4, or 8 for float64 weights.
+        protection: ``"host"`` or ``"device"``: where the protected directions lie between refreshes.
+        anchor: whether what they held is kept, too; then they are in no smaller form.
 
     Raises:
-        ValueError: there is no such side.
+        ValueError: there is no such side, or more directions are protected than there are.
 
     Example:
         >>> from gradsub.memory import layer_bytes
-        >>> found = layer_bytes(576, 1536, rank=64)
-        >>> found.state, found.captured
-        (1376847, 442368)
+        >>> found = layer_bytes(576, 1536, rank=64, protected=1152)
+        >>> found.state, found.host, found.captured
+        (1376851, 2359296, 442368)
         >>> 2 * 4 * 576 * 1536  # the moments of Adam on the whole weight
         7077888
     """
@@ -80,14 +99,199 @@ def layer_bytes(
     own = max(1, rank // 2) if task_rank is None else task_rank
     widths = [min(rank, most), *[min(own, most)] * tasks]
     d, o = (in_features, out_features) if side == "input" else (out_features, in_features)
+    if not 0 <= protected <= d:
+        raise ValueError(f"protected={protected} must be a number of directions from 0 to {d}")
     counts = len(widths)
-    # step, next_refresh and gate_memory; of sketches, their number, singular values and whether the last was usable.
-    bookkeeping = 8 + 8 * counts + itemsize * tasks + (9 * counts + itemsize * sum(widths) if sketched else 0)
+    # step, next_refresh, gate_memory, pending_decay; of sketches, their number, singular values and whether the last
+    # was usable.
+    bookkeeping = 8 + 8 * counts + itemsize * (tasks + 1)
+    bookkeeping += 9 * counts + itemsize * sum(widths) if sketched else 0
+    kept = protected * (d + o) if anchor else d * min(protected, d - protected)
     return LayerBytes(
         bases=itemsize * d * sum(widths),
         moments=moments * itemsize * o * sum(widths) + (4 * counts if moments > 1 else 0),
-        protection=itemsize * protected * (d + o),
+        protection=itemsize * kept,
         bookkeeping=bookkeeping,
+        joint=itemsize * d * sum(widths[0] + width for width in widths[2:]),
         captured=itemsize * o * sum(widths[0] + width for width in widths[1:]),
         sketches=itemsize * d * sketch_size(widths[0], o) * tasks if sketched else 0,
+        on_host=protection == "host",
     )
+
+
+@dataclass(frozen=True)
+class MethodBytes:
+    """Bytes of a model under one way to train it.
+
+    Attributes:
+        weights: of all parameters, adapters included.
+        gradients: from the backward passes to the step, as far as they are whole.
+        bases: of the subspaces, those of single tasks side by side included.
+        moments: of the base optimizer.
+        bookkeeping: counts and gates.
+        protection: on the device.
+        captured: projected gradients, from the backward passes to the step.
+        sketches: in steps that refresh all layers, which take turns.
+        host: protected directions in the host's memory; those of layers with the same input once.
+    """
+
+    weights: int
+    gradients: int
+    bases: int = 0
+    moments: int = 0
+    bookkeeping: int = 0
+    protection: int = 0
+    captured: int = 0
+    sketches: int = 0
+    host: int = 0
+
+    @property
+    def state(self) -> int:
+        """On the device between steps, besides the weights."""
+        return self.bases + self.moments + self.bookkeeping + self.protection
+
+    @property
+    def device(self) -> int:
+        """On the device where all of it is there at once; activations come on top."""
+        return self.weights + self.gradients + self.state + self.captured + self.sketches
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes by method; as a string it is a table in megabytes."""
+
+    methods: Mapping[str, MethodBytes]
+
+    def __str__(self) -> str:
+        names = [field.name for field in fields(MethodBytes) if field.name != "host"]
+        lines = [f"{'MB':24}" + "".join(f"{method:>24}" for method in self.methods)]
+        for name in [*names, "device", "host"]:
+            cells = (getattr(found, name) / 1e6 for found in self.methods.values())
+            lines.append(f"{name:24}" + "".join(f"{cell:24,.1f}" for cell in cells))
+        return "\n".join(lines)
+
+
+def model_bytes(
+    model: nn.Module,
+    *,
+    rank: int,
+    task_rank: int | None = None,
+    tasks: int = 2,
+    side: str = "input",
+    target_modules: str | list[str] = "all-linear",
+    null_space: NullSpace | Mapping[str, float] | None = None,
+    moments: int = 2,
+    refresh: str = "auto",
+    protection: str = "host",
+    inputs: Mapping[str, str] | None = None,
+) -> ModelBytes:
+    """What training a model takes, before it is spent: AdamW, LoRA of the same rank, gradsub, and with a null space.
+
+    It reads shapes alone, so that the model may be on the device ``"meta"``. AdamW and gradsub train all parameters
+    that require gradients, LoRA the adapters of the same layers.
+
+    Args:
+        model: the model.
+        rank: columns of the shared basis, and LoRA's rank.
+        task_rank: columns of each task's basis; None: ``max(1, rank // 2)``.
+        tasks: how many.
+        side: ``"input"`` or ``"output"``.
+        target_modules: which layers are decomposed.
+        null_space: the protected directions, or the protected share of each layer's by its name; None: no such row.
+        moments: how many numbers the base optimizer keeps for each entry.
+        refresh: as of `GemsOptimizer`.
+        protection: ``"host"`` or ``"device"``: where protected directions lie between refreshes.
+        inputs: layer -> any name of its input; layers with the same one have one set of directions. None: with a
+            `NullSpace` those whose statistics are shared, else each layer has its own.
+
+    Example:
+        >>> import torch
+        >>> from gradsub.memory import model_bytes
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Linear(4096, 14336, bias=False)
+        >>> found = model_bytes(model, rank=64, null_space={"": 0.77})
+        >>> [round(method.state / 1e6, 1) for method in found.methods.values()]
+        [469.8, 9.4, 18.4, 18.4]
+        >>> round(found.methods["gradsub, null space"].host / 1e6, 1)
+        15.4
+    """
+    layout = Layout(side, tasks, None, model, target_modules, refresh=refresh)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    group = {"params": trained, "rank": rank, "task_rank": task_rank, "subspace": True}
+    layers = layout.add_group(group, 0)
+    decomposed = {layer.parameter for layer in layers}
+    weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
+
+    def adamw(counts: list[int], itemsizes: list[int]) -> tuple[int, int]:
+        whole = sum(count * size for count, size in zip(counts, itemsizes, strict=True))
+        return moments * whole, 4 * len(counts) if moments > 1 else 0
+
+    own, steps = adamw([p.numel() for p in trained], [p.itemsize for p in trained])
+    found = {
+        "AdamW": MethodBytes(weights, sum(p.numel() * p.itemsize for p in trained), moments=own, bookkeeping=steps)
+    }
+    sizes = [
+        (min(rank, *layer.whole_shape) * side, layer.parameter.itemsize)
+        for layer in layers
+        for side in layer.whole_shape
+    ]
+    own, steps = adamw([count for count, _ in sizes], [size for _, size in sizes])
+    adapters = sum(count * size for count, size in sizes)
+    found["LoRA"] = MethodBytes(weights + adapters, adapters, moments=own, bookkeeping=steps)
+    plain = [parameter for parameter in trained if parameter not in decomposed]
+    own, steps = adamw([p.numel() for p in plain], [p.itemsize for p in plain])
+    shares = _shares(null_space, layers)
+    for name in ("gradsub", "gradsub, null space") if null_space is not None else ("gradsub",):
+        each = {
+            layer.name: _bytes_of(
+                layer, rank, task_rank, tasks, moments, shares.get(layer.name, 0.0) if "," in name else 0.0, protection
+            )
+            for layer in layers
+        }
+        owners = {_owner(layer.name, null_space, inputs): layer.name for layer in layers}
+        kept = [each[layer] for layer in owners.values()]
+        found[name] = MethodBytes(
+            weights,
+            tasks * sum(p.numel() * p.itemsize for p in plain),
+            bases=sum(b.bases + b.joint for b in each.values()),
+            moments=sum(b.moments for b in each.values()) + own,
+            bookkeeping=sum(b.bookkeeping for b in each.values()) + steps,
+            protection=sum(b.protection for b in kept) if protection == "device" else 0,
+            captured=sum(b.captured for b in each.values()),
+            sketches=sum(b.sketches for b in each.values()),
+            host=sum(b.host for b in kept),
+        )
+    return ModelBytes(found)
+
+
+def _bytes_of(
+    layer: Layer, rank: int, task_rank: int | None, tasks: int, moments: int, share: float, protection: str
+) -> LayerBytes:
+    out_features, in_features = layer.whole_shape
+    return layer_bytes(
+        out_features,
+        in_features,
+        rank=rank,
+        task_rank=task_rank,
+        tasks=tasks,
+        side="input" if layer.axis == 1 else "output",
+        moments=moments,
+        protected=round(share * layer.dimension),
+        sketched=layer.sketched,
+        itemsize=layer.dtype.itemsize,
+        protection=protection,
+    )
+
+
+def _shares(null_space: NullSpace | Mapping[str, float] | None, layers: list[Layer]) -> Mapping[str, float]:
+    if null_space is None or isinstance(null_space, Mapping):
+        return null_space or {}
+    return {layer.name: null_space.protected_fraction(layer.name) for layer in layers if layer.name in null_space}
+
+
+def _owner(name: str, null_space: NullSpace | Mapping[str, float] | None, inputs: Mapping[str, str] | None) -> object:
+    if inputs is not None:
+        return inputs.get(name, ("", name))
+    if isinstance(null_space, NullSpace) and name in null_space:
+        return id(null_space._shared.by_name[name])
+    return name

@@ -48,7 +48,8 @@ class GemsOptimizer(Optimizer):
         side="output":  R = B^T G (r x n),  dW = scale (B_sh d_sh + sum_k g_k B_k d_k)
 
     with gates g_k that are positive and sum to 1. Since every basis is orthogonal to K, so is every update, whatever
-    the base optimizer does; decoupled weight decay is projected likewise. The wrapper takes ``base`` over: both
+    the base optimizer does; decoupled weight decay is projected likewise, and of protected layers collected until the
+    next refresh. The wrapper takes ``base`` over: both
     show the same ``param_groups``, so that a scheduler built on either of them steers, and ``base.step()`` is its own.
 
     Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
@@ -100,6 +101,11 @@ class GemsOptimizer(Optimizer):
             steps, after which the basis changes; layers take turns. ``"auto"``: sketches for layers with more than
             65,536 entries that are captured by their own backward pass, as far as their rank is so small that a sketch
             costs less than the whole gradient, and for all sharded ones; else decompositions, all in the same step.
+        protection: where protected directions lie between refreshes, which alone need them: ``"host"``: in the host's
+            memory; they come to the device layer by layer. ``"device"``: they stay there. ``"auto"``: the host.
+        anchor: also keep the protected part W K of each weight, beside the directions, and set it back once in
+            ``update_proj_gap`` steps, so that roundings do not add up: as many numbers more as protected directions
+            times the other axis. Without it a few roundings of W are left after thousands of steps.
         process_group: the ranks that train this model on different data: a process group, a one-dimensional
             ``DeviceMesh``, or None: the default group once torch.distributed is initialised (a group of one rank turns
             communication off). Every rank has to step; what was captured is then summed in one flat bucket, and a
@@ -162,10 +168,12 @@ class GemsOptimizer(Optimizer):
         master_weights: bool = False,
         capture: str = "auto",
         refresh: str = "auto",
+        protection: str = "auto",
+        anchor: bool = False,
         process_group: Any = None,
     ) -> None:
         check_wrappable(base)
-        settings.check_arguments(side, orthogonalize, moments, nonfinite, capture, refresh)
+        settings.check_arguments(side, orthogonalize, moments, nonfinite, capture, refresh, protection)
         self.tasks = settings.check_tasks(tasks)
         own = {
             "tasks": self.tasks,
@@ -183,7 +191,16 @@ class GemsOptimizer(Optimizer):
         weigh, gates = None if surgery == "sum" else _surgery(surgery), resolve_gate(gate)
         self._nonfinite = nonfinite
         self._layout = Layout(
-            side, len(self.tasks), null_space, model, target_modules, master_weights, capture, refresh
+            side,
+            len(self.tasks),
+            null_space,
+            model,
+            target_modules,
+            master_weights,
+            capture,
+            refresh,
+            protection,
+            anchor,
         )
         self._stepper = Stepper(
             self.tasks,
@@ -192,6 +209,7 @@ class GemsOptimizer(Optimizer):
             weigh,
             moments,
             master_weights,
+            anchor,
         )
         self._skipped = 0
         self._placed: dict[Tensor, Any] = {}

@@ -3,46 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from gradsub.linalg._arithmetic import widest
-from gradsub.subspace import Block, Layer, lift, local, pieces
+from gradsub.subspace import Block, Layer, Protected, lift, local, pieces
 
-__all__ = ["ANCHOR", "MASTER", "PROTECTED", "apply_updates", "hold_protected", "initialise_update"]
+__all__ = [
+    "ANCHOR",
+    "FREE",
+    "MASTER",
+    "PENDING_DECAY",
+    "PROTECTED",
+    "apply_updates",
+    "collect_decay",
+    "decay",
+    "hold_protected",
+    "initialise_update",
+    "protected_in",
+]
 
 ANCHOR: Final = "anchor"
 MASTER: Final = "master"
+PENDING_DECAY: Final = "pending_decay"
 PROTECTED: Final = "protected"
+FREE: Final = "free"
 
 State = MutableMapping[str, Any]
 
 
-def initialise_update(layer: Layer, state: State, master_weights: bool) -> None:
+def protected_in(state: Mapping[str, Any]) -> Protected | None:
+    """What a layer's state says is protected."""
+    if FREE in state:
+        return Protected(state[FREE], complement=True)
+    return Protected(state[PROTECTED]) if PROTECTED in state else None
+
+
+def initialise_update(layer: Layer, state: State, master_weights: bool, anchor: bool = False) -> None:
     """The state that updates need: what is protected, where it stood, and the precise weight.
 
-    ``"protected"`` is K (d x k), so that a resumed run protects the same. ``"anchor"`` is W K (m x k) for axis 1,
-    K^T W (k x n) for axis 0. ``"master"`` (m x n) exists for weights below float32, on demand.
+    ``"protected"`` is K (d x k), so that a resumed run protects the same; where most directions are protected,
+    ``"free"`` is an orthonormal basis of what K leaves (d x (d - k)) instead. ``"anchor"`` is W K (m x k) for axis 1,
+    K^T W (k x n) for axis 0, beside K in memory; it exists on demand. ``"master"`` (m x n) exists for weights below
+    float32, on demand.
     """
     weight = layer.parameter
-    if layer.protected is None:
-        state.pop(PROTECTED, None)
+    here = None if layer.protected is None else FREE if layer.protected.complement else PROTECTED
+    # What stays keeps its place: the state of a resumed run has the same order.
+    for key in {FREE, PROTECTED} - {here}:
+        state.pop(key, None)
+    if layer.protected is None or not anchor:
         state.pop(ANCHOR, None)
-    else:
-        found = layer.total(layer.project(layer.matrix(weight.detach()), layer.protected))
-        held = state.get(ANCHOR)
-        if held is None or held.shape != found.shape:
-            state[ANCHOR] = found
-        state[PROTECTED] = layer.protected
+    if layer.protected is not None and here is not None:
+        K = state[here] = layer.protected.directions
+        rows, columns = layer.shape
+        expected = (rows, K.shape[1]) if layer.axis == 1 else (K.shape[1], columns)
+        if anchor and (ANCHOR not in state or state[ANCHOR].shape != expected):
+            state[ANCHOR] = layer.total(layer.project(layer.matrix(weight.detach()), K.to(weight.device)))
+        if anchor:
+            state[ANCHOR] = state[ANCHOR].to(K.device)
     if master_weights and weight.dtype != layer.dtype and MASTER not in state:
         state[MASTER] = layer.matrix(weight.detach()).to(layer.dtype, copy=True)
 
 
 def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: Tensor, shrink: float | Tensor) -> None:
-    r"""W <- W - shrink P W + lift(steps), for the layers of a block.
+    r"""W <- (1 - shrink) W + lift(steps), for the layers of a block; of protected layers without the decay.
 
     The whole update is formed before it is added: each addition rounds W, and only rounding can move what is protected.
 
@@ -51,13 +79,13 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
         states: of the layers.
         steps: d, scaled and gated, side by side for all subspaces (L x m x r for axis 1, L x r x n for axis 0).
         bases: of the same subspaces (L x d x r); they lie in the null space, so every lifted step does.
-        shrink: lr times weight decay, or 0. P = I - K K^T keeps the decay off the protected directions as well.
+        shrink: lr times weight decay, or 0. Protected layers collect it, see `collect_decay`.
     """
     shrinks = isinstance(shrink, Tensor) or shrink != 0.0
     together: list[int] = []
     alone: list[int] = []
     for row, layer in enumerate(block.layers):
-        simple = layer.parameter.dtype == layer.dtype and not (shrinks and layer.protected is not None)
+        simple = layer.parameter.dtype == layer.dtype
         (together if simple and _small(layer) else alone).append(row)
     first = block.first
     for rows in pieces(together, first.shape[0] * first.shape[1], block.device):
@@ -71,11 +99,14 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
             # The update takes the weight's shape, never the reverse: as a matrix, a channels_last weight is a copy.
             updates = [update.reshape(weight.shape) for update, weight in zip(updates, weights, strict=True)]
         if shrinks:
+            decayed = [weight for row, weight in zip(rows, weights, strict=True) if block.layers[row].protected is None]
             kept = 1 - shrink
-            torch._foreach_mul_(weights, kept.reshape(()) if isinstance(kept, Tensor) else kept)
+            if decayed:
+                torch._foreach_mul_(decayed, kept.reshape(()) if isinstance(kept, Tensor) else kept)
         torch._foreach_add_(weights, updates)
     for row in alone:
-        _apply(block.layers[row], states[row], steps[row], bases[row], shrink)
+        layer = block.layers[row]
+        _apply(layer, states[row], steps[row], bases[row], 0.0 if layer.protected is not None else shrink)
 
 
 def _small(layer: Layer) -> bool:
@@ -85,28 +116,70 @@ def _small(layer: Layer) -> bool:
 
 def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: float | Tensor) -> None:
     weight = _precise(layer, state)
-    shrinks = isinstance(shrink, Tensor) or shrink != 0.0
-    if shrinks and layer.protected is not None:
-        # P W = W - (W K) K^T, of the weight as it is: somebody else may have written it since the last step.
-        along = layer.total(layer.project(weight, layer.protected))
-        step = torch.cat([step, along * shrink], dim=layer.axis)
-        basis = torch.cat([basis, layer.protected], dim=1)
     left, right = (step, basis.mT) if layer.axis == 1 else (layer.near(basis), step)
-    if not shrinks:
-        weight = weight.addmm_(left, right)
-    elif isinstance(shrink, Tensor):
+    if isinstance(shrink, Tensor):
         weight = weight.add_(layer.lift(step, basis) - weight * shrink)
+    elif shrink == 0.0:
+        weight = weight.addmm_(left, right)
     else:
         weight = weight.add_(torch.addmm(weight, left, right, beta=-shrink))
     _write(layer, weight)
 
 
+def collect_decay(block: Block, states: Sequence[State], shrink: float | Tensor) -> None:
+    """Of a block's protected layers: c <- c + s (1 - c), the share of P W that decay has yet to take away.
+
+    P = I - K K^T, and K is on the device at refreshes only. After steps with the shares s_t, 1 - c is the product of
+    all 1 - s_t. A share that is a tensor on an accelerator is not read: c then lives there as well.
+
+    Args:
+        block: the layers.
+        states: of the layers.
+        shrink: s, lr times weight decay, or 0.
+    """
+    rows = [row for row, layer in enumerate(block.layers) if layer.protected is not None]
+    if not rows or (not isinstance(shrink, Tensor) and shrink == 0.0):
+        return
+    pending = block.stacks[PENDING_DECAY]
+    if isinstance(shrink, Tensor) and shrink.device.type != "cpu" and pending.device.type == "cpu":
+        pending = block.stacks[PENDING_DECAY] = pending.to(shrink.device)
+        for state, mine in zip(states, pending.unbind(), strict=True):
+            state[PENDING_DECAY] = mine
+    if pending.device.type == "cpu":
+        array = block.array(PENDING_DECAY)
+        array[rows] += float(shrink) * (1 - array[rows])
+        return
+    for row in rows:
+        pending[row] += (1 - pending[row]) * (shrink.reshape(()) if isinstance(shrink, Tensor) else shrink)
+
+
+def decay(layer: Layer, state: State) -> None:
+    r"""W <- W - c P W: take away what was collected since the last time.
+
+    With updates U d_t in the range of P, decay at each step gives P W_T = (1 - c) P W_0 + sum_t a_t U d_t, where a_t is
+    the product of the 1 - s of the steps after t; this gives 1 - c in the place of every a_t. So the two differ by at
+    most c times the sum of the norms of the updates since: decay and updates of one gap, multiplied.
+    """
+    pending = state[PENDING_DECAY]
+    if layer.protected is None or (pending.device.type == "cpu" and float(pending) == 0.0):
+        return
+    weight = _precise(layer, state)
+    # Of the weight as it is: somebody else may have written it since.
+    protected = layer.protected.to(weight.device)
+    free = layer.lift(layer.total(layer.project(weight, protected.directions)), protected.directions)
+    if not protected.complement:
+        free = weight - free
+    _write(layer, weight.sub_(free.mul_(float(pending) if pending.device.type == "cpu" else pending)))
+    pending.zero_()
+
+
 def hold_protected(layer: Layer, state: State, steps: int) -> None:
-    r"""Undo what rounding did to the protected part of the weight in the last steps.
+    r"""Undo what rounding did to the protected part of the weight in the last steps, where there is an anchor.
 
     Each step rounds W, and the roundings add up like a random walk: over thousands of steps they leave more in the
     protected directions than the update, which is orthogonal to them, ever would. So W + (A - W K) K^T is restored,
-    with A = W K as it was. Rounding an entry w errs by up to eps |w| / 2, so that T steps move a row of W K by about
+    with A = W K as it was; K is held whole then. Rounding an entry w errs by up to eps |w| / 2, so that T steps move a
+    row of W K by about
     eps sqrt(T) / 5 times the root of the sum over j of w_j^2 |K_j|^2, and storing A costs an eps of its own. A row that
     moved by five times as much was written by somebody else (weights were loaded, scaled, clipped, pruned): then that
     is the new row of A.
@@ -116,19 +189,20 @@ def hold_protected(layer: Layer, state: State, steps: int) -> None:
         state: its state.
         steps: T, how many steps it has taken since the last call, at most.
     """
-    if layer.protected is None:
+    if layer.protected is None or ANCHOR not in state:
         return
     weight = _precise(layer, state)
     wide = widest(weight.device)
-    K, W = layer.protected.to(wide), weight.to(wide)
+    K, W = layer.protected.directions.to(weight.device, wide), weight.to(wide)
     now = layer.total(layer.project(W, K))
     exposed = layer.total(layer.project(W.square(), K.square().sum(1, keepdim=True)))
-    drift = state[ANCHOR] - now
+    anchor = state[ANCHOR].to(now.device, non_blocking=True)
+    drift = anchor - now
     along = 1 if layer.axis == 1 else 0
     stored = torch.linalg.vector_norm(now, dim=along, keepdim=True)
     rounding = torch.finfo(weight.dtype).eps * (math.sqrt(steps) * exposed.sqrt() + stored)
     foreign = torch.linalg.vector_norm(drift, dim=along, keepdim=True) > rounding
-    state[ANCHOR].copy_(torch.where(foreign, now, state[ANCHOR]))
+    state[ANCHOR].copy_(torch.where(foreign, now, anchor))
     _write(layer, weight.copy_(weight + layer.lift(torch.where(foreign, 0.0, drift), K)))
 
 

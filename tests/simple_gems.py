@@ -29,6 +29,7 @@ class SimpleGems:
         dimension = self.W.shape[0]
         K = np.zeros((dimension, 0)) if protected is None else protected
         self.P = np.eye(dimension) - K @ K.T
+        self.decay_gap, self.pending = 1 if protected is None else gap, 0.0
         self.bases, self.first, self.second, self.count, self.due, self.t = {}, {}, {}, {}, {}, 0
 
     def weight(self):
@@ -49,9 +50,17 @@ class SimpleGems:
         gates = self.gates(R, samples, losses, total)
         d = {k: self.inner_step(k, R[k]) for k in R}
         update = self.bases["shared"] @ d["shared"] + sum(gates[k] * self.bases[k] @ d[k] for k in G)
-        shrink = self.lr * self.decay if self.inner == "adamw" else 0.0
-        self.W = self.W - shrink * self.P @ self.W + self.scale * update
+        if self.inner == "adamw":
+            self.shrink(self.lr * self.decay)
+        self.W = self.W + self.scale * update
         self.t += 1
+
+    def shrink(self, share):
+        """Decay is collected, and taken away when P is needed anyway: all the shares of a gap at once."""
+        self.pending = 1 - (1 - self.pending) * (1 - share)
+        if self.t % self.decay_gap == 0:
+            self.W = self.W - self.pending * self.P @ self.W
+            self.pending = 0.0
 
     def refresh(self, G):
         for name, gradient in G.items():

@@ -59,6 +59,14 @@ class RandomNullSpace(NullSpace):
         random = torch.randn(width, round(share * width), device=self._device, generator=generator)
         return torch.linalg.qr(random).Q.to(dtype)
 
+    def complement(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        basis = self.basis(name, dtype)
+        return torch.linalg.qr(basis, mode="complete").Q[:, basis.shape[1] :].contiguous()
+
+    def protected_fraction(self, name: str) -> float:
+        width, count = self.basis(name).shape
+        return count / width
+
     def extended(self, name: str, kept: Tensor) -> Tensor:
         return kept
 

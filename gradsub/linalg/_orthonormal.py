@@ -6,6 +6,7 @@ from torch import Tensor
 from ._arithmetic import full_precision, widen
 from ._checks import check_matrix
 from ._gaussian import gaussian
+from ._outside import Outside, outside_of
 from ._thin import added_by_each, independent_qr
 
 
@@ -77,7 +78,7 @@ def orthonormalize(Y: Tensor, *, against: Tensor | None = None, generator: torch
 
 
 def _orthonormalize_unchecked(
-    Y: Tensor, *, against: Tensor | None = None, generator: torch.Generator | None = None
+    Y: Tensor, *, against: Tensor | Outside | None = None, generator: torch.Generator | None = None
 ) -> Tensor:
     """`orthonormalize` without its checks: NaN in ``Y`` gives NaN.
 
@@ -85,12 +86,14 @@ def _orthonormalize_unchecked(
     complement has room for all columns of ``Y``.
     """
     d, c = Y.shape[-2:]
-    k = 0 if against is None else against.shape[-1]
+    K = outside_of(against)
+    k = 0 if K is None else K.columns
     with full_precision(Y.device):
-        Y, K = widen(Y), None if against is None or k == 0 else widen(against)
+        Y = widen(Y)
         if K is not None:
-            dtype = torch.promote_types(Y.dtype, K.dtype)
-            Y, K = Y.to(dtype), K.to(dtype)
+            for part in (K.against, K.within):
+                Y = Y if part is None else Y.to(torch.promote_types(Y.dtype, part.dtype))
+            K = K.widened(Y.dtype)
         negligible = 8 * d**0.5 * torch.finfo(Y.dtype).eps
         # K may itself be the replacements of an earlier call with an equal seed: without the shift by k numbers the
         # same directions would be drawn again, of which K leaves nothing.
@@ -101,12 +104,11 @@ def _orthonormalize_unchecked(
         return Q if K is None else independent_qr(_project_out(K, Q))
 
 
-def _project_out(K: Tensor | None, X: Tensor) -> Tensor:
+def _project_out(K: Outside | None, X: Tensor) -> Tensor:
     """(I - K K^T) X. Twice: after the first pass the rounding error is relative to X, not to what is left of it."""
     if K is None:
         return X
-    X = X - K @ (K.mT @ X)
-    return X - K @ (K.mT @ X)
+    return K.project(K.project(X))
 
 
 def _unit_columns(Y: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ def _unit_columns(Y: Tensor) -> Tensor:
     return Y / torch.where(largest == 0, 1, Y.norm(dim=-2, keepdim=True))
 
 
-def _replace_vanished(Y: Tensor, K: Tensor | None, random: Tensor, negligible: float) -> Tensor:
+def _replace_vanished(Y: Tensor, K: Outside | None, random: Tensor, negligible: float) -> Tensor:
     """Unit columns of (I - K K^T) Y, random where nothing is left of a column."""
     Y = _project_out(K, Y)
     left = Y.norm(dim=-2, keepdim=True)

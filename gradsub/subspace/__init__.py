@@ -5,6 +5,7 @@ from gradsub.subspace._basis import dominant_basis, lift, orthonormality, projec
 from gradsub.subspace._block import Block, make_blocks, pieces
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._moments import MOMENT_RULES, carry_moments
+from gradsub.subspace._protected import Protected
 from gradsub.subspace._schedule import check_steps_taken, sketch_size
 from gradsub.subspace._shards import Shards, is_distributed, local, sharded_over, shards_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "BasesChanged",
     "Block",
     "Layer",
+    "Protected",
     "Rows",
     "Shards",
     "SubspaceBank",

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
+from gradsub.linalg._outside import Outside
 from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
 from gradsub.subspace._block import Block, pieces
 from gradsub.subspace._layer import Layer
+from gradsub.subspace._protected import side_by_side
 from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place, own_place
 from gradsub.subspace._verdicts import Verdicts
 
@@ -111,9 +113,10 @@ class SubspaceBank:
         return due if due.any() else None
 
     def at_place(self, layer: Layer, gap: int) -> bool:
-        """Whether this step is the layer's first or its own place within ``gap`` steps."""
+        """Whether this step is the layer's first, or the one in ``gap`` steps in which its bases are due."""
         step = int(layer.block.array("step")[layer.row])
-        return step == 0 or step % gap == own_place(gap, layer.block.turn)
+        place = own_place(gap, layer.block.turn) if layer.sketched else 0
+        return step == 0 or step % gap == place
 
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
@@ -146,17 +149,18 @@ class SubspaceBank:
         if layer.protected is None:
             return
         basis = layer.block.stacks["basis"][layer.row]
-        inside = layer.protected.mT @ basis
-        if inside.numel() and bool(inside.abs().max() > 64 * torch.finfo(layer.dtype).eps):
-            basis -= layer.protected @ inside
+        free = layer.protected.to(basis.device).leaves(basis)
+        if bool((basis - free).abs().max() > 64 * torch.finfo(layer.dtype).eps):
+            basis.copy_(free)
             layer.block.array("next_refresh")[layer.row] = int(layer.block.array("step")[layer.row])
 
-    def check(self, layer: Layer, state: Mapping[str, Any], update_proj_gap: int) -> None:
+    def check(self, layer: Layer, state: Mapping[str, Any], free: int, update_proj_gap: int) -> None:
         """Raise if a layer's state from elsewhere, of the right shapes, cannot have come about.
 
         Args:
             layer: the layer.
-            state: with the protected directions that its bases were taken under, if any.
+            state: what is to be checked.
+            free: d - k of the protected directions that its bases were taken under.
             update_proj_gap: steps between refreshes.
 
         Raises:
@@ -175,7 +179,6 @@ class SubspaceBank:
             raise ValueError(f"state_dict: 'sketches' {of} must be 0 to {SKETCHES_PER_REFRESH - 1}")
         if "singular_values" in state and bool((state["singular_values"] < 0).any()):
             raise ValueError(f"state_dict: 'singular_values' {of} has negative entries")
-        free = layer.dimension - (state["protected"].shape[1] if "protected" in state else 0)
         for subspace, width in enumerate(layer.widths):
             room = free
             if subspace != SHARED and self._orthogonalize == "shared_first":
@@ -347,10 +350,12 @@ class SubspaceBank:
         steps, width = block.array("step"), block.first.widths[subspace]
         for row in rows:
             kept = min(width, self._free(block.layers[row], subspace))
-            kinds[kept, (int(steps[row]), more(row))].append(row)
+            protected = block.layers[row].protected
+            form = protected is not None and protected.complement
+            kinds[kept, (int(steps[row]), form, more(row))].append(row)
         size = block.first.dimension
         for (kept, _), some in kinds.items():
-            forbidden = size - min(self._free(block.layers[row], subspace) for row in some)
+            forbidden = max(_columns(block.layers[row]) for row in some)
             for piece in pieces(some, size * (forbidden + 2 * width), block.device):
                 yield piece, kept
 
@@ -359,20 +364,15 @@ class SubspaceBank:
             return layer.free
         return max(0, layer.free - min(layer.widths[SHARED], layer.free))
 
-    def _forbidden(self, block: Block, rows: Sequence[int], subspace: int) -> Tensor | None:
-        """What the bases of these rows have to stay orthogonal to (l x d x k); zero columns where there is less."""
-        protected = [block.layers[row].protected for row in rows]
-        most = max(0 if K is None else K.shape[1] for K in protected)
-        stacked = None
-        if most:
-            stacked = block.stacks["basis"].new_zeros(len(rows), block.first.dimension, most)
-            for place, K in enumerate(protected):
-                if K is not None:
-                    stacked[place, :, : K.shape[1]] = K
-        if subspace == SHARED or self._orthogonalize == "none":
-            return stacked
-        shared = block.basis(SHARED, rows)
-        return shared if stacked is None else torch.cat([stacked, shared], dim=2)
+    def _forbidden(self, block: Block, rows: Sequence[int], subspace: int) -> Outside | None:
+        """Where the bases of these rows, which hold what is protected in one form, have to stay."""
+        protected = side_by_side([block.layers[row].protected for row in rows], block.stacks["basis"])
+        within = protected.directions if protected is not None and protected.complement else None
+        against = protected.directions if protected is not None and not protected.complement else None
+        if subspace != SHARED and self._orthogonalize != "none":
+            shared = block.basis(SHARED, rows)
+            against = shared if against is None else torch.cat([against, shared], dim=2)
+        return None if against is None and within is None else Outside(against, within)
 
     def _generator(self, block: Block, subspace: int, step: int) -> torch.Generator:
         """An own generator for every draw: reproducible after a resume, and the global one is left alone."""
@@ -382,6 +382,11 @@ class SubspaceBank:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_directions": {}}
+
+
+def _columns(layer: Layer) -> int:
+    """How many columns a refresh has to stay out of, or in."""
+    return layer.widths[SHARED] + (0 if layer.protected is None else layer.protected.directions.shape[1])
 
 
 def _places(every: Sequence[int], some: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gradsub.linalg._arithmetic import full_precision, largest_magnitude
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
+from gradsub.linalg._outside import Outside, outside_of
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
 from gradsub.linalg._thin import added_by_each, dominant_eigenvectors
 
@@ -44,7 +45,7 @@ def dominant_basis(
     gradient: Tensor,
     width: int,
     axis: int,
-    against: Tensor | None,
+    against: Tensor | Outside | None,
     free: int,
     generator: torch.Generator,
     may_vanish: bool = False,
@@ -58,7 +59,8 @@ def dominant_basis(
         gradient: G (m x n), or several of them (L x m x n).
         width: columns of the result.
         axis: the axis of length d that the basis spans.
-        against: K (d x k, or L of them), orthonormal columns (zero columns are allowed) to stay orthogonal to.
+        against: K (d x k, or L of them), orthonormal columns (zero columns are allowed) to stay orthogonal to,
+            or what else to stay in.
         free: the dimension of K's complement; columns beyond it are zero, since there is no direction left for them.
         generator: draws the random test matrix, and the columns beyond the rank of (I - K K^T) G.
         may_vanish: whether G counts if K leaves nothing but rounding of it: then all columns are drawn.
@@ -69,9 +71,10 @@ def dominant_basis(
         the decomposition does.
     """
     whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
-    if against is not None:
+    outside = outside_of(against)
+    if outside is not None:
         with full_precision(matrix.device):
-            matrix = matrix - against @ (against.mT @ matrix)
+            matrix = outside.project(matrix)
     largest = largest_magnitude(whole)
     error = _error(largest, largest_magnitude(matrix))
     usable: list[bool] = _counts(largest, error, may_vanish).flatten().tolist()
@@ -92,7 +95,7 @@ def sketched_basis(
     Y: Tensor,
     earlier: Tensor | None,
     width: int,
-    against: Tensor | None,
+    against: Tensor | Outside | None,
     generator: torch.Generator,
     may_vanish: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,7 +110,7 @@ def sketched_basis(
         Y: sketches of L layers (L x d x c).
         earlier: B diag(s) (L x d x width), or None; zero where that sketch was not usable.
         width: columns of the result, at most the dimension of K's complement.
-        against: K (L x d x k), or None.
+        against: K (L x d x k), what else to stay in, or None.
         generator: draws the columns beyond the rank of the matrix.
         may_vanish: whether Y is usable if K leaves nothing but rounding of it.
 
@@ -117,8 +120,9 @@ def sketched_basis(
     """
     with full_precision(Y.device):
         whole = largest = largest_magnitude(Y)
-        if against is not None:
-            Y = Y - against @ (against.mT @ Y)
+        outside = outside_of(against)
+        if outside is not None:
+            Y = outside.project(Y)
             largest = largest_magnitude(Y)
         error = _error(whole, largest)
         usable = _counts(whole, error, may_vanish)
@@ -127,8 +131,8 @@ def sketched_basis(
         Y = torch.where(usable & (error < 1), Y / largest, 0.0)
         Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
         if earlier is not None:
-            if against is not None:
-                earlier = earlier - against @ (against.mT @ earlier)
+            if outside is not None:
+                earlier = outside.project(earlier)
             Y = torch.cat([earlier, Y], dim=-1)
         gramian = Y.mT @ Y
         columns = min(width, Y.shape[-1])

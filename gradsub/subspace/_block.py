@@ -87,14 +87,6 @@ class Block:
         self._fills[key] = fill
         self.stacks[key] = torch.full((len(self), *shape), fill, dtype=dtype, device=device)
 
-    def array(self, key: str) -> Any:
-        """A stack of counts as an array that shares its memory: reading that is no operation of torch."""
-        stack = self.stacks[key]
-        found = self._arrays.get(key)
-        if found is None or found[0] is not stack:
-            found = self._arrays[key] = (stack, stack.numpy())
-        return found[1]
-
     def show(self, state: State) -> None:
         """Put views of the stacks into the layers' state."""
         for row, layer in enumerate(self.layers):
@@ -111,17 +103,32 @@ class Block:
                     stack[row].fill_(self._fills[key])
         self.show(state)
 
+    def array(self, key: str) -> Any:
+        """A stack on the CPU as an array that shares its memory: reading and writing it is no operation of torch."""
+        stack = self.stacks[key]
+        found = self._arrays.get(key)
+        if found is None or found[0] is not stack:
+            found = self._arrays[key] = (stack, stack.numpy())
+        return found[1]
+
     def basis(self, subspace: int, rows: Sequence[int] | None = None) -> Tensor:
         """A subspace's bases (L x d x r): a view, or a copy of some rows."""
         joint = self.stacks["basis"][:, :, self.first.columns(subspace)]
         return joint if rows is None or len(rows) == len(self) else joint[list(rows)]
 
     def joint(self, task: int, dtype: torch.dtype) -> Tensor:
-        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them."""
+        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them.
+
+        Those of the first task lie side by side anyway, and take no memory.
+        """
         basis = self.stacks["basis"]
         version, found = self._joint.get((task, dtype), (-1, basis))
         if version != basis._version:
-            found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
+            if task == 0 and dtype == basis.dtype:
+                # What a pass has saved of it may change before the next: no view that autograd counts the changes of.
+                found = basis.data[:, :, : self.first.columns(1).stop]
+            else:
+                found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
             self._joint[task, dtype] = (basis._version, found)
         return found
 

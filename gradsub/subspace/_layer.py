@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradsub.subspace._basis import lift, project, sketch
+from gradsub.subspace._protected import Protected
 from gradsub.subspace._schedule import sketch_size
 from gradsub.subspace._shards import Shards, local
 
@@ -26,7 +27,7 @@ class Layer:
         axis: the axis of the weight that the bases span, of length d: 1 for ``side="input"`` of an
             ``out_features x in_features`` weight, 0 for ``side="output"``.
         widths: columns of each subspace's basis: the shared one first, then one a task.
-        protected: K (d x k), orthonormal: directions along ``axis`` that no update may touch. May grow.
+        protected: directions along ``axis`` that no update may touch. May grow.
         sketched: whether bases are refreshed from sketches of the gradient, without the whole of it.
         shards: which of the weight's rows are on this rank; None: all. Bases are whole on every rank.
         block: the layers that it is stacked with.
@@ -38,7 +39,7 @@ class Layer:
     index: int
     axis: int
     widths: tuple[int, ...]
-    protected: Tensor | None = None
+    protected: Protected | None = None
     sketched: bool = False
     shards: Shards | None = None
     block: Block = field(init=False, repr=False)
@@ -113,7 +114,7 @@ class Layer:
     @property
     def free(self) -> int:
         """d - k: the dimension of the null space."""
-        return self.dimension - (0 if self.protected is None else self.protected.shape[1])
+        return self.dimension if self.protected is None else self.protected.free
 
     @property
     def dtype(self) -> torch.dtype:

@@ -168,7 +168,7 @@ def test_a_master_copy_follows(device):
 
 def test_decay_reaches_what_is_not_protected(device):
     """Without gradients along it, the free part of a weight written anew shrinks by lr times decay a step."""
-    world = World(device, base=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5))
+    world = World(device, base=lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.5), update_proj_gap=1)
     world.step()
     world.write(loaded)
     K, before = world.K, world.weight.detach().clone()

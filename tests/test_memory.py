@@ -1,0 +1,170 @@
+"""What training takes in memory is what the formulas say, to the byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from gradsub import GemsOptimizer, NullSpace
+from gradsub.memory import layer_bytes, model_bytes
+
+TASKS = ("a", "b")
+WIDTH, HIDDEN = 24, 40
+SHARES = {"q": 0.55, "k": 0.55, "v": 0.55, "o": 0.55, "gate": 0.77, "up": 0.77, "down": 0.75}
+
+
+class Block(nn.Module):
+    """Query, key and value have one input; so have gate and up."""
+
+    def __init__(self, width=WIDTH, hidden=HIDDEN, narrow=WIDTH):
+        super().__init__()
+        shapes = {
+            "q": (width, width),
+            "k": (width, narrow),
+            "v": (width, narrow),
+            "o": (width, width),
+            "gate": (width, hidden),
+            "up": (width, hidden),
+            "down": (hidden, width),
+        }
+        self.layers = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x):
+        x = self.norm(x)
+        q, k, v = (self.layers[name](x) for name in "qkv")
+        x = x + self.layers["o"]((q * k).tanh() * v)
+        return x + self.layers["down"](self.layers["gate"](x).tanh() * self.layers["up"](x))
+
+
+def null_space_of(model, share):
+    """Protects a share of each layer's directions; layers with one input have one covariance."""
+    with torch.no_grad():
+        return NullSpace(max_rank=max(1, round(share * WIDTH))).collect(
+            model, [torch.randn(4, 30, WIDTH).to(model.norm.weight)]
+        )
+
+
+def train(model, optimizer, steps=4):
+    for _ in range(steps):
+        for task in TASKS:
+            with optimizer.task(task):
+                model(torch.randn(5, 3, WIDTH).to(model.norm.weight)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def distinct_bytes(tensors):
+    return sum({tensor.untyped_storage().data_ptr(): tensor.numel() * tensor.itemsize for tensor in tensors}.values())
+
+
+def kept(optimizer):
+    """Bytes of a run's state, by what it is; tensors that several layers share count once."""
+    states = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    found = {
+        "host": distinct_bytes(s[key] for s in states for key in ("protected", "free") if key in s),
+        "joint": sum(
+            joint.numel() * joint.itemsize
+            for block in optimizer._stepper.blocks
+            for _, joint in block._joint.values()
+            if joint.untyped_storage().data_ptr() != block.stacks["basis"].untyped_storage().data_ptr()
+        ),
+    }
+    rest = [v for s in states for key, v in s.items() if key not in ("protected", "free", "anchor")]
+    return {**found, "state": sum(v.numel() * v.itemsize for v in rest)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 0.8])
+def test_a_run_holds_what_the_table_says(share, refresh, dtype, device):
+    torch.manual_seed(0)
+    model = Block().to(device, dtype)
+    null_space = null_space_of(model, share) if share else None
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = GemsOptimizer(
+        base, tasks=TASKS, rank=4, model=model, null_space=null_space, refresh=refresh, update_proj_gap=3
+    )
+    train(model, optimizer)
+    found, table = kept(optimizer), model_bytes(model, rank=4, null_space=null_space, refresh=refresh)
+    said = table.methods["gradsub, null space" if share else "gradsub"]
+    assert said.host == found["host"]
+    assert said.state == found["state"] + found["joint"]
+    assert said.weights == sum(p.numel() * p.itemsize for p in model.parameters())
+    assert "protection" in str(table)
+
+
+def test_adamw_holds_what_the_table_says():
+    model = Block()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(5, 3, WIDTH)).sum().backward()
+    optimizer.step()
+    said = model_bytes(model, rank=4).methods["AdamW"]
+    assert said.state == sum(v.numel() * v.itemsize for s in optimizer.state.values() for v in s.values())
+    assert said.gradients == sum(p.grad.numel() * p.grad.itemsize for p in model.parameters())
+
+
+def test_lora_holds_what_the_table_says():
+    peft = pytest.importorskip("peft")
+    model = Block()
+    before = sum(p.numel() * p.itemsize for p in model.parameters())
+    said = model_bytes(model, rank=4).methods["LoRA"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=list(SHARES)))
+    adapters = [p for p in adapted.parameters() if p.requires_grad]
+    assert said.weights == before + sum(p.numel() * p.itemsize for p in adapters)
+    optimizer = torch.optim.AdamW(adapters)
+    adapted(torch.randn(5, 3, WIDTH)).sum().backward()
+    optimizer.step()
+    assert said.state == sum(v.numel() * v.itemsize for s in optimizer.state.values() for v in s.values())
+
+
+def test_an_8b_model_with_a_null_space_is_one_that_fits():
+    """State on the device at most .05 of AdamW's moments, the protection at most 12 GB of the host's memory."""
+    with torch.device("meta"):
+        model = nn.ModuleList(Block(4096, 14336, 1024) for _ in range(32))
+    shares = {name: SHARES[name.split(".")[-1]] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    sources = {"k": "q", "v": "q", "up": "gate"}
+    inputs = {name: f"{head}.{sources.get(last, last)}" for name in shares for head, _, last in [name.rpartition(".")]}
+    table = model_bytes(model, rank=64, null_space=shares, inputs=inputs)
+    adamw, gems = table.methods["AdamW"], table.methods["gradsub, null space"]
+    assert gems.state <= 0.05 * adamw.moments
+    assert gems.host <= 12e9
+    assert gems.state == table.methods["gradsub"].state
+    each = [
+        layer_bytes(m.out_features, m.in_features, rank=64, protected=round(shares[name] * m.in_features))
+        for name, m in model.named_modules()
+        if name in shares
+    ]
+    assert sum(layer.state for layer in each) <= 0.05 * adamw.moments
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("anchor", [False, True])
+@pytest.mark.parametrize("protected", [0, 3, 12, 13, 23, 24])
+@pytest.mark.filterwarnings("ignore:null_space protects")
+def test_a_layer_holds_what_the_formula_says(protected, anchor, side, device):
+    model = nn.Sequential(nn.Linear(24, 24, bias=False)).to(device)
+    null_space = NullSpace(side=side, max_rank=protected or None, energy=None if protected else 1.0)
+    null_space.update("0", torch.randn(60, 24) if protected else torch.zeros(2, 24))
+    optimizer = GemsOptimizer(
+        torch.optim.AdamW(model.parameters()),
+        tasks=TASKS,
+        rank=4,
+        side=side,
+        model=model,
+        null_space=null_space,
+        anchor=anchor,
+        refresh="svd",
+    )
+    with optimizer.task("a"):
+        model(torch.randn(5, 24, device=device)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    host = sum(v.numel() * v.itemsize for key, v in state.items() if key in ("protected", "free", "anchor"))
+    assert host == layer_bytes(24, 24, rank=4, protected=protected, side=side, anchor=anchor).host
+
+
+def test_more_directions_than_there_are():
+    with pytest.raises(ValueError, match="protected=25 must be a number of directions from 0 to 24"):
+        layer_bytes(24, 24, rank=4, protected=25)
