@@ -114,7 +114,7 @@ class Covariance:
         dtype = torch.float32 if quick and self.single else self._total.dtype
         energy = float(self._total.trace()) / max(self.count, 1)
         resolution = self.dimension * torch.finfo(self._total.dtype).eps
-        if NARROWEST_SINGLE <= self.dimension and 0 < self.count <= self.dimension // 4:
+        if self.dimension >= NARROWEST_SINGLE and 0 < self.count <= self.dimension // 4:
             values, vectors = self._of_few_rows()
         else:
             # Divided by the trace, because float32 has no room for squares of huge or tiny features.

@@ -109,11 +109,9 @@ def _polished(vectors: Tensor) -> Tensor:
     if vectors.dtype == torch.float64:
         return vectors.contiguous()
     with full_precision(vectors.device):
-        for _ in range(2):
-            excess = vectors.mT @ vectors
-            excess.diagonal().sub_(1.0)
-            vectors = vectors - 0.5 * (vectors @ excess)
-    return vectors.contiguous()
+        excess = vectors.mT @ vectors
+        excess.diagonal().sub_(1.0)
+        return torch.addmm(vectors, vectors, excess, alpha=-0.5)
 
 
 def extend(spectrum: Spectrum, criterion: Criterion, kept: Tensor) -> Tensor:
