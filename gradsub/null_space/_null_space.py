@@ -120,6 +120,7 @@ class NullSpace:
         target_modules: str | Iterable[str] = ALL_LINEAR,
         *,
         normalize: bool = False,
+        layers_at_once: int | None = None,
         shard: bool = True,
         process_group: Any = None,
     ) -> NullSpace:
@@ -141,6 +142,11 @@ class NullSpace:
                 2402.17762). There nearly all of the mean square is theirs, and ``energy`` is satisfied by one or two
                 directions that leave the other tokens unprotected. ``threshold`` is then a mean squared cosine. Pass
                 the same in every call; what was passed is not recorded.
+            layers_at_once: so many layers in one pass over the batches, of which only the protected directions are kept
+                afterwards, in their smaller form: for models whose statistics do not fit into memory. The passes are as
+                many as groups of layers, ``batches`` must be there for each, and nothing can be added to these layers.
+                Layers with the same input share their directions only within a group: choose a multiple of the
+                layers in a block. None: all of them.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
@@ -150,14 +156,26 @@ class NullSpace:
 
         Raises:
             ValueError: no layer matches or sees any features, there is no batch, or a feature is NaN or Inf (the
-                layer is named); or ``shard`` is true and the ranks have different batches.
+                layer is named); ``layers_at_once`` is no positive integer, or ``batches`` can be run through only
+                once; or ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
         """
         layers = select_layers(model, target_modules)
-        self._gathered(
-            model, batches, shard, process_group, lambda into, dealt: into._collect(model, dealt, layers, normalize)
-        )
-        self._check_seen(list(layers))
+        names = list(layers)
+        if layers_at_once is not None:
+            _check_groups(layers_at_once, batches)
+        for start in range(0, len(names), layers_at_once or len(names)):
+            group = {name: layers[name] for name in names[start:][:layers_at_once]}
+            self._gathered(
+                model,
+                batches,
+                shard,
+                process_group,
+                partial(NullSpace._collect, model=model, layers=group, normalize=normalize),
+            )
+            if layers_at_once is not None:
+                self._drop_statistics(group)
+        self._check_seen(names)
         return self
 
     def collect_gradients(
@@ -246,8 +264,8 @@ class NullSpace:
 
     def _collect(
         self,
-        model: nn.Module,
         batches: Iterable[tuple[Any, bool]],
+        model: nn.Module,
         layers: Mapping[str, nn.Module],
         normalize: bool,
     ) -> int:
@@ -646,13 +664,16 @@ class NullSpace:
 
     def _directions(self) -> SharedStatistics:
         found = SharedStatistics()
-        made: dict[int, Directions] = {}
-        for name, each in self._shared.by_name.items():
-            if id(each) not in made:
-                made[id(each)] = Directions(self._protection(name), each.energy(), each.count)
-            found.by_name[name] = made[id(each)]
-        found.versions = dict(self._shared.versions)
+        found.by_name, found.versions = dict(self._shared.by_name), dict(self._shared.versions)
+        for first, each in self._shared.distinct().items():
+            directions = Directions(self._protection(first), each.energy(), each.count)
+            found.by_name.update((name, directions) for name in found.by_name if self._shared.by_name[name] is each)
         return found
+
+    def _drop_statistics(self, names: Iterable[str]) -> None:
+        part = NullSpace(**self._settings())
+        part._shared.by_name = {name: self._shared.by_name[name] for name in names if name in self}
+        self._shared.by_name.update(part._directions().by_name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NullSpace:
@@ -677,6 +698,16 @@ class NullSpace:
             raise ValueError(f"path={os.fspath(path)!r} {error}") from error
         loaded._shared = shared
         return loaded
+
+
+def _check_groups(layers_at_once: int, batches: Iterable[Any]) -> None:
+    if type(layers_at_once) is not int or layers_at_once < 1:
+        raise ValueError(f"layers_at_once={layers_at_once!r} must be a positive integer, or None for all layers")
+    if iter(batches) is batches:
+        raise ValueError(
+            f"batches are a {type(batches).__name__}, which can be run through once, and layers_at_once="
+            f"{layers_at_once} runs them for every group of layers: pass a list"
+        )
 
 
 def _merge(source: Statistics, held: Statistics) -> None:
