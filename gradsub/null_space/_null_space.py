@@ -44,7 +44,8 @@ class NullSpace:
     dW (m x n) inside it satisfies dW K = 0 for ``side="input"``: the layer answers every protected input as before; and
     K^T dW = 0 for ``side="output"``: no input can move the protected part of the output.
 
-    The statistics of a layer are its covariance, exact and in float64 (8 d^2 bytes), or, where
+    The statistics of a layer are its covariance, a float64 sum (8 d^2 bytes) that is exact but for the rounding of its
+    products, which are float32 where ``energy`` is at most 0.999, d at least 256 and the features no float64; or, where
     ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The sketch knows its own error: its
     covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum of all but the k largest
     eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the budget. Batches may come
@@ -58,7 +59,7 @@ class NullSpace:
     `collect_gradients`.
 
     Layers that receive the very same tensor in every batch, as query, key and value projections do, share their
-    statistics and one eigendecomposition.
+    statistics, one eigendecomposition, and the directions that are kept: K or its complement, whichever is smaller.
 
     Args:
         side: ``"input"`` (features are layer inputs, d = in_features) or ``"output"`` (d = out_features, as published).
