@@ -1,6 +1,6 @@
 """One layer set of an 8B model: four inputs, synthetic features of a decaying spectrum, exactly or with the sketch.
 
-OMP_NUM_THREADS=2 PYTHONPATH=. /usr/bin/time -v python benchmarks/null_space/shapes.py --kind exact
+OMP_NUM_THREADS=2 /usr/bin/time -v python -m benchmarks.null_space.shapes --kind exact
 """
 
 from __future__ import annotations
