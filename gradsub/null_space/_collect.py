@@ -139,6 +139,9 @@ def _reshard(model: nn.Module) -> None:
 def unit_rows(features: Tensor) -> Tensor:
     """Each row divided by its norm; a row of zeros stays one."""
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    if bool(((norms > 1e-15) & (norms < 1e15)).all()):
+        return torch.div(wide, norms)
     largest = wide.abs().amax(dim=1, keepdim=True)
     wide = wide / torch.where(largest > 0, largest, 1.0)  # squares of tiny or huge entries would leave the range
     return torch.nn.functional.normalize(wide, dim=1)

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from gradsub.null_space._statistics import Spectrum
 
+_SURE_IN_SINGLE = 0.999
+
 
 @dataclass(frozen=True)
 class Criterion:
@@ -31,6 +33,11 @@ class Criterion:
             raise ValueError(f"threshold={self.threshold} must be positive: it is an absolute eigenvalue")
         if self.max_rank is not None and (type(self.max_rank) is not int or self.max_rank < 1):
             raise ValueError(f"max_rank={self.max_rank} must be an integer of at least 1, or None for no cap")
+
+    @property
+    def coarse(self) -> bool:
+        """Whether float32 is precise enough: a share of at most .999 does not hang on what 1e-6 of the energy does."""
+        return self.energy is not None and self.energy <= _SURE_IN_SINGLE
 
     def count(self, spectrum: Spectrum) -> int:
         """The number of leading eigenvectors to protect."""

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from gradsub.null_space._covariance import Covariance
+from gradsub.null_space._directions import Directions
 from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._sketch import Sketch
 
 FORMAT = "gradsub.NullSpace"
-KINDS: dict[str, type[Covariance] | type[Sketch]] = {Covariance.kind: Covariance, Sketch.kind: Sketch}
+Kind = Covariance | Sketch | Directions
+KINDS: dict[str, type[Kind]] = {each.kind: each for each in (Covariance, Sketch, Directions)}
 
 
 class DamagedError(ValueError):
@@ -100,7 +102,7 @@ def _check_kind(state: Any) -> None:
         )
 
 
-def _restored(name: str, state: dict[str, Any], tensor: Tensor) -> Covariance | Sketch:
+def _restored(name: str, state: dict[str, Any], tensor: Tensor) -> Kind:
     _whole_number(name, "count", state.get("count"))
     if tensor.dtype not in (torch.float32, torch.float64) or tensor.ndim != 2 or tensor.shape[1] == 0:
         raise DamagedError(

@@ -12,15 +12,16 @@ from torch import Tensor, nn
 from gradsub.distributed import Ranks
 from gradsub.layers import ALL_LINEAR, select_layers, some
 from gradsub.null_space._collect import observe_features, unit_rows
-from gradsub.null_space._covariance import Covariance
+from gradsub.null_space._covariance import NARROWEST_SINGLE, Covariance
 from gradsub.null_space._criterion import Criterion
+from gradsub.null_space._directions import Directions
 from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._gradients import observe_gradients, own_loss
-from gradsub.null_space._protection import Protection, extend, protect
+from gradsub.null_space._protection import Protection, extend, leading, protect
 from gradsub.null_space._ranks import Deal, Turns, gather
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
-from gradsub.null_space._statistics import Statistics, accumulation_dtype
+from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
 from gradsub.null_space._table import Row, render
 
 SIDES = ("input", "output")
@@ -43,7 +44,8 @@ class NullSpace:
     dW (m x n) inside it satisfies dW K = 0 for ``side="input"``: the layer answers every protected input as before; and
     K^T dW = 0 for ``side="output"``: no input can move the protected part of the output.
 
-    The statistics of a layer are its covariance, exact and in float64 (8 d^2 bytes), or, where
+    The statistics of a layer are its covariance, a float64 sum (8 d^2 bytes) that is exact but for the rounding of its
+    products, which are float32 where ``energy`` is at most 0.999, d at least 256 and the features no float64; or, where
     ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The sketch knows its own error: its
     covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum of all but the k largest
     eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the budget. Batches may come
@@ -57,7 +59,7 @@ class NullSpace:
     `collect_gradients`.
 
     Layers that receive the very same tensor in every batch, as query, key and value projections do, share their
-    statistics and one eigendecomposition.
+    statistics, one eigendecomposition, and the directions that are kept: K or its complement, whichever is smaller.
 
     Args:
         side: ``"input"`` (features are layer inputs, d = in_features) or ``"output"`` (d = out_features, as published).
@@ -119,6 +121,7 @@ class NullSpace:
         target_modules: str | Iterable[str] = ALL_LINEAR,
         *,
         normalize: bool = False,
+        layers_at_once: int | None = None,
         shard: bool = True,
         process_group: Any = None,
     ) -> NullSpace:
@@ -140,6 +143,11 @@ class NullSpace:
                 2402.17762). There nearly all of the mean square is theirs, and ``energy`` is satisfied by one or two
                 directions that leave the other tokens unprotected. ``threshold`` is then a mean squared cosine. Pass
                 the same in every call; what was passed is not recorded.
+            layers_at_once: so many layers in one pass over the batches, of which only the protected directions are kept
+                afterwards, in their smaller form: for models whose statistics do not fit into memory. The passes are as
+                many as groups of layers, ``batches`` must be there for each, and nothing can be added to these layers.
+                Layers with the same input share their directions only within a group: choose a multiple of the
+                layers in a block. None: all of them.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
@@ -149,14 +157,26 @@ class NullSpace:
 
         Raises:
             ValueError: no layer matches or sees any features, there is no batch, or a feature is NaN or Inf (the
-                layer is named); or ``shard`` is true and the ranks have different batches.
+                layer is named); ``layers_at_once`` is no positive integer, or ``batches`` can be run through only
+                once; or ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
         """
         layers = select_layers(model, target_modules)
-        self._gathered(
-            model, batches, shard, process_group, lambda into, dealt: into._collect(model, dealt, layers, normalize)
-        )
-        self._check_seen(list(layers))
+        names = list(layers)
+        if layers_at_once is not None:
+            _check_groups(layers_at_once, batches)
+        for start in range(0, len(names), layers_at_once or len(names)):
+            group = {name: layers[name] for name in names[start:][:layers_at_once]}
+            self._gathered(
+                model,
+                batches,
+                shard,
+                process_group,
+                partial(NullSpace._collect, model=model, layers=group, normalize=normalize),
+            )
+            if layers_at_once is not None:
+                self._drop_statistics(group)
+        self._check_seen(names)
         return self
 
     def collect_gradients(
@@ -245,8 +265,8 @@ class NullSpace:
 
     def _collect(
         self,
-        model: nn.Module,
         batches: Iterable[tuple[Any, bool]],
+        model: nn.Module,
         layers: Mapping[str, nn.Module],
         normalize: bool,
     ) -> int:
@@ -341,6 +361,9 @@ class NullSpace:
                     f"other has {theirs.kind} statistics of width {theirs.dimension} for {name!r}, this null space "
                     f"{mine.kind} ones of width {mine.dimension}: collect both on the same model"
                 )
+        final = [name for name, each in sources.items() if name in self and isinstance(each, Directions)]
+        if final:
+            raise ValueError(f"{some(final)} hold directions alone, to which nothing can be added: collect anew")
         steps: dict[int, Steps] = {id(source): [] for source in sources.values()}
         with torch.inference_mode(False), torch.no_grad():
             for name, source in sources.items():
@@ -370,20 +393,56 @@ class NullSpace:
     def _empty(self, rows: Tensor) -> Statistics:
         budget, dimension, device = self.layer_memory_budget, rows.shape[1], rows.device
         if budget is None or dimension**2 * accumulation_dtype(device).itemsize <= budget:
-            return Covariance.empty(dimension, device)
+            narrow = rows.dtype == torch.float64 or dimension < NARROWEST_SINGLE
+            return Covariance.empty(dimension, device, single=self.criterion.coarse and not narrow)
         return Sketch.within(budget, dimension, rows.dtype, device)
 
     def basis(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The protected directions K (d x k) of the layer ``name``: orthonormal columns, strongest first.
 
+        The null space is what they leave, `complement`. Whichever of the two is smaller is kept. Where that is the
+        complement, K is computed from the statistics, again if nobody has the last one any more; layers with the same
+        input get the same tensor. Without statistics (``save(path, statistics=False)``) its columns are in no order
+        then. Do not change the result.
+
         Args:
             name: the layer.
-            dtype: of the result; the directions are computed in float64 wherever the device has it.
+            dtype: of the result. With ``energy`` up to 0.999, directions of 256 and more float32 features are float32;
+                all others are float64 wherever the device has it.
 
         Raises:
             KeyError: nothing was collected for the layer; the message lists the layers there are.
         """
-        return self._protection(name).basis.to(dtype)
+        statistics, protection = self._statistics(name), self._protected_as(name)
+        found = None if protection is None else protection.basis(dtype)
+        if found is not None:
+            return found
+        with torch.inference_mode(False), torch.no_grad():
+            if isinstance(statistics, Directions):
+                return statistics.protection.give(statistics.basis().to(dtype))
+            protection, spectrum = self._decompose(name, statistics)
+            held = protection.basis(dtype)
+            return protection.give(leading(spectrum, protection.count).to(dtype)) if held is None else held
+
+    def complement(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The free directions (d x (d - k)) of the layer ``name``: orthonormal columns, orthogonal to `basis`.
+
+        Args:
+            name: the layer.
+            dtype: of the result, as of `basis`.
+
+        Raises:
+            KeyError: nothing was collected for the layer.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> null_space = NullSpace(energy=1.0)
+            >>> null_space.update("layer", torch.eye(4)[:3])
+            >>> null_space.complement("layer").abs().mT
+            tensor([[0., 0., 0., 1.]])
+        """
+        return self._protection(name).complement().to(dtype)
 
     def extended(self, name: str, kept: Tensor) -> Tensor:
         """The directions to protect now, without giving up any of ``kept``: for a basis that is in use already.
@@ -434,8 +493,8 @@ class NullSpace:
 
     def protected_fraction(self, name: str) -> float:
         """k / d: the share of the layer's directions that no update may use."""
-        dimension, count = self._protection(name).basis.shape
-        return count / dimension
+        protection = self._protection(name)
+        return protection.count / protection.dimension
 
     def residual_energy(self, held_out: NullSpace) -> dict[str, float]:
         r"""How much of other features' energy every layer leaves unprotected: has enough been collected?
@@ -478,14 +537,19 @@ class NullSpace:
         return {name: shares[key] for name, key in keys.items()}
 
     def _residual(self, name: str, held_out: Statistics) -> float:
-        K = self._protection(name).basis
-        if held_out.dimension != K.shape[0]:
+        protection = self._protection(name)
+        if held_out.dimension != protection.dimension:
             raise ValueError(
-                f"held_out has {held_out.dimension} features for {name!r}, here there are {K.shape[0]}: collect it "
-                "from the same model"
+                f"held_out has {held_out.dimension} features for {name!r}, here there are {protection.dimension}: "
+                "collect it from the same model"
             )
         whole = held_out.energy()
-        return min(1.0, max(0.0, 1.0 - held_out.energy(K) / whole)) if whole else 0.0
+        if not whole:
+            return 0.0
+        # A sketch's energy in a subspace is a lower bound: only K's gives an upper bound of what is left.
+        if protection.complementary and not held_out.error:
+            return min(1.0, max(0.0, held_out.energy(protection.held) / whole))
+        return min(1.0, max(0.0, 1.0 - held_out.energy(self.basis(name, protection.held.dtype)) / whole))
 
     def error_bound(self, name: str) -> float:
         """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""
@@ -514,9 +578,8 @@ class NullSpace:
         """
         rows = []
         for name, statistics in self._shared.by_name.items():
-            protection = self._protection(name)
-            dimension, count = protection.basis.shape
-            rows.append(Row(name, dimension, count, protection.energy, statistics.kind, statistics.count))
+            found = self._protection(name)
+            rows.append(Row(name, found.dimension, found.count, found.energy, statistics.kind, statistics.count))
         return render(rows, sum(statistics.nbytes for statistics in self._shared.distinct().values()))
 
     def _statistics(self, name: str) -> Statistics:
@@ -524,26 +587,38 @@ class NullSpace:
             raise KeyError(f"no features were collected for {name!r}; there are {sorted(self._shared.by_name)}")
         return self._shared.by_name[name]
 
-    def _protection(self, name: str) -> Protection:
+    def _protected_as(self, name: str) -> Protection | None:
+        """What is known of the layer, or of one with the same statistics."""
         statistics = self._statistics(name)
         if name not in self._protected:
-            twins = (twin for twin in self._protected if self._shared.by_name[twin] is statistics)
-            twin = next(twins, None)
-            self._protected[name] = self._decompose(name, statistics) if twin is None else self._protected[twin]
-        return self._protected[name]
+            if isinstance(statistics, Directions):
+                self._protected[name] = statistics.protection
+            twin = next((twin for twin in self._protected if self._shared.by_name[twin] is statistics), None)
+            if twin is not None:
+                self._protected[name] = self._protected[twin]
+        return self._protected.get(name)
 
-    def _decompose(self, name: str, statistics: Statistics) -> Protection:
+    def _protection(self, name: str) -> Protection:
+        found = self._protected_as(name)
+        if found is not None:
+            return found
         with torch.inference_mode(False), torch.no_grad():
-            protection = protect(statistics.spectrum(), self.criterion)
+            return self._decompose(name, self._statistics(name))[0]
+
+    def _decompose(self, name: str, statistics: Statistics) -> tuple[Protection, Spectrum]:
+        protection, spectrum = protect(statistics, self.criterion)
+        # Layers that share statistics share what follows from them, and have one tensor of directions.
+        for twin in [twin for twin in self._shared.by_name if self._shared.by_name[twin] is statistics]:
+            protection = self._protected.setdefault(twin, protection)
         if protection.missed is not None and name not in self._warned:
             self._warned.add(name)
             warnings.warn(
                 f"layer_memory_budget={self.layer_memory_budget}: the sketch of {name!r} is too small for "
-                f"{protection.missed}; it protects {protection.basis.shape[1]} of {statistics.dimension} directions. "
+                f"{protection.missed}; it protects {protection.count} of {statistics.dimension} directions. "
                 "Raise the budget",
                 stacklevel=4,
             )
-        return protection
+        return protection, spectrum
 
     @classmethod
     def _of(cls, settings: dict[str, Any]) -> NullSpace:
@@ -572,19 +647,40 @@ class NullSpace:
         chosen = ", ".join(f"{key}={value!r}" for key, value in self._settings().items() if value is not None)
         return f"NullSpace({chosen}, layers={len(self)})"
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the statistics and the criterion as a safetensors file, so that `load` can go on collecting.
+    def save(self, path: str | os.PathLike[str], *, statistics: bool = True) -> None:
+        """Write a safetensors file, in which layers with the same input have one entry.
 
         The file takes its name when it is complete: whatever interrupts the writing leaves an earlier one as it was.
+
+        Args:
+            path: the file.
+            statistics: whether the statistics are kept (8 d^2 bytes where they are exact), so that `load` can go on
+                collecting. False: the directions alone in their smaller form, K or its complement (at most 2 d^2 bytes
+                in float32). Nothing has to be decomposed after loading then, and nothing can be added.
 
         Raises:
             ImportError: safetensors is not installed.
         """
-        write(path, self._settings(), self._shared)
+        write(path, self._settings(), self._shared if statistics else self._directions())
+
+    def _directions(self) -> SharedStatistics:
+        found = SharedStatistics()
+        found.by_name, found.versions = dict(self._shared.by_name), dict(self._shared.versions)
+        for first, each in self._shared.distinct().items():
+            directions = Directions(self._protection(first), each.energy(), each.count)
+            found.by_name.update((name, directions) for name in found.by_name if self._shared.by_name[name] is each)
+        return found
+
+    def _drop_statistics(self, names: Iterable[str]) -> None:
+        part = NullSpace(**self._settings())
+        part._shared.by_name = {name: self._shared.by_name[name] for name in names if name in self}
+        self._shared.by_name.update(part._directions().by_name)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NullSpace:
         """Read what `save` wrote.
+
+        On a CPU the file is mapped into memory: nothing is copied before it is changed.
 
         Args:
             path: the safetensors file.
@@ -593,7 +689,8 @@ class NullSpace:
         Raises:
             ImportError: safetensors is not installed.
             ValueError: the file is damaged or holds something else, or statistics in it are NaN, Inf, asymmetric,
-                negative or of a wrong dtype; the message names the file and the layer.
+                negative or of a wrong dtype, or directions are not orthonormal; the message names the file and the
+                layer.
         """
         try:
             settings, shared = read(path, device)
@@ -604,6 +701,16 @@ class NullSpace:
         return loaded
 
 
+def _check_groups(layers_at_once: int, batches: Iterable[Any]) -> None:
+    if type(layers_at_once) is not int or layers_at_once < 1:
+        raise ValueError(f"layers_at_once={layers_at_once!r} must be a positive integer, or None for all layers")
+    if iter(batches) is batches:
+        raise ValueError(
+            f"batches are a {type(batches).__name__}, which can be run through once, and layers_at_once="
+            f"{layers_at_once} runs them for every group of layers: pass a list"
+        )
+
+
 def _merge(source: Statistics, held: Statistics) -> None:
     held.merge(source)
 
@@ -611,6 +718,8 @@ def _merge(source: Statistics, held: Statistics) -> None:
 def _checked(name: str, features: Tensor) -> Tensor:
     if features.is_complex():
         raise ValueError(f"features of {name!r} are complex: only real features are supported")
-    if not bool(torch.isfinite(features).all()):
+    # Both are NaN where an entry is; ten times as fast on a CPU as a look at each entry.
+    low, high = features.aminmax()
+    if not bool(torch.isfinite(torch.stack([low, high])).all()):
         raise ValueError(f"features of {name!r} hold NaN or Inf: check the model and the batch before collecting")
     return features

@@ -97,7 +97,7 @@ class Sketch:
     def copy(self) -> Sketch:
         return copy.deepcopy(self)
 
-    def spectrum(self) -> Spectrum:
+    def spectrum(self, quick: bool = False) -> Spectrum:
         held = self._buffer[: self._filled].to(accumulation_dtype(self._buffer.device))
         resolution = self.dimension * max(torch.finfo(held.dtype).eps, torch.finfo(self._buffer.dtype).eps ** 2)
         count = max(self.count, 1)

@@ -72,8 +72,12 @@ class Statistics(Protocol):
     def copy(self) -> Statistics:
         """An accumulator of its own with the same content."""
 
-    def spectrum(self) -> Spectrum:
-        """The eigenpairs of C that are held."""
+    def spectrum(self, quick: bool = False) -> Spectrum:
+        """The eigenpairs of C that are held.
+
+        Args:
+            quick: float32 vectors will do, and eigenvalues that are off by 1e-6 of the largest one.
+        """
 
     def energy(self, basis: Tensor | None = None) -> float:
         """tr(C), or tr(K^T C K) for orthonormal columns K; of a sketch the latter is a lower bound."""

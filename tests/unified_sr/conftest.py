@@ -71,6 +71,14 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True, scope="package")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Null spaces are kept in a folder of the tests, also by the processes that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADSUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model("llama", tmp_path_factory.mktemp("llama"))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ..null_space_cache import fingerprint, fitted_once
 from ._base import (
     Diagnostics,
     Method,
@@ -190,14 +191,29 @@ def _null_space(setup: Setup[GemsSettings]) -> Any:
             f"threshold={settings.threshold}; set the other one to null"
         )
     chosen = {"energy": settings.energy} if settings.threshold is None else {"threshold": settings.threshold}
-    null_space = NullSpace(side=settings.side, **chosen)
     backbone: nn.Module = setup.ranker.backbone
-    setup.say(f"null space: {settings.null_space_tokens} tokens of general text")
     batches = setup.general_batches
-    null_space.collect(backbone, batches(), target_modules="all-linear", normalize=settings.normalize)
-    if settings.protect_others:
-        null_space.collect_gradients(backbone, batches(), partial(_next_tokens, setup.ranker.lm))
-    return null_space
+
+    def fit() -> NullSpace:
+        setup.say(f"null space: {settings.null_space_tokens} tokens of general text")
+        null_space = NullSpace(side=settings.side, **chosen)
+        null_space.collect(backbone, batches(), target_modules="all-linear", normalize=settings.normalize)
+        if settings.protect_others:
+            null_space.collect_gradients(backbone, batches(), partial(_next_tokens, setup.ranker.lm))
+        return null_space
+
+    key = fingerprint(
+        setup.ranker.lm,
+        batches(),
+        {
+            **chosen,
+            "side": settings.side,
+            "normalize": settings.normalize,
+            "others": settings.protect_others,
+        },
+    )
+    device = next(backbone.parameters()).device
+    return fitted_once(key, fit, device, setup.say)
 
 
 def _next_tokens(lm: nn.Module, _: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,100 @@
+"""Null spaces that were fitted before, so that the runs of a grid fit one for each model, text and criterion.
+
+They lie in the folder ``null_spaces`` of ``$GRADSUB_CACHE``, or of ``gradsub`` in the user's folder for caches. An
+empty ``GRADSUB_CACHE`` keeps none. A file may be deleted at any time: it is fitted again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsub import NullSpace
+
+from .processes import current
+
+_VERSION = 1
+"""To be raised when the same model, text and settings come to another null space."""
+
+
+def folder() -> Path | None:
+    """Where null spaces are kept, or None if they are not."""
+    chosen = os.environ.get("GRADSUB_CACHE")
+    if chosen is None:
+        chosen = os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "gradsub")
+    return Path(chosen) / "null_spaces" if chosen else None
+
+
+def fingerprint(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], settings: Mapping[str, Any]) -> str:
+    """What a null space depends on, as a name: every weight, every token and the settings.
+
+    Args:
+        model: its weights are read, not its name, which another version may have.
+        batches: the keyword arguments of its forward passes.
+        settings: plain values.
+    """
+    digest = hashlib.sha256(json.dumps([_VERSION, sorted(settings.items())]).encode())
+    for name, weight in model.named_parameters():
+        _add(digest, name, weight)
+    for batch in batches:
+        for key in sorted(batch):
+            _add(digest, key, batch[key])
+    return digest.hexdigest()[:40]
+
+
+def _add(digest: Any, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    # As bytes, because numpy has no bfloat16.
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def fitted_once(key: str, fit: Callable[[], NullSpace], device: torch.device, say: Callable[[str], None]) -> NullSpace:
+    """The null space of this name, from its file or else fitted and filed; on all processes the same.
+
+    One that was just fitted is read from its file too, so that all runs go on alike, bit for bit.
+
+    Args:
+        key: of `fingerprint`.
+        fit: makes it, on all processes together.
+        device: where it is put.
+        say: prints a line to the user.
+    """
+    place, processes = folder(), current()
+    if place is None:
+        return fit()
+    path = place / f"{key}.safetensors"
+    found = _load(path, device, say)
+    if all(processes.gather(found is not None)):
+        assert found is not None
+        say(f"null space: as fitted before, {path}")
+        return found
+    null_space = fit()
+    if processes.first:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            null_space.save(path, statistics=False)
+        except OSError as error:
+            say(f"null space: cannot be kept for other runs ({error})")
+    processes.wait()
+    found = _load(path, device, say)
+    if all(processes.gather(found is not None)):
+        assert found is not None
+        return found
+    return null_space
+
+
+def _load(path: Path, device: torch.device, say: Callable[[str], None]) -> NullSpace | None:
+    if not path.is_file():
+        return None
+    try:
+        return NullSpace.load(path, device)
+    except (OSError, ValueError) as error:
+        say(f"null space: fitted again, because its file cannot be used ({error})")
+        return None

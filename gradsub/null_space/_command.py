@@ -1,0 +1,245 @@
+"""The command that fits a null space to a language model of transformers, on a text file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsub.null_space._null_space import SIDES, NullSpace
+
+_STAGES = (4, 2, 1)  # the residual is measured after a quarter, a half and all of the tokens
+_NEAR = 1.1  # text that leaves at most a tenth more than any amount of it would is enough
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; what cannot be done is said in one line, with exit status 1."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        _collect(chosen)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gradsub.null_space", description=__doc__)
+    collect = parser.add_subparsers(required=True, metavar="collect").add_parser(
+        "collect",
+        help="fit a null space to a model and save it",
+        description="Every eighth part of the text is held out: it shows how much of fresh text's energy stays free.",
+    )
+    add = collect.add_argument
+    add("--model", required=True, help="a folder made by save_pretrained(), or a name on the hub")
+    add("--text", required=True, type=Path, help="a UTF-8 text file of general-domain text")
+    add("--out", required=True, type=Path, help="the safetensors file to write")
+    add("--side", choices=SIDES, default="input")
+    add("--energy", type=float, help="share of the energy to protect (default: 0.95, unless a threshold is given)")
+    add("--threshold", type=float, help="protect the directions above this eigenvalue instead")
+    add("--max-rank", type=int, help="at most this many directions a layer")
+    add(
+        "--normalize",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether every token counts the same, however long its features (default: yes)",
+    )
+    add("--tokens", type=int, help="how many tokens to fit on (default: all that the text has)")
+    add("--window", type=int, default=256, help="tokens of one sequence (default: %(default)s)")
+    add("--batch", type=int, default=4, help="sequences of one forward pass (default: %(default)s)")
+    add("--target-modules", default="all-linear", help="'all-linear' or a regular expression (default: %(default)s)")
+    add("--layer-memory-budget", type=int, help="bytes of one layer's statistics (default: exact statistics)")
+    add("--layers-at-once", type=int, help="so many layers in one pass over the text, to save memory")
+    add("--device", default="cpu", help="where the model runs (default: %(default)s)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model's weights")
+    add(
+        "--statistics",
+        action="store_true",
+        help="save the statistics too, so that more can be collected; the file is several times as large",
+    )
+    return parser
+
+
+def _collect(chosen: argparse.Namespace) -> None:
+    for name, least in (("window", 2), ("batch", 1)):
+        if getattr(chosen, name) < least:
+            raise ValueError(f"--{name} {getattr(chosen, name)} must be at least {least}")
+    if chosen.tokens is not None and chosen.tokens < chosen.window:
+        raise ValueError(f"--tokens {chosen.tokens} must be at least --window {chosen.window}")
+    if chosen.statistics and chosen.layers_at_once is not None:
+        raise ValueError("--statistics are not kept with --layers-at-once: leave one of them out")
+    if not chosen.out.absolute().parent.is_dir():
+        raise ValueError(f"--out {str(chosen.out)!r}: there is no folder {str(chosen.out.absolute().parent)!r}")
+    settings = {
+        "side": chosen.side,
+        "energy": chosen.energy,
+        "threshold": chosen.threshold,
+        "max_rank": chosen.max_rank,
+        "layer_memory_budget": chosen.layer_memory_budget,
+    }
+    null_space = NullSpace(**settings)
+    fit, fresh = _parts(_read(chosen.text))
+    model, tokenizer = _load(chosen.model, getattr(torch, chosen.dtype), chosen.device)
+    windows = _windows(tokenizer, fit, chosen.window, chosen.tokens)
+    held_out = _windows(tokenizer, fresh, chosen.window, None)
+    held_out = held_out[: max(1, len(windows) // 4)]
+    tokens = len(windows) * len(windows[0])
+    print(f"{tokens} tokens to fit on, {len(held_out) * len(held_out[0])} held out", flush=True)
+
+    def add(into: NullSpace, some: Sequence[Tensor], what: str, at_once: int | None = None) -> NullSpace:
+        batches = _Batches(model, some, chosen.batch, chosen.device, what)
+        return into.collect(model, batches, chosen.target_modules, normalize=chosen.normalize, layers_at_once=at_once)
+
+    if chosen.layers_at_once is not None:
+        add(null_space, windows, "collecting", chosen.layers_at_once)
+        print("what is left free of fresh text is not measured with --layers-at-once")
+    else:
+        others = add(NullSpace(chosen.side), held_out, "held-out text")
+        measured: list[tuple[int, float]] = []
+        start, shares = 0, {"": 1.0}
+        for divisor in dict.fromkeys(max(1, len(windows) // stage) for stage in _STAGES):
+            add(null_space, windows[start:divisor], f"collecting {divisor * len(windows[0])} tokens")
+            start = divisor
+            shares = null_space.residual_energy(others)
+            measured.append((divisor * len(windows[0]), sum(shares.values()) / len(shares)))
+        _say(measured, shares)
+    null_space.save(chosen.out, statistics=chosen.statistics)
+    free = [1.0 - null_space.protected_fraction(name) for name in null_space]
+    print(f"{chosen.out}: {len(free)} layers, {sum(free) / len(free):.1%} of their directions are free to train")
+
+
+def _say(measured: Sequence[tuple[int, float]], shares: dict[str, float]) -> None:
+    for tokens, share in measured:
+        print(f"{tokens:>9} tokens leave {share:.2%} of fresh text's energy free")
+    worst = max(shares, key=lambda name: shares[name])
+    print(f"most is left in {worst}: {shares[worst]:.2%}")
+    print(Trend.of(measured).sentence())
+
+
+@dataclass(frozen=True)
+class Trend:
+    """How a residual r falls with the number of tokens: each doubling leaves a constant share of what is to be gained.
+
+    Attributes:
+        tokens: the last measurement's.
+        share: r there.
+        limit: what any number of tokens would leave, or None if the measurements show no limit.
+        ratio: of the gain of a doubling to that of the one before.
+    """
+
+    tokens: int
+    share: float
+    limit: float | None
+    ratio: float
+
+    @classmethod
+    def of(cls, measured: Sequence[tuple[int, float]]) -> Trend:
+        """From (tokens, r) at T / 4, T / 2 and T; fewer show no limit."""
+        tokens, last = measured[-1]
+        if len(measured) < 3:
+            return cls(tokens, last, None, 1.0)
+        first, second = measured[-3][1] - measured[-2][1], measured[-2][1] - last
+        if second <= 0.0:
+            return cls(tokens, last, last, 0.0)
+        ratio = second / first if first > 0.0 else 1.0
+        limit = last - second * ratio / (1.0 - ratio) if ratio < 1.0 else -1.0
+        return cls(tokens, last, limit if limit >= 0.0 else None, ratio)
+
+    def enough(self) -> int | None:
+        """The tokens that leave at most a tenth more than the limit, or None if that cannot be told."""
+        if self.limit is None:
+            return None
+        tokens, above = self.tokens, self.share - self.limit
+        while above > (_NEAR - 1.0) * self.limit:
+            if tokens > 1000 * self.tokens:
+                return None
+            tokens, above = 2 * tokens, above * self.ratio
+        return tokens
+
+    def sentence(self) -> str:
+        """For the user."""
+        enough = self.enough()
+        if enough is None:
+            return f"{self.tokens} tokens are too few to tell how many would be enough: pass at least twice as many"
+        if enough <= self.tokens:
+            return f"{self.tokens} tokens are enough: any number would leave about {self.limit:.2%}"
+        return f"about {enough} tokens would be enough: any number would leave about {self.limit:.2%}"
+
+
+class _Batches:
+    """Keyword arguments of the model, ``size`` windows at a time, with a progress bar where tqdm is installed."""
+
+    def __init__(self, model: Any, windows: Sequence[Tensor], size: int, device: str, what: str) -> None:
+        self._windows, self._size, self._device, self._what = windows, size, device, what
+        config = model.config
+        self._start = config.decoder_start_token_id if getattr(config, "is_encoder_decoder", False) else None
+
+    def __iter__(self) -> Any:
+        starts: Iterable[int] = range(0, len(self._windows), self._size)
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            print(f"{self._what} ...", file=sys.stderr, flush=True)
+        else:
+            starts = tqdm(starts, desc=self._what, unit="batch")
+        for start in starts:
+            ids = torch.stack(list(self._windows[start : start + self._size])).to(self._device)
+            if self._start is None:
+                yield {"input_ids": ids}
+            else:  # the decoder goes on where the encoder's half ends
+                source, target = ids.tensor_split(2, dim=1)
+                shifted = torch.cat([torch.full_like(target[:, :1], self._start), target[:, :-1]], dim=1)
+                yield {"input_ids": source, "decoder_input_ids": shifted}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {str(path)!r} is not UTF-8 text ({error}): convert it first") from error
+
+
+def _parts(text: str) -> tuple[str, str]:
+    """The text to fit on, and every eighth line, which is held out; of few lines, every eighth sentence."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    if len(lines) < 8:
+        lines = [piece for line in lines for piece in re.split(r"(?<=[.!?])\s+", line) if piece]
+    if len(lines) < 8:
+        raise ValueError(f"--text has {len(lines)} lines or sentences, at least 8 are needed: one is held out of eight")
+    return "\n".join(line for i, line in enumerate(lines) if i % 8 != 7), "\n".join(lines[7::8])
+
+
+def _windows(tokenizer: Any, text: str, length: int, tokens: int | None) -> list[Tensor]:
+    """Sequences of one length, spread evenly over the text."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    if len(ids) < 2:
+        raise ValueError(f"--text has too few tokens: {len(ids)} in one of its two parts")
+    length = min(length, len(ids))
+    found = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
+    count = len(found) if tokens is None else max(1, min(len(found), tokens // length))
+    # Neighbours come in different stages, so that the trend shows the amount of text and not its subject.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return [found[index * len(found) // count] for index in order]
+
+
+def _load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "collecting for a language model needs transformers: pip install 'gradsub[examples]'"
+        ) from error
+    config = transformers.AutoConfig.from_pretrained(name)
+    seq2seq = getattr(config, "is_encoder_decoder", False)
+    factory = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    model: Any = factory.from_pretrained(name, dtype=dtype)
+    model = model.to(device).eval()
+    model.config.use_cache = False  # keys and values of past tokens would only take memory
+    return model, transformers.AutoTokenizer.from_pretrained(name)

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsub.linalg._arithmetic import full_precision
+from gradsub.null_space._protection import Protection, complement_of
+from gradsub.null_space._statistics import Spectrum, Statistics
+
+_LOOSE = 1e-3  # for sums of standard normal numbers that orthonormal columns leave as they are, but for rounding
+
+
+class Directions:
+    """What is left of statistics without the sums: the protected directions alone, in their smaller form.
+
+    Features cannot be added any more.
+
+    Args:
+        protection: what the statistics came to.
+        total: tr(C).
+        count: the tokens seen.
+    """
+
+    kind = "directions"
+    error = 0.0
+
+    def __init__(self, protection: Protection, total: float, count: int) -> None:
+        self.protection = protection
+        self.count = count
+        self._total = total
+
+    @classmethod
+    def restore(cls, tensor: Tensor, state: dict[str, Any]) -> Directions:
+        count: Any = state.get("protected")
+        total: Any = state.get("energy")
+        share: Any = state.get("share")
+        held = tensor[1:].mT
+        if type(count) is not int or not 0 <= count <= tensor.shape[1]:
+            raise ValueError(f"protected={count!r} of {tensor.shape[1]} directions")
+        for key, value, most in (("energy", total, math.inf), ("share", share, 1.0 + 1e-6)):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not (math.isfinite(value) and 0.0 <= value <= most)
+            ):
+                raise ValueError(f"{key}={value!r} must be a number that is not negative")
+        if held.shape[1] != min(count, tensor.shape[1] - count):
+            raise ValueError(f"{held.shape[1]} columns for {count} protected directions of {tensor.shape[1]}")
+        _check_orthonormal(held)
+        return cls(Protection(held, count, tensor[0].double(), float(share)), float(total), state["count"])
+
+    @property
+    def dimension(self) -> int:
+        return self.protection.dimension
+
+    @property
+    def nbytes(self) -> int:
+        return self.protection.held.nbytes
+
+    @property
+    def tensor(self) -> Tensor:
+        """The eigenvalues in the first row, the columns that are held in the others."""
+        held = self.protection.held
+        return torch.cat([self.protection.eigenvalues[None].to(held), held.mT])
+
+    def add(self, rows: Tensor) -> None:
+        raise ValueError(
+            "this null space was saved without its statistics: it holds directions alone, and nothing can be added. "
+            "Save it with statistics=True, or collect anew"
+        )
+
+    def merge(self, other: Statistics) -> None:
+        raise ValueError("directions cannot be merged: save both null spaces with statistics=True")
+
+    def copy(self) -> Directions:
+        return self  # it never changes
+
+    def spectrum(self, quick: bool = False) -> Spectrum:
+        count, values = self.protection.count, self.protection.eigenvalues
+        resolution = self.dimension * torch.finfo(torch.float32).eps
+        return Spectrum(values[:count], self.basis().to(values.dtype), self._total, 0.0, resolution)
+
+    def basis(self) -> Tensor:
+        """K; where the complement is held, in no order."""
+        held = self.protection.held
+        return complement_of(held) if self.protection.complementary else held
+
+    def energy(self, basis: Tensor | None = None) -> float:
+        if basis is None:
+            return self._total
+        raise ValueError("held_out holds directions alone: save it with statistics=True")
+
+    def state(self) -> dict[str, Any]:
+        protection = self.protection
+        return {
+            "kind": self.kind,
+            "count": self.count,
+            "protected": protection.count,
+            "energy": self._total,
+            "share": protection.energy,
+        }
+
+
+def _check_orthonormal(held: Tensor) -> None:
+    """Raise a ValueError unless the columns are orthonormal, seen from random combinations of them: one pass."""
+    wide = held.to(torch.promote_types(held.dtype, torch.float32))
+    numbers = torch.randn(held.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(wide)
+    with full_precision(wide.device):
+        left = wide.mT @ (wide @ numbers) - numbers
+    if not bool((left.abs() <= _LOOSE).all()):
+        raise ValueError("directions are orthonormal columns, these are not")

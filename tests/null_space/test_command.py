@@ -1,0 +1,186 @@
+"""``python -m gradsub.null_space collect`` on a tiny Llama and a tiny T5."""
+
+from __future__ import annotations
+
+import builtins
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradsub import NullSpace
+from gradsub.null_space._command import Trend, main
+
+# Third-party imports that warn are made here, once, so that the suite's -W error need not know of them.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+def saved(folder: Path, kind: str) -> str:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
+    if kind == "t5":
+        config = transformers.T5Config(
+            d_model=16, d_ff=24, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0, **sizes
+        )
+        transformers.T5ForConditionalGeneration(config).save_pretrained(folder)
+    else:
+        config = transformers.LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=1,
+            **sizes,
+        )
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=["llama", "t5"])
+def model(request, tmp_path_factory):
+    return saved(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def written(path: Path, lines: int = 200, separator: str = "\n") -> str:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(WORDS), (lines, 12), generator=generator).tolist()
+    path.write_text(separator.join(" ".join(WORDS[i] for i in line) + "." for line in chosen), encoding="utf-8")
+    return str(path)
+
+
+def run(model: str, text: str, out: Path, *options: str) -> int:
+    return main(["collect", "--model", model, "--text", text, "--out", str(out), "--window", "16", *options])
+
+
+@pytest.mark.parametrize("options", [[], ["--statistics"], ["--energy", "0.8", "--no-normalize"], ["--side", "output"]])
+def test_it_makes_a_null_space_and_says_whether_it_was_enough(tmp_path, model, options, capsys):
+    assert run(model, written(tmp_path / "text.txt"), tmp_path / "null.safetensors", *options) == 0
+    said = capsys.readouterr().out
+    assert said.count("of fresh text's energy free") == 3
+    assert "any number would leave" in said or "too few to tell" in said
+    assert "are free to train" in said
+    null_space = NullSpace.load(tmp_path / "null.safetensors")
+    names = dict(transformers.AutoModel.from_pretrained(model).named_modules())
+    assert {name.removeprefix("model.") for name in null_space} <= set(names)
+    assert all(0 < null_space.protected_fraction(name) <= 1 for name in null_space)
+    kind = "exact" if options == ["--statistics"] else "directions"
+    assert {null_space._statistics(name).kind for name in null_space} == {kind}
+
+
+def test_it_collects_what_the_library_collects(tmp_path, llama):
+    text = written(tmp_path / "text.txt")
+    assert run(llama, text, tmp_path / "null.safetensors", "--energy", "0.9", "--statistics", "--batch", "3") == 0
+    found = NullSpace.load(tmp_path / "null.safetensors")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    lines = [line for i, line in enumerate(Path(text).read_text().split("\n")) if i % 8 != 7]
+    ids = torch.tensor(tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"])
+    batch = ids[: len(ids) // 16 * 16].view(-1, 16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    expected = NullSpace(energy=0.9).collect(model, [{"input_ids": batch}], normalize=True)
+    assert list(found) == list(expected)
+    for name in found:
+        torch.testing.assert_close(found.eigenvalues(name), expected.eigenvalues(name), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("separator", [" ", "\n\n"])
+def test_any_layout_of_text_and_groups_of_layers(tmp_path, llama, separator, capsys):
+    text = written(tmp_path / "text.txt", separator=separator)
+    assert run(llama, text, tmp_path / "null.safetensors", "--layers-at-once", "7", "--tokens", "640") == 0
+    assert "640 tokens" in capsys.readouterr().out
+    assert len(NullSpace.load(tmp_path / "null.safetensors")) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["--energy", "2"], "energy=2.0"),
+        (["--energy", "0.9", "--threshold", "0.1"], "exclude each other"),
+        (["--tokens", "3"], "--tokens 3"),
+        (["--window", "1"], "--window 1"),
+        (["--target-modules", "nothing"], "nothing"),
+        (["--layers-at-once", "0"], "layers_at_once=0"),
+        (["--layers-at-once", "2", "--statistics"], "leave one of them out"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--out", "missing/null.safetensors"], "no folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_said_in_a_line(tmp_path, llama, options, match, capsys):
+    assert run(llama, written(tmp_path / "text.txt"), tmp_path / "null.safetensors", *options) == 1
+    assert match in capsys.readouterr().err
+    assert not (tmp_path / "null.safetensors").exists()
+
+
+def test_text_that_is_too_short_or_no_text(tmp_path, llama, capsys):
+    for content, match in ((b"one line", "at least 8"), (b"\xff\xfe\xfa", "UTF-8")):
+        (tmp_path / "text.txt").write_bytes(content)
+        assert run(llama, str(tmp_path / "text.txt"), tmp_path / "null.safetensors") == 1
+        assert match in capsys.readouterr().err
+
+
+def test_without_transformers_the_extra_is_named(tmp_path, llama, monkeypatch, capsys):
+    original = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name == "transformers":
+            raise ImportError(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert run(llama, written(tmp_path / "text.txt"), tmp_path / "null.safetensors") == 1
+    assert "gradsub[examples]" in capsys.readouterr().err
+
+
+def test_transformers_is_imported_only_when_it_is_used():
+    code = "import sys, gradsub.null_space._command; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "gradsub.null_space", "collect", "--help"], check=True, capture_output=True, text=True
+    ).stdout
+    assert "--model" in shown
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.6])
+@pytest.mark.parametrize("limit", [0.01, 0.03])
+def test_the_trend_finds_how_many_tokens_are_enough(ratio, limit):
+    def left(doublings: int) -> float:
+        return limit + 0.05 * ratio**doublings
+
+    trend = Trend.of([(1000 * 2**j, left(j)) for j in range(3)])
+    assert trend.limit == pytest.approx(limit)
+    enough = trend.enough()
+    needed = next(j for j in range(2, 60) if left(j) <= 1.1 * limit * (1 + 1e-9))
+    assert enough == 1000 * 2**needed
+
+
+@pytest.mark.parametrize("shares", [[0.1], [0.1, 0.09], [0.1, 0.09, 0.07], [0.1, 0.12, 0.08]])
+def test_without_a_trend_more_text_is_asked_for(shares):
+    trend = Trend.of([(1000 * 2**j, share) for j, share in enumerate(shares)])
+    assert trend.enough() is None
+    assert "too few" in trend.sentence()
+
+
+def test_a_residual_that_no_longer_falls_is_enough():
+    trend = Trend.of([(1000, 0.1), (2000, 0.05), (4000, 0.05)])
+    assert trend.enough() == 4000
