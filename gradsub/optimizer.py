@@ -36,6 +36,14 @@ from gradsub.subspace import Layer, SubspaceBank
 __all__ = ["GemsOptimizer", "NonFiniteError"]
 
 
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Outside of inference mode: what is made in it can never be written to again, and every step does."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):  # the former switches gradients on
+        yield
+
+
 class GemsOptimizer(Optimizer):
     r"""Runs any optimizer inside shared and task-specific low-rank subspaces, within a protected null space.
 
@@ -140,6 +148,7 @@ class GemsOptimizer(Optimizer):
     # GradScaler finds them in `param_groups` instead.
     _step_supports_amp_scaling = False
 
+    @_ordinary_tensors()
     def __init__(
         self,
         base: Optimizer,
@@ -308,6 +317,8 @@ class GemsOptimizer(Optimizer):
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
         self._follow_conversions()
+        if samples is not None:
+            samples = {str.__str__(name): count for name, count in samples.items()}
         rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
@@ -328,11 +339,14 @@ class GemsOptimizer(Optimizer):
             retain_graph: keep the graph after the last pass.
 
         Raises:
-            ValueError: a task was never declared, or ``samples`` names a task without a loss.
+            ValueError: a task was never declared, ``samples`` names a task without a loss, or a loss is no scalar with
+                a graph; nothing was captured.
         """
-        samples = samples or {}
-        for name in (*losses, *samples):
-            self._task_index(name)
+        losses = {self.tasks[self._task_index(name)]: loss for name, loss in losses.items()}
+        samples = {self.tasks[self._task_index(name)]: count for name, count in (samples or {}).items()}
+        for name, loss in losses.items():
+            settings.check_loss(loss, name)
+            settings.check_samples(samples.get(name, 1), name)
         unused = sorted(samples.keys() - losses.keys())
         if unused:
             raise ValueError(f"samples names {unused}, but losses has only {sorted(losses)}: pass their losses too")
@@ -360,7 +374,9 @@ class GemsOptimizer(Optimizer):
 
         Raises:
             NonFiniteError: a task's loss or gradient is NaN or Inf; nothing was changed (``nonfinite="raise"``).
+            RuntimeError: a task is open.
         """
+        self._intake.check_closed("step()")
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -409,6 +425,7 @@ class GemsOptimizer(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} must be positive")
+        self._intake.check_closed("clip_grad_norm_()")
         with torch.no_grad():
             self._intake.settle()
             self._intake.reduce(merge=False)
@@ -441,7 +458,7 @@ class GemsOptimizer(Optimizer):
 
         Raises:
             ValueError: ``scale`` is not positive and finite, or has several entries.
-            RuntimeError: it was divided already, or clipped.
+            RuntimeError: it was divided already, or clipped, or a task is open.
 
         Example:
             >>> import torch
@@ -457,6 +474,7 @@ class GemsOptimizer(Optimizer):
         fits = scale.numel() == 1 if isinstance(scale, Tensor) else 0 < scale < math.inf
         if not fits:
             raise ValueError(f"scale={scale!r} must be a positive number, or a tensor with one entry")
+        self._intake.check_closed("unscale_()")
         self._intake.forget_skipped()
         if self._intake.unscaled:
             raise RuntimeError("unscale_ on gradients that were divided by the scale of the loss already: leave it out")
@@ -485,8 +503,13 @@ class GemsOptimizer(Optimizer):
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``p.grad`` and whatever was captured and not stepped."""
+        """Clear ``p.grad`` and whatever was captured and not stepped.
+
+        Inside of `task` it drops what the block has captured so far, with its samples. ``model.zero_grad()`` clears
+        ``p.grad`` alone: what was captured stays.
+        """
         self._intake.clear()
+        self._intake.capture.zero_set_aside(set_to_none)
         super().zero_grad(set_to_none)
 
     def _finite(self) -> bool:
@@ -510,6 +533,7 @@ class GemsOptimizer(Optimizer):
 
     # --- groups and state --------------------------------------------------------------------------------------------
 
+    @_ordinary_tensors()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters during training, with the base optimizer's options and this class's own."""
         super().add_param_group(param_group)
@@ -597,6 +621,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.fused.convert(layer)
         self._bank.forget_directions()
 
+    @_ordinary_tensors()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a `state_dict` as if never interrupted.
 
