@@ -569,7 +569,7 @@ class GemsOptimizer(Optimizer):
         group = self.param_groups[position]
         fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
         fused = {parameter: found for parameter, found in fused.items() if found is not None}
-        proxies = self._stepper.adopt(position, layers, fused, traits.entrywise)
+        proxies = self._stepper.adopt(position, layers, fused, traits)
         plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
         self._stepper.plain.extend(plain)
         for parameter in plain:
