@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -204,6 +205,7 @@ class GemsOptimizer(Optimizer):
         )
         self._skipped = 0
         self._placed: dict[Tensor, Any] = {}
+        self._adopted: list[list[Tensor]] = []
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
@@ -377,6 +379,7 @@ class GemsOptimizer(Optimizer):
             RuntimeError: a task is open.
         """
         self._intake.check_closed("step()")
+        self._check_unedited()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -533,6 +536,31 @@ class GemsOptimizer(Optimizer):
 
     # --- groups and state --------------------------------------------------------------------------------------------
 
+    def _check_unedited(self) -> None:
+        """Raise if somebody else has put other parameters into the groups, or thrown the state away.
+
+        Raises:
+            RuntimeError: what was adopted when the optimizer was built is no longer there.
+        """
+        groups, adopted = self.param_groups, self._adopted
+        if len(groups) != len(adopted) or not all(
+            len(group["params"]) == len(held) and all(map(is_, group["params"], held))
+            for group, held in zip(groups, adopted, strict=True)
+        ):
+            raise RuntimeError(
+                "optimizer.param_groups holds other parameters than the optimizer was built with, and subspaces, "
+                "hooks and state belong to those: freeze a parameter to leave it out, add some with "
+                "optimizer.add_param_group(), and to replace or remove some call optimizer.close() and build a new "
+                "optimizer"
+            )
+        state = self.state
+        if state is not self._stepper.state or not all("basis" in state.get(p, ()) for p in self._stepper.layers):
+            raise RuntimeError(
+                "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
+                "which a checkpoint would lack a part. Load another state with optimizer.load_state_dict(); to begin "
+                "anew call optimizer.close() and build a new optimizer"
+            )
+
     @_ordinary_tensors()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters during training, with the base optimizer's options and this class's own."""
@@ -581,6 +609,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.fused.adopt(layer, *found)
         self._stepper.show()
         self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
+        self._adopted.append(list(group["params"]))
 
     @torch.no_grad()
     def _follow_conversions(self) -> None:
@@ -778,5 +807,6 @@ _OWN_ATTRIBUTES = frozenset(
         "_inner",
         "_weighing",
         "_placed",
+        "_adopted",
     }
 )
