@@ -57,6 +57,7 @@ class Stepper:
         self.plain: list[Tensor] = []
         self._fused: set[Tensor] = set()
         self._warned = False
+        self._missed = False
         self._as_stacks: list[bool] = []
         self.state: State = {}
         self.vectors = ProtectedVectors()
@@ -235,7 +236,7 @@ class Stepper:
         total = sum(samples.values())
         shares = {task: count / total for task, count in samples.items()}
         projected = self._project(groups, gradients, shares, rounding)
-        measured = measure(projected, losses, samples, len(self._tasks), self._gate)
+        measured = measure(projected, losses, samples, len(self._tasks), self._gate, self._say_unseen)
         weights = self._operate(shares, measured)
         steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
         self._update(groups, projected, steps, measured)
@@ -357,6 +358,18 @@ class Stepper:
                     # A checkpoint taken before the next step would bring it back.
                     self.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
                     block.shown.pop((f"{INNER}{prefix}{key}", row), None)
+
+    def _say_unseen(self, tasks: Sequence[int]) -> None:
+        """Warn once of tasks whose loss the gate would have wanted."""
+        if not self._missed:
+            self._missed = True
+            warnings.warn(
+                f"the gate reads losses, and none was seen of {[self._tasks[task] for task in tasks]}: only a call of "
+                "backward() on the scalar loss itself, in the thread of its block, tells it (not "
+                "torch.autograd.backward); pass task(name, loss=loss), or a gate that needs none, such as "
+                "gate='uniform'",
+                stacklevel=8,
+            )
 
     def _say_kept(self, names: Collection[str]) -> None:
         """Warn once of what the base optimizer keeps and no rotation reaches."""

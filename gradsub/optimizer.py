@@ -557,8 +557,8 @@ class GemsOptimizer(Optimizer):
         if state is not self._stepper.state or not all("basis" in state.get(p, ()) for p in self._stepper.layers):
             raise RuntimeError(
                 "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
-                "which a checkpoint would lack a part. Load another state with optimizer.load_state_dict(); to begin "
-                "anew call optimizer.close() and build a new optimizer"
+                "which a checkpoint would lack a part. To begin anew call optimizer.close() and build a new optimizer; "
+                "to go on from another state use its load_state_dict()"
             )
 
     @_ordinary_tensors()

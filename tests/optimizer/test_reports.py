@@ -6,13 +6,18 @@ import copy
 import enum
 import gc
 import io
+import threading
+import warnings
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from gradsub import GemsOptimizer
 from tests.optimizer.toys import gems, loss_of, mlp, noise, same, train, weights_of
 
 CAPTURES = ("generic", "fused")
@@ -362,4 +367,174 @@ def test_backward_looks_at_all_losses_before_it_begins(bad: str) -> None:
         optimizer.backward({"search": loss_of(model, 0, 0), "rec": values[bad]}, samples)
     optimizer.state_dict()  # refused if something was captured
     optimizer.backward({"search": loss_of(model, 0, 0), "rec": loss_of(model, 0, 1).reshape(1)})
+    optimizer.step()
+
+
+# --- frozen layers in distributed checkpoints (pytorch 192202) -------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("frozen", ["0.weight", "2.weight", "2.bias", ".weight"])
+def test_a_frozen_layer_loads_through_distributed_checkpoints(frozen: str, capture: str) -> None:
+    def make(seed: int) -> tuple[nn.Sequential, GemsOptimizer]:
+        model = mlp((12, 12, 12, 8), seed=seed)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.endswith(frozen))
+        return model, gems(model, capture=capture)
+
+    ends = []
+    for resumed in (False, True):
+        model, optimizer = make(0)
+        train(model, optimizer, 4)
+        if resumed:
+            weights, state = copy.deepcopy((model.state_dict(), get_optimizer_state_dict(model, optimizer)))
+            model, optimizer = make(1)
+            model.load_state_dict(weights)
+            set_optimizer_state_dict(model, optimizer, state)
+        train(model, optimizer, 4, start=4)
+        ends.append(weights_of(model))
+    assert same(*ends)
+
+
+def test_a_layer_that_trains_still_needs_its_state() -> None:
+    model = mlp()
+    optimizer = gems(model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]
+    with pytest.raises(ValueError, match="lacks the state of 0"):
+        optimizer.load_state_dict(saved)
+    model[0].weight.requires_grad_(False)
+    optimizer.load_state_dict(saved)
+
+
+# --- groups and state that others edit (gaussian splatting's densification, Adam's reset) ----------------------------
+
+
+def _replaced(model: nn.Sequential, optimizer: GemsOptimizer) -> None:
+    old = optimizer.param_groups[1]["params"][0]
+    new = nn.Parameter(old.detach().clone())
+    optimizer.state[new] = optimizer.state.pop(old)
+    optimizer.param_groups[1]["params"][0] = model[0].bias = new
+
+
+def _reordered(model: nn.Sequential, optimizer: GemsOptimizer) -> None:
+    optimizer.param_groups.reverse()
+
+
+def _removed(model: nn.Sequential, optimizer: GemsOptimizer) -> None:
+    optimizer.param_groups[1]["params"].clear()
+
+
+def _added(model: nn.Sequential, optimizer: GemsOptimizer) -> None:
+    optimizer.param_groups[1]["params"].append(nn.Parameter(torch.ones(3)))
+
+
+def _other_list(model: nn.Sequential, optimizer: GemsOptimizer) -> None:
+    optimizer.param_groups[1]["params"] = [nn.Parameter(torch.ones(16))]
+
+
+def _deleted(model: nn.Sequential, optimizer: GemsOptimizer) -> None:
+    del optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("edit", [_replaced, _reordered, _removed, _added, _other_list, _deleted])
+def test_edited_groups_are_refused_at_the_next_step(edit: Any) -> None:
+    model = mlp()
+    base = torch.optim.AdamW([{"params": [parameter]} for parameter in model.parameters()], lr=1e-2)
+    optimizer = gems(model, base=base)
+    train(model, optimizer, 2)
+    edit(model, optimizer)
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"param_groups holds other parameters.*add_param_group\(\).*close\(\)"):
+        train(model, optimizer, 1)
+    assert same(before, weights_of(model))
+
+
+def _new_state(optimizer: GemsOptimizer) -> None:
+    optimizer.state = defaultdict(dict)
+
+
+def _copied_state(optimizer: GemsOptimizer) -> None:
+    optimizer.state = defaultdict(dict, {parameter: dict(held) for parameter, held in optimizer.state.items()})
+
+
+def _cleared_state(optimizer: GemsOptimizer) -> None:
+    optimizer.state.clear()
+
+
+def _one_cleared(optimizer: GemsOptimizer) -> None:
+    optimizer.state[optimizer.param_groups[0]["params"][0]].clear()
+
+
+def _one_popped(optimizer: GemsOptimizer) -> None:
+    optimizer.state.pop(optimizer.param_groups[0]["params"][0])
+
+
+@pytest.mark.parametrize("edit", [_new_state, _copied_state, _cleared_state, _one_cleared, _one_popped])
+def test_a_state_that_was_thrown_away_is_missed_at_the_next_step(edit: Any) -> None:
+    model = mlp()
+    optimizer = gems(model)
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    twin = copy.deepcopy((model, optimizer))
+    edit(optimizer)
+    before = weights_of(model)
+    with pytest.raises(RuntimeError, match=r"state was replaced or cleared.*close\(\)"):
+        train(model, optimizer, 1)
+    assert same(before, weights_of(model))
+    optimizer.close()
+    optimizer = gems(model)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, 1)
+    train(*twin, 1)
+    assert same(weights_of(model), weights_of(twin[0]))
+
+
+@pytest.mark.parametrize("how", ["copy", "load", "group"])
+def test_what_is_no_edit_goes_on(how: str) -> None:
+    model = mlp()
+    optimizer = gems(model, model=None)
+    train(model, optimizer, 2)
+    if how == "copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    elif how == "load":
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(8, 8))]})
+    train(model, optimizer, 2, start=2)
+
+
+# --- losses that the gate does not see -------------------------------------------------------------------------------
+
+
+def _in_a_thread(loss: Any) -> None:
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("backward", [torch.autograd.backward, _in_a_thread])
+@pytest.mark.parametrize("gate", ["heuristic", "uniform", lambda inputs: inputs.present / inputs.losses.numel()])
+def test_a_gate_that_reads_losses_says_once_that_it_saw_none(backward: Any, gate: Any) -> None:
+    model = mlp()
+    optimizer = gems(model, gate=gate)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(3):
+            for task, name in enumerate(optimizer.tasks):
+                with optimizer.task(name):
+                    (backward if task else torch.Tensor.backward)(loss_of(model, step, task))
+            optimizer.step()
+    texts = [str(warning.message) for warning in said]
+    assert len(texts) == (gate != "uniform")
+    assert all("none was seen of ['rec']" in text for text in texts)
+
+
+def test_a_loss_that_is_named_is_seen() -> None:
+    model = mlp()
+    optimizer = gems(model)
+    for task, name in enumerate(optimizer.tasks):
+        loss = loss_of(model, 0, task)
+        with optimizer.task(name, loss=loss):
+            torch.autograd.backward(loss)
     optimizer.step()
