@@ -50,7 +50,8 @@ class Intake:
         self.mixed_samples = 0.0
         self.losses: dict[int, Tensor] = {}
         self._clipped = False
-        self._open = False
+        self._open: str | None = None
+        self._cleared = 0
         self._warned = False
 
     @property
@@ -76,7 +77,7 @@ class Intake:
             RuntimeError: another block is open; the gradients of this step were divided by the scale of the loss; or
                 no gradient arrived although a loss was seen.
         """
-        if self._open:
+        if self._open is not None:
             raise RuntimeError(f"{what} inside another task: a backward pass belongs to one, close it first")
         self.forget_skipped()
         if self.unscaled:
@@ -84,7 +85,7 @@ class Intake:
                 f"{what} after this step's gradients were divided by the scale of the loss, which would not reach "
                 "those captured now: unscale after the last backward pass, and call step() or zero_grad() first"
             )
-        self._open = True
+        self._open = what
         self.capture.open(MIXED if len(parts) > 1 else parts[0].task)
         self.fused.open(parts)
         seen = set(self.losses)
@@ -93,6 +94,7 @@ class Intake:
                 yield
         finally:
             self.fused.close()
+            self._open = None
             arrived = self.capture.close()
             if arrived:
                 for task, count in samples.items():
@@ -100,7 +102,6 @@ class Intake:
                 self.mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
             else:
                 self._outside.emptied = what
-            self._open = False
         if not arrived and self.losses.keys() != seen:
             self._exchange.check_nothing_kept_back()
 
@@ -111,8 +112,14 @@ class Intake:
             task: whose loss it is.
             loss: the loss, if ``backward()`` itself may be called on something else.
         """
-        observe = partial(self.saw_loss, task)
-        return LossWatcher(observe) if loss is None else watch_through(loss, observe)
+        if loss is None:
+            return LossWatcher(partial(self.saw_loss, task))
+        return watch_through(loss, partial(self._saw_at_end, self._cleared, task))
+
+    def _saw_at_end(self, cleared: int, task: int, loss: Tensor) -> None:
+        # What zero_grad() has dropped inside of the block has no loss either.
+        if cleared == self._cleared or self.capture.arrived:
+            self.saw_loss(task, loss)
 
     def saw_loss(self, task: int, loss: Tensor) -> None:
         """Add to the task's loss of this step."""
@@ -193,6 +200,7 @@ class Intake:
         Args:
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
         """
+        self.check_closed("summing or reading gradients")
         agreed = self._exchange.reduce(
             self.capture.gradients, self.samples, self.mixed_samples, self.losses, merge, self.capture.rounding
         )
@@ -236,8 +244,21 @@ class Intake:
                 stacklevel=5,
             )
 
+    def check_closed(self, what: str) -> None:
+        """Raise a RuntimeError inside of a task, whose samples are not counted before its block is closed.
+
+        Args:
+            what: is asked for.
+        """
+        if self._open is not None:
+            raise RuntimeError(
+                f"{what} inside of {self._open}: what belongs to a task is complete once its block is closed; call it "
+                "after the `with` block, which may hold nothing but the forward and the backward pass"
+            )
+
     def clear(self) -> None:
-        """Forget all that has come in."""
+        """Forget all that has come in, also of an open block."""
+        self._cleared += 1
         self._unscaling.reset()
         self._clipped = False
         self.capture.clear()

@@ -172,7 +172,7 @@ class Layout:
 
     def may_decompose(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a parameter is one to decompose, if it is large enough."""
-        if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point():
+        if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
             return False
         return self._targets is None or parameter in self._targets
 

@@ -102,6 +102,8 @@ class StateDictReader:
             for index, group, parameter in zip(order, options, group_parameters(self._groups), strict=True)
         }
         state: dict[Tensor, dict[str, Any]] = dict(entries[index] for index in saved["state"])
+        # What is frozen has no state in distributed checkpoints, as everywhere in torch.
+        state.update(entry for index, entry in entries.items() if index not in saved["state"] and entry[1])
         return Loaded(groups, state, self._weighing)
 
     # --- options -----------------------------------------------------------------------------------------------------
@@ -157,6 +159,8 @@ class StateDictReader:
                 raise ValueError(f"state_dict: {key!r} is no key of the state of {name}: keys are strings")
         self._set_aside(name, {key: value for key, value in theirs.items() if is_weighing(key)})
         theirs = {key: value for key, value in theirs.items() if not is_weighing(key)}
+        if layer is not None and not theirs and not parameter.requires_grad:
+            return {key: value for key, value in ours.items() if not is_weighing(key)}
         if layer is not None and not theirs:
             raise ValueError(f"state_dict lacks the state of {name}, parameter {index!r}: pass what state_dict() gave")
         if (layer is not None) != ("basis" in theirs):

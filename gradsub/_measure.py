@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ def measure(
     samples: Mapping[int, float],
     tasks: int,
     gate: Gate,
+    unseen_losses: Callable[[list[int]], None],
 ) -> Measurements | None:
     """The gates of this step, and what they and a report are computed from; None without a layer or a task.
 
@@ -38,6 +41,7 @@ def measure(
         samples: by task.
         tasks: K.
         gate: the gate.
+        unseen_losses: told of the tasks without a loss, if the gate reads losses.
 
     Raises:
         ValueError: the gate returned something of another shape than (L, K).
@@ -63,9 +67,9 @@ def measure(
         device="cpu",
     ).to(zero.device, non_blocking=True)
     memory = torch.cat([block.block.stacks[GATE_MEMORY].to(zero) for block in blocks])
-    unseen = [losses[k].to(unknown) if k in losses else unknown for k in range(tasks)]
+    known = [losses[k].to(unknown) if k in losses else unknown for k in range(tasks)]
     inputs = GateInputs(
-        losses=torch.stack(unseen),
+        losses=torch.stack(known),
         gradient_norms=own_norms,
         samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], dtype=zero.dtype, device="cpu").to(
             zero.device, non_blocking=True
@@ -74,6 +78,9 @@ def measure(
         memory=memory,
         alignment=_alignments(blocks, tasks).to(zero) if needs_alignment(gate) else None,
     )
+    missing = [k for k in range(tasks) if k not in losses and any(k in block.own for block in blocks)]
+    if missing:
+        inputs = _Noticing(**vars(inputs), notice=partial(unseen_losses, missing))
     gates = gate(inputs)
     if gates.shape != own_norms.shape:
         raise ValueError(
@@ -88,6 +95,18 @@ def measure(
         gates=gates,
         present=present,
     )
+
+
+@dataclass(frozen=True)
+class _Noticing(GateInputs):
+    """Tells when the losses are read."""
+
+    notice: Callable[[], None] = lambda: None
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "losses":
+            self.notice()
+        return super().__getattribute__(name)
 
 
 def needs_alignment(gate: Gate) -> bool:

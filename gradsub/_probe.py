@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,12 +21,14 @@ __all__ = ["PLAIN", "Probes", "Traits", "base_step", "constant_like", "pattern",
 
 Options = Mapping[str, Any]
 Decay = Literal["coupled", "rate", "fixed", "none", "other"]
+Moment = Literal["first", "second", "root"]
 Setting = tuple[torch.dtype, torch.device]
 
 _AS_IS: Options = {}
 _ROWS, _COLUMNS = 8, 4
 _STEPS = 12  # past the averaging of a lookahead (every 5 or 6 steps) and the warm-up of RAdam
 _MORE_STEPS = 120  # for positions in the state that no step has used so far
+_DEGREE = 1e-3  # how well a moment has to follow its rule: small terms in denominators spoil it a little
 _RATE = 0.02
 _DECAY = 0.05
 # How steps are computed, not which: True would only ask for another device.
@@ -44,12 +46,16 @@ class Traits:
             it is taken off the weight; ``"fixed"``: it is; ``"none"``: nothing; ``"other"``: something else.
         counters: options that the optimizer itself changes in a step.
         entrywise: each entry is stepped by itself, so that many matrices can be stepped as one stack.
+        moments: by name, what of the state is a ``"first"`` or a ``"second"`` moment, or the ``"root"`` of one.
+        unknown: what else of the state has a place for each entry and depends on the gradients.
     """
 
     relative: bool
     decay: Decay
     counters: frozenset[str]
     entrywise: bool = False
+    moments: Mapping[str, Moment] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
 
 
 # Of a group in which nothing can have a proxy.
@@ -87,7 +93,7 @@ def pattern(option: str, value: Any) -> Any:
 class Probes:
     """Runs copies of a base optimizer on a small matrix; groups whose options have one `pattern` share a result.
 
-    Nothing of the optimizer, no random number generator and no hook is touched. It costs some 60 steps of one matrix.
+    Nothing of the optimizer, no random number generator and no hook is touched. It costs some 120 steps of one matrix.
 
     Args:
         base: the optimizer.
@@ -166,7 +172,8 @@ def _traits(trial: _Trial) -> Traits:
         trial.check_relative(inside, alone)
     elif trial.comes_back(inside, alone):
         raise ValueError(trial.refusal("takes other steps in the long run where the parameter started elsewhere"))
-    return Traits(relative, trial.decay(), inside.counters)
+    moments, unknown = trial.moments()
+    return Traits(relative, trial.decay(), inside.counters, moments=moments, unknown=unknown)
 
 
 @dataclass(frozen=True)
@@ -272,6 +279,68 @@ class _Trial:
             return calls > 0 and (type(error), str(error)) != (type(without), str(without))
         return calls > 0
 
+    def moments(self) -> tuple[dict[str, Moment], frozenset[str]]:
+        """What of the state is which moment, by what it does when the gradients g become -g and 2 g; and what is none.
+
+        Odd: a first moment, of gradients or of steps (degree 0), which turns with the basis as they do. Even and of
+        degree 2: a second moment. Even and of degree 1, or a length of steps, which follows the learning rate and not
+        the gradients' scale: the root of one. Other sizes, even and nowhere negative, as Adadelta's squared steps, are
+        treated as a second moment, of which only means are taken. What is there without gradients does not count.
+        """
+        found: dict[str, Moment] = {}
+        unknown = set()
+        plain = self.states()
+        if not plain:
+            return found, frozenset()
+        mirrored, doubled, still = (self.states(factor) for factor in (-1.0, 2.0, 0.0))
+        faster = self.states(rate=2 * _RATE)
+        for key, g in plain.items():
+            minus, twice, rest, fast = (other.get(key, g * 0) for other in (mirrored, doubled, still, faster))
+            rest = rest.nan_to_num(0.0, 0.0, 0.0)
+            if _close(g, rest, tolerance=1e-12):
+                continue
+            if g.ndim != len(self.shape) or any(a not in (1, b) for a, b in zip(g.shape, self.shape, strict=True)):
+                if g.numel() >= self.shape.numel():
+                    unknown.add(key)
+                continue
+            even = _close(minus - rest, g - rest, tolerance=_DEGREE)
+            if _close(minus - rest, rest - g, tolerance=_DEGREE):
+                found[key] = "first"
+            elif even and _close(twice - rest, 4 * (g - rest), tolerance=_DEGREE):
+                found[key] = "second"
+            elif even and (
+                _close(twice - rest, 2 * (g - rest), tolerance=_DEGREE)
+                or (_close(twice, g, tolerance=_DEGREE) and _close(fast, 2 * g, tolerance=_DEGREE))
+            ):
+                found[key] = "root"
+            elif even and bool((g >= 0).all()):
+                found[key] = "second"
+            else:
+                unknown.add(key)
+        return found, frozenset(unknown)
+
+    def states(self, factor: float = 1.0, rate: float = _RATE) -> dict[str, Tensor]:
+        """The tensors in the state, but single numbers, after steps from 0 with multiples of the gradients."""
+        try:
+            with _isolated(self._setting[1]) as reseed:
+                twin = _Twin(self.base, self._options(_AS_IS), self.sample, self._setting, self.shape)
+                if "lr" in twin.group:
+                    twin.group["lr"] = rate
+                for number in range(_STEPS):
+                    reseed(number)
+                    twin.take(factor * self._gradients[number], torch.zeros_like(self._start), 0.0)
+                held = twin.optimizer.state.get(twin.weight, {})
+                return {
+                    key: value.detach().double().clone()
+                    for key, value in held.items()
+                    if isinstance(value, Tensor) and value.numel() > 1
+                }
+        except Exception:  # it does not step without a gradient
+            return {}
+
+    def _options(self, changes: Options) -> Options:
+        return {**self.options, **({"weight_decay": 0.0} if "weight_decay" in self.options else {}), **changes}
+
     def from_zero(self, steps: int, changes: Options = _AS_IS) -> _Run:
         """As proxies inside a subspace: at 0 before every step."""
         return self.at([torch.zeros_like(self._start)] * steps, changes=changes)
@@ -282,7 +351,7 @@ class _Trial:
 
     def at(self, positions: Sequence[Tensor | None], pull: float = 0.0, changes: Options = _AS_IS) -> _Run:
         """From given places; None: where the last step led. ``pull`` times the place is added to the gradients."""
-        options = {**self.options, **({"weight_decay": 0.0} if "weight_decay" in self.options else {}), **changes}
+        options = self._options(changes)
         with _isolated(self._setting[1]) as reseed:
             twin = _Twin(self.base, options, self.sample, self._setting, self.shape)
             before, steps, places = dict(twin.group), [], []

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import numbers
+from collections.abc import Iterable
 from typing import Any
+
+from torch import Tensor
 
 from gradsub.null_space._null_space import check_side
 from gradsub.subspace import MOMENT_RULES
@@ -39,6 +42,8 @@ def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
     names = tuple(tasks)
     if any(not isinstance(name, str) or not name for name in names):
         raise ValueError(f"tasks={names!r} must be non-empty strings")
+    # Members of a `str` enumeration count by what they are as strings: checkpoints hold nothing but plain ones.
+    names = tuple(map(str.__str__, names))
     if len(set(names)) != len(names):
         raise ValueError(f"tasks={names!r} names a task twice")
     if "shared" in names:
@@ -48,13 +53,29 @@ def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:
 
 def check_samples(samples: object, task: str) -> float:
     """``samples`` as a positive, finite number."""
-    if isinstance(samples, bool) or not isinstance(samples, (int, float)) or not 0 < samples < math.inf:
+    number = isinstance(samples, numbers.Real) and not isinstance(samples, bool)
+    if not number or not 0 < samples < math.inf:  # type: ignore[operator]
         raise ValueError(f"samples={samples!r} of task {task!r} must be a positive number")
-    return float(samples)
+    return float(samples)  # type: ignore[arg-type]
 
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise a ValueError if one of a parameter group's own options is out of range."""
+def check_loss(loss: object, task: str) -> None:
+    """Raise a ValueError unless ``backward()`` can be called on the loss."""
+    remedy = f"of task {task!r}: pass the scalar on which you would call backward(), or leave the task out"
+    if not isinstance(loss, Tensor):
+        raise ValueError(f"loss={loss!r} ({type(loss).__name__}) {remedy}")
+    if loss.numel() != 1:
+        raise ValueError(f"loss of shape {tuple(loss.shape)} {remedy}")
+    if not loss.requires_grad:
+        raise ValueError(f"detached loss (requires_grad=False) {remedy}")
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise a ValueError if one of a group's own options is out of range; numbers of numpy become Python's."""
+    for option in ("rank", "task_rank", "update_proj_gap", "scale"):
+        value = group[option]
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            group[option] = int(value) if isinstance(value, numbers.Integral) else float(value)
     if not isinstance(group["subspace"], bool):
         raise ValueError(f"subspace={group['subspace']!r} of a parameter group must be True or False")
     check_count("rank", group["rank"])

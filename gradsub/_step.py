@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
+from gradsub._probe import Traits
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
 from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Projected, mix, project_block
@@ -68,6 +70,8 @@ class Stepper:
         self.blocks: list[Block] = []
         self.plain: list[Tensor] = []
         self._fused: set[Tensor] = set()
+        self._warned = False
+        self._missed = False
         self._as_stacks: list[bool] = []
         self.state: State = {}
         self.vectors = ProtectedVectors()
@@ -87,7 +91,7 @@ class Stepper:
         self._bank, self._inner = bank, inner
 
     def adopt(
-        self, group: int, layers: Sequence[Layer], fused: Iterable[Tensor], entrywise: bool
+        self, group: int, layers: Sequence[Layer], fused: Iterable[Tensor], traits: Traits
     ) -> dict[Tensor, Tensor]:
         """Lay the layers of a parameter group out in blocks; what the base optimizer steps for them, and for which.
 
@@ -95,12 +99,14 @@ class Stepper:
             group: its index.
             layers: of the group.
             fused: the weights that are captured by their own backward pass.
-            entrywise: whether the base optimizer steps each entry by itself.
+            traits: what is known of the base optimizer.
         """
         self.layers.update({layer.parameter: layer for layer in layers})
         self._fused.update(fused)
+        if layers:
+            self._say_kept(traits.unknown)
         # Moments that are reset have a step count of each layer's own.
-        self._as_stacks.append(entrywise and self.moments != "reset")
+        self._as_stacks.append(traits.entrywise and self.moments != "reset")
         return self._build(group, layers)
 
     def _build(self, group: int, layers: Sequence[Layer]) -> dict[Tensor, Tensor]:
@@ -251,7 +257,7 @@ class Stepper:
         total = sum(samples.values())
         shares = {task: count / total for task, count in samples.items()}
         projected = self._project(groups, gradients, shares, rounding)
-        measured = measure(projected, losses, samples, len(self._tasks), self._gate)
+        measured = measure(projected, losses, samples, len(self._tasks), self._gate, self._say_unseen)
         weights = self._operate(shares, measured)
         steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
         self._update(groups, projected, steps, measured)
@@ -354,16 +360,18 @@ class Stepper:
         some = None if len(rows) == len(block) else rows
         previous = block.stacks.get(previous_step(subspace - 1))
         if previous is not None:
-            carry_moments({"exp_avg": previous}, some, old, new, block.first.axis)
+            carry_moments({"step": previous}, {"step": "first"}, some, old, new, block.first.axis)
         proxies = block.proxies[subspace]
+        kinds = self._inner.traits[block.group].moments
         if len(self._inner.shape_of(proxies[0])) == 3:
             if self.moments == "rotate":
-                carry_moments(self._inner.state_of(proxies[0]), some, old, new, block.first.axis)
+                self._say_kept(carry_moments(self._inner.state_of(proxies[0]), kinds, some, old, new, block.first.axis))
             return
         for place, row in enumerate(rows):
             proxy = proxies[row]
             if self.moments == "rotate":
-                carry_moments(self._inner.state_of(proxy), None, old[place], new[place], block.first.axis)
+                state = self._inner.state_of(proxy)
+                self._say_kept(carry_moments(state, kinds, None, old[place], new[place], block.first.axis))
             elif self.moments == "reset":
                 gone = self._inner.state_of(proxy).keys()
                 self._inner.reset(proxy)
@@ -372,6 +380,29 @@ class Stepper:
                     # A checkpoint taken before the next step would bring it back.
                     self.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
                     block.shown.pop((f"{INNER}{prefix}{key}", row), None)
+
+    def _say_unseen(self, tasks: Sequence[int]) -> None:
+        """Warn once of tasks whose loss the gate would have wanted."""
+        if not self._missed:
+            self._missed = True
+            warnings.warn(
+                f"the gate reads losses, and none was seen of {[self._tasks[task] for task in tasks]}: only a call of "
+                "backward() on the scalar loss itself, in the thread of its block, tells it (not "
+                "torch.autograd.backward); pass task(name, loss=loss), or a gate that needs none, such as "
+                "gate='uniform'",
+                stacklevel=8,
+            )
+
+    def _say_kept(self, names: Collection[str]) -> None:
+        """Warn once of what the base optimizer keeps and no rotation reaches."""
+        if names and self.moments == "rotate" and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"moments='rotate' leaves {sorted(names)} of base={type(self._inner.base).__name__} as they are when a "
+                "basis changes: they are no moments of the gradients, or no floating-point numbers; pass "
+                "moments='keep' or 'reset' for all of the state to be treated alike",
+                stacklevel=5,
+            )
 
     def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:
         """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""

@@ -47,7 +47,7 @@ def decoupled_shrinkage(traits: Traits, group: Mapping[str, Any]) -> float | Ten
     if not decay or traits.decay in ("coupled", "none"):
         return 0.0
     shrinkage: float | Tensor = decay if traits.decay == "fixed" else group["lr"] * decay
-    return shrinkage
+    return shrinkage.reshape(()) if isinstance(shrinkage, Tensor) else shrinkage  # a rate may have one dimension
 
 
 class Inner:

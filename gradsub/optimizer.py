@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ from gradsub.report import Measurements, Report, make_report
 from gradsub.subspace import Layer, SubspaceBank
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Outside of inference mode: what is made in it can never be written to again, and every step does."""
+    grad = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(grad):  # the former switches gradients on
+        yield
 
 
 class GemsOptimizer(Optimizer):
@@ -146,6 +155,7 @@ class GemsOptimizer(Optimizer):
     # GradScaler finds them in `param_groups` instead.
     _step_supports_amp_scaling = False
 
+    @_ordinary_tensors()
     def __init__(
         self,
         base: Optimizer,
@@ -213,6 +223,7 @@ class GemsOptimizer(Optimizer):
         )
         self._skipped = 0
         self._placed: dict[Tensor, Any] = {}
+        self._adopted: list[list[Tensor]] = []
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
@@ -326,6 +337,8 @@ class GemsOptimizer(Optimizer):
                 "the layers can tell the rows apart: pass them, or use task() for each task"
             )
         self._follow_conversions()
+        if samples is not None:
+            samples = {str.__str__(name): count for name, count in samples.items()}
         rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
@@ -346,11 +359,14 @@ class GemsOptimizer(Optimizer):
             retain_graph: keep the graph after the last pass.
 
         Raises:
-            ValueError: a task was never declared, or ``samples`` names a task without a loss.
+            ValueError: a task was never declared, ``samples`` names a task without a loss, or a loss is no scalar with
+                a graph; nothing was captured.
         """
-        samples = samples or {}
-        for name in (*losses, *samples):
-            self._task_index(name)
+        losses = {self.tasks[self._task_index(name)]: loss for name, loss in losses.items()}
+        samples = {self.tasks[self._task_index(name)]: count for name, count in (samples or {}).items()}
+        for name, loss in losses.items():
+            settings.check_loss(loss, name)
+            settings.check_samples(samples.get(name, 1), name)
         unused = sorted(samples.keys() - losses.keys())
         if unused:
             raise ValueError(f"samples names {unused}, but losses has only {sorted(losses)}: pass their losses too")
@@ -378,7 +394,10 @@ class GemsOptimizer(Optimizer):
 
         Raises:
             NonFiniteError: a task's loss or gradient is NaN or Inf; nothing was changed (``nonfinite="raise"``).
+            RuntimeError: a task is open.
         """
+        self._intake.check_closed("step()")
+        self._check_unedited()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -427,6 +446,7 @@ class GemsOptimizer(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} must be positive")
+        self._intake.check_closed("clip_grad_norm_()")
         with torch.no_grad():
             self._intake.settle()
             self._intake.reduce(merge=False)
@@ -459,7 +479,7 @@ class GemsOptimizer(Optimizer):
 
         Raises:
             ValueError: ``scale`` is not positive and finite, or has several entries.
-            RuntimeError: it was divided already, or clipped.
+            RuntimeError: it was divided already, or clipped, or a task is open.
 
         Example:
             >>> import torch
@@ -475,6 +495,7 @@ class GemsOptimizer(Optimizer):
         fits = scale.numel() == 1 if isinstance(scale, Tensor) else 0 < scale < math.inf
         if not fits:
             raise ValueError(f"scale={scale!r} must be a positive number, or a tensor with one entry")
+        self._intake.check_closed("unscale_()")
         self._intake.forget_skipped()
         if self._intake.unscaled:
             raise RuntimeError("unscale_ on gradients that were divided by the scale of the loss already: leave it out")
@@ -503,8 +524,13 @@ class GemsOptimizer(Optimizer):
         return True
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear ``p.grad`` and whatever was captured and not stepped."""
+        """Clear ``p.grad`` and whatever was captured and not stepped.
+
+        Inside of `task` it drops what the block has captured so far, with its samples. ``model.zero_grad()`` clears
+        ``p.grad`` alone: what was captured stays.
+        """
         self._intake.clear()
+        self._intake.capture.zero_set_aside(set_to_none)
         super().zero_grad(set_to_none)
 
     def _finite(self) -> bool:
@@ -528,6 +554,32 @@ class GemsOptimizer(Optimizer):
 
     # --- groups and state --------------------------------------------------------------------------------------------
 
+    def _check_unedited(self) -> None:
+        """Raise if somebody else has put other parameters into the groups, or thrown the state away.
+
+        Raises:
+            RuntimeError: what was adopted when the optimizer was built is no longer there.
+        """
+        groups, adopted = self.param_groups, self._adopted
+        if len(groups) != len(adopted) or not all(
+            len(group["params"]) == len(held) and all(map(is_, group["params"], held))
+            for group, held in zip(groups, adopted, strict=True)
+        ):
+            raise RuntimeError(
+                "optimizer.param_groups holds other parameters than the optimizer was built with, and subspaces, "
+                "hooks and state belong to those: freeze a parameter to leave it out, add some with "
+                "optimizer.add_param_group(), and to replace or remove some call optimizer.close() and build a new "
+                "optimizer"
+            )
+        state = self.state
+        if state is not self._stepper.state or not all("basis" in state.get(p, ()) for p in self._stepper.layers):
+            raise RuntimeError(
+                "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
+                "which a checkpoint would lack a part. To begin anew call optimizer.close() and build a new optimizer; "
+                "to go on from another state use its load_state_dict()"
+            )
+
+    @_ordinary_tensors()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters during training, with the base optimizer's options and this class's own."""
         super().add_param_group(param_group)
@@ -563,7 +615,7 @@ class GemsOptimizer(Optimizer):
         group = self.param_groups[position]
         fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
         fused = {parameter: found for parameter, found in fused.items() if found is not None}
-        proxies = self._stepper.adopt(position, layers, fused, traits.entrywise)
+        proxies = self._stepper.adopt(position, layers, fused, traits)
         plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
         self._stepper.plain.extend(plain)
         for parameter in plain:
@@ -575,6 +627,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.fused.adopt(layer, *found)
         self._stepper.show()
         self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
+        self._adopted.append(list(group["params"]))
 
     @torch.no_grad()
     def _follow_conversions(self) -> None:
@@ -615,6 +668,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.fused.convert(layer)
         self._bank.forget_directions()
 
+    @_ordinary_tensors()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a `state_dict` as if never interrupted.
 
@@ -771,5 +825,6 @@ _OWN_ATTRIBUTES = frozenset(
         "_inner",
         "_weighing",
         "_placed",
+        "_adopted",
     }
 )

@@ -40,11 +40,16 @@ class GenericCapture:
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._open: int | None = None
-        self._arrived = False
+        self.arrived = False
         self._warned = False
         self.gradients: dict[int, dict[Tensor, Captured]] = {}
         # Epsilon of the coarsest format in which a gradient was computed since the last step.
         self.rounding = 0.0
+        self._remove_at_end()
+
+    def _remove_at_end(self) -> None:
+        # Models outlive optimizers: hooks of those that are gone would pile up on their parameters.
+        weakref.finalize(self, _remove_all, self._handles).atexit = False
 
     def watch(self, parameters: Iterable[Tensor], layers: Iterable[Layer]) -> None:
         """Hook the parameters; those that are frozen now are hooked once they train."""
@@ -66,7 +71,7 @@ class GenericCapture:
 
     def open(self, task: int) -> None:
         """From now on every gradient belongs to ``task``, or `MIXED`; what ``p.grad`` held before is set aside."""
-        self._open, self._arrived = task, False
+        self._open, self.arrived = task, False
         for parameter in self.watched:
             if not self._last(parameter):
                 # Hooks that others have registered since want to see the gradient too, and it is taken here.
@@ -86,12 +91,30 @@ class GenericCapture:
 
     def close(self) -> bool:
         """Back to gradients of no task; whether any gradient arrived since `open`."""
-        self._open = None
+        task, self._open = self._open, None
         self._drop_foreign()
+        written = self._written()
         for parameter, gradient in self._set_aside:
             parameter.grad = gradient
         self._set_aside.clear()
-        return self._arrived
+        assert task is not None
+        for parameter, gradient in written:
+            self._take(parameter, gradient, task)
+        return self.arrived
+
+    def _written(self) -> list[tuple[Tensor, Tensor]]:
+        """Take out of ``p.grad`` what no hook took: written by hand, or of a parameter that was unfrozen since `open`.
+
+        A data-parallel reducer's own were dropped, except of parameters that were frozen, of which it knows nothing.
+        """
+        if not self._handles and not self._unhooked:
+            return []  # the parameters were given back
+        written = []
+        for parameter in self.watched:
+            if parameter.grad is not None and parameter.requires_grad:
+                written.append((parameter, parameter.grad.detach()))
+                parameter.grad = None
+        return written
 
     def _drop_foreign(self) -> None:
         """Clear what is in ``p.grad`` though all that autograd brought was taken: a data-parallel reducer's zeros."""
@@ -112,15 +135,24 @@ class GenericCapture:
             )
 
     def clear(self) -> None:
-        """Forget what was captured."""
+        """Forget what was captured, also in the block that is open."""
         self.gradients.clear()
+        self.arrived = False
         self.rounding = 0.0
+
+    def zero_set_aside(self, set_to_none: bool) -> None:
+        """Clear gradients of no task that are set aside while a task is open, as ``zero_grad`` does the others."""
+        if set_to_none:
+            self._set_aside.clear()
+        for _, gradient in self._set_aside:
+            gradient.zero_()
 
     def remove(self) -> None:
         """Remove the hooks for good."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+        self._unhooked.clear()
 
     def take(self, parameter: Tensor) -> None:
         """The hook: ``p.grad`` of the open task is complete for this backward pass."""
@@ -135,18 +167,21 @@ class GenericCapture:
                 "gradient: register it before the task is opened"
             )
         gradient, parameter.grad = parameter.grad.detach(), None
+        self._take(parameter, gradient, self._open)
+
+    def _take(self, parameter: Tensor, gradient: Tensor, task: int) -> None:
         self.check_dense(parameter, gradient)
-        if self._open == MIXED and parameter in self._layers:
+        if task == MIXED and parameter in self._layers:
             raise RuntimeError(
                 f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does not "
                 "come from the fused capture of one linear layer: use optimizer.task() for each task, or leave the "
                 "weight out of target_modules"
             )
-        self.deliver(parameter, self._open, self._captured(parameter, gradient, self._open))
+        self.deliver(parameter, task, self._captured(parameter, gradient, task))
 
     def deliver(self, parameter: Tensor, task: int, captured: Captured) -> None:
         """Add to what the task's backward passes have left so far."""
-        self._arrived = True
+        self.arrived = True
         held = self.gradients.setdefault(task, {})
         if parameter in held:
             held[parameter].add(captured)
@@ -182,6 +217,10 @@ class GenericCapture:
         # Hooks belong to these parameters, not to their copies: a copy hooks its own.
         return {**self.__dict__, "_handles": {}, "_unhooked": list(self.watched)}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._remove_at_end()
+
 
 def seen_by_others(parameter: Tensor) -> bool:
     """Whether hooks that are not a capture's want to see, or change, the parameter's gradient."""
@@ -189,6 +228,11 @@ def seen_by_others(parameter: Tensor) -> bool:
         return True
     after = parameter._post_accumulate_grad_hooks
     return bool(after) and any(type(hook) is not _Hook for hook in after.values())
+
+
+def _remove_all(handles: dict[Tensor, RemovableHandle]) -> None:
+    for handle in handles.values():
+        handle.remove()
 
 
 class _Hook:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
@@ -123,6 +124,6 @@ def _located(rows: list[int], device: torch.device) -> Rows:
 def _index(tasks: Sequence[str], task: str | int) -> int:
     if isinstance(task, str) and task in tasks:
         return tasks.index(task)
-    if isinstance(task, int) and not isinstance(task, bool) and 0 <= task < len(tasks):
-        return task
+    if isinstance(task, numbers.Integral) and not isinstance(task, bool) and 0 <= task < len(tasks):
+        return int(task)
     raise ValueError(f"task_ids holds {task!r}: pass names of {tuple(tasks)}, or their indices from 0")

@@ -8,25 +8,34 @@ from torch import Tensor
 
 MOMENT_RULES = ("rotate", "keep", "reset")
 
-FIRST_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"})
 
-
-def carry_moments(state: Mapping[str, Any], rows: Sequence[int] | None, old: Tensor, new: Tensor, axis: int) -> None:
+def carry_moments(
+    state: Mapping[str, Any],
+    kinds: Mapping[str, str],
+    rows: Sequence[int] | None,
+    old: Tensor,
+    new: Tensor,
+    axis: int,
+) -> list[str]:
     r"""Express an inner optimizer's moments, in place, in new bases.
 
     With C = B_old^T B_new (r x r), a first moment M (m x r, axis 1) becomes M C. A second moment v becomes
     v (C * C) + mean(v) (1 - 1^T (C * C)): coordinates are taken as uncorrelated, and the part of a new direction that
     the old subspace did not see is given the row's mean second moment; with zero there, Adam's first steps along it
-    would be several times the learning rate. State of unknown meaning or other shape is left as it is. A second moment
-    that has overflowed counts as the largest one that can be mixed with others: infinity times zero would be NaN.
+    would be several times the learning rate. Of the root of a second moment, as Adamax keeps it, the square is carried.
+    State of unknown meaning or other shape is left as it is. A second moment that has overflowed counts as the largest
+    one that can be mixed with others: infinity times zero would be NaN.
 
     Args:
         state: by name; moments of several layers (L x m x r) or of one (m x r).
+        kinds: by name, ``"first"``, ``"second"`` or ``"root"``.
         rows: of which layers the bases changed; None: of all.
         old: their bases before (l x d x r).
         new: their bases now.
         axis: of the weight that the bases span.
+
+    Returns:
+        the names of moments that could not be carried, because they are no floating-point numbers.
 
     Source: LDAdam (arXiv 2410.16103) for the rotation; the fill-in of unseen directions is this library's.
     """
@@ -34,22 +43,30 @@ def carry_moments(state: Mapping[str, Any], rows: Sequence[int] | None, old: Ten
     squared = change.square()
     unseen = (1.0 - squared.sum(-2)).clamp_min(0.0)
     rank_axis = -1 if axis == 1 else -2
+    coded = []
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim != change.ndim or value.shape[rank_axis] != change.shape[-1]:
+        kind = kinds.get(key)
+        if kind is None or not isinstance(value, Tensor):
+            continue
+        if not value.is_floating_point():
+            coded.append(key)
+            continue
+        if value.ndim != change.ndim or value.shape[rank_axis] != change.shape[-1]:
             continue
         held = value if rows is None else value[list(rows)]
-        if key in FIRST_MOMENTS:
+        if kind == "first":
             carried = _right(held, change.to(value.dtype), axis)
-        elif key in SECOND_MOMENTS:
-            held = held.clamp(max=torch.finfo(value.dtype).max / (2 * change.shape[-1]))
+        else:
+            most = torch.finfo(value.dtype).max / (2 * change.shape[-1])
+            held = held.clamp(max=most) if kind == "second" else held.clamp(max=most**0.5).square()
             shape = unseen.unsqueeze(-2 if axis == 1 else -1).to(value.dtype)
             carried = _right(held, squared.to(value.dtype), axis) + held.mean(rank_axis, keepdim=True) * shape
-        else:
-            continue
+            carried = carried if kind == "second" else carried.sqrt()
         if rows is None:
             value.copy_(carried)
         else:
             value[list(rows)] = carried
+    return coded
 
 
 def _right(value: Tensor, change: Tensor, axis: int) -> Tensor:

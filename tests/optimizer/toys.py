@@ -59,7 +59,7 @@ def train(model: nn.Module, optimizer: GemsOptimizer, steps: int, start: int = 0
         optimizer.zero_grad()
 
 
-def gems(model: nn.Module, **options: Any) -> GemsOptimizer:
+def gems(model: nn.Module, /, **options: Any) -> GemsOptimizer:
     """GemsOptimizer around AdamW unless ``base`` says otherwise, on the model's named layers."""
     base = options.pop("base", None) or torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     options = {"tasks": TASKS, "rank": 4, "update_proj_gap": 3, "model": model, "capture": CAPTURE, **options}
