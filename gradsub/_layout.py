@@ -404,7 +404,7 @@ class Layout:
             if new:
                 share = sum(parameter.numel() for parameter in new.values()) / trained
                 text = message.format(names=some(new, _NAMED), share=f"{share:.0%}")
-                warnings.warn(text, UserWarning, stacklevel=4)
+                warnings.warn(text, UserWarning, stacklevel=5)
 
     def _warn_loose(self, null_space: NullSpace) -> None:
         """Name what the null space knows, but something moves that does not obey it."""
@@ -422,7 +422,7 @@ class Layout:
                 f"null_space knows layers that nothing holds in it. {listed}. They are "
                 "not protected: freeze what moves, decompose it, or collect a null space of the model as it is now",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _note_extremes(self, name: str, dimension: int, count: int) -> None:
@@ -435,7 +435,7 @@ class Layout:
         """Name all layers since the last call whose protection is not what one might think."""
         for kind, names in self._said.items():
             if names:
-                warnings.warn(_SAID[kind].format(some(names, _NAMED)), UserWarning, stacklevel=4)
+                warnings.warn(_SAID[kind].format(some(names, _NAMED)), UserWarning, stacklevel=5)
         self._said.clear()
 
     def _warn_full_rank(self, names: list[str], rank: int) -> None:

@@ -126,6 +126,31 @@ class Probes:
             self._traits[key] = replace(traits, entrywise=entrywise)
         return self._traits[key]
 
+    def check_group_count(
+        self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any], count: int
+    ) -> None:
+        """Raise if the optimizer keeps something for each of its groups, and would be given more of them.
+
+        Args:
+            options: of a group.
+            parameters: of the group.
+            states: what the optimizer put into its state when it was built.
+            count: how many groups it would be given.
+
+        Raises:
+            ValueError: with so many groups it raises, or leaves some out, and with its own number it does not.
+        """
+        trial = _Trial(self._base, options, _sample(parameters, states))
+        own = len(self._base.param_groups)
+        fault = trial.fault_of_groups(count) if count > own else None
+        if fault is not None and trial.fault_of_groups(own) is None:
+            raise ValueError(
+                f"base={trial.name} keeps a list with an entry for each parameter group ({fault}), and is given "
+                f"{count} groups in the place of {own}, because it steps the decomposed weights of a group apart from "
+                "its other parameters: put biases and other vectors into parameter groups of their own, or wrap "
+                "another optimizer"
+            )
+
     def rows_are_independent(
         self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]
     ) -> bool:
@@ -337,6 +362,24 @@ class _Trial:
                 }
         except Exception:  # it does not step without a gradient
             return {}
+
+    def fault_of_groups(self, count: int) -> str | None:
+        """What goes wrong where the optimizer has so many groups of one matrix each."""
+        with _isolated(self._setting[1]):
+            twin = _Twin(self.base, self._options(_AS_IS), self.sample, self._setting, self.shape)
+            weights = [nn.Parameter(torch.zeros_like(twin.weight)) for _ in range(count)]
+            twin.optimizer.param_groups = [{**twin.group, "params": [weight]} for weight in weights]
+            for weight in weights:
+                if twin.weight in twin.optimizer.state:
+                    twin.optimizer.state[weight] = copy.deepcopy(dict(twin.optimizer.state[twin.weight]))
+            try:
+                for gradient in self._gradients[:_STEPS]:
+                    for weight in weights:
+                        weight.grad = gradient.to(weight)
+                    base_step(twin.optimizer)
+            except Exception as error:
+                return f"{type(error).__name__}: {error}"
+            return None if all(bool(weight.any()) for weight in weights) else "it leaves out the last ones"
 
     def _options(self, changes: Options) -> Options:
         return {**self.options, **({"weight_decay": 0.0} if "weight_decay" in self.options else {}), **changes}

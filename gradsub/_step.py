@@ -390,7 +390,7 @@ class Stepper:
                 "backward() on the scalar loss itself, in the thread of its block, tells it (not "
                 "torch.autograd.backward); pass task(name, loss=loss), or a gate that needs none, such as "
                 "gate='uniform'",
-                stacklevel=8,
+                stacklevel=9,
             )
 
     def _say_kept(self, names: Collection[str]) -> None:
@@ -401,7 +401,7 @@ class Stepper:
                 f"moments='rotate' leaves {sorted(names)} of base={type(self._inner.base).__name__} as they are when a "
                 "basis changes: they are no moments of the gradients, or no floating-point numbers; pass "
                 "moments='keep' or 'reset' for all of the state to be treated alike",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:

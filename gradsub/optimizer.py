@@ -231,6 +231,7 @@ class GemsOptimizer(Optimizer):
         self._intake = Intake(self._bank, self._exchange, self._layout.name)
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
+        self._check_group_count(base, probes, [layers for layers, _ in found])
         self._layout.check()
         # Nothing can be refused any more: only now is the base optimizer taken over, with the very dictionaries that
         # others may hold.
@@ -611,6 +612,13 @@ class GemsOptimizer(Optimizer):
             )
         return layers, traits
 
+    def _check_group_count(self, base: Optimizer, probes: Probes, layers: Sequence[Sequence[Layer]]) -> None:
+        both = [bool(mine) + (len(mine) < len(g["params"])) for g, mine in zip(self.param_groups, layers, strict=True)]
+        for group, mine in zip(self.param_groups, layers, strict=True):
+            if mine:
+                probes.check_group_count(_base_options(group), group["params"], base.state, sum(both))
+                return
+
     def _adopt(self, position: int, layers: list[Layer], traits: Traits) -> None:
         group = self.param_groups[position]
         fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
@@ -722,7 +730,7 @@ class GemsOptimizer(Optimizer):
                     "anew"
                     if part.parts
                     else f"the state_dict has a state of {what}=, but {what}= here has none",
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 continue
             try:

@@ -120,6 +120,7 @@ def test_losses_of_accumulated_parts_add_up_and_samples_too(device):
     assert spy.seen[0].present.tolist() == [[False, True]] * 2
 
 
+@pytest.mark.filterwarnings("ignore:the gate reads losses, and none was seen of .'rec'.")
 def test_a_loss_may_be_told(device):
     """For backward passes that start elsewhere, at a vector of losses; that of a scalar is seen in any case."""
     model = mlp(device=device)

@@ -538,3 +538,76 @@ def test_a_loss_that_is_named_is_seen() -> None:
         with optimizer.task(name, loss=loss):
             torch.autograd.backward(loss)
     optimizer.step()
+
+
+# --- base optimizers with lists of their groups ----------------------------------------------------------------------
+
+
+class Bounded(torch.optim.SGD):
+    """Keeps the first rate of each group in a list, as AdaBound does; ``zipped``: and goes through both together."""
+
+    def __init__(self, params: Any, lr: float = 0.01, zipped: bool = False) -> None:
+        super().__init__(params, lr)
+        self.zipped = zipped
+        self.rates = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """SGD's."""
+        for place, group in enumerate(self.param_groups[: len(self.rates)] if self.zipped else self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad, alpha=group["lr"] * self.rates[place])
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_lists_of_groups_are_refused_when_they_would_be_too_short(zipped: bool) -> None:
+    model = mlp()
+    with pytest.raises(ValueError, match=r"base=Bounded keeps a list.*2 groups in the place of 1.*groups of their own"):
+        gems(model, base=Bounded(model.parameters(), zipped=zipped))
+    apart = [{"params": [p for p in model.parameters() if p.ndim == n]} for n in (1, 2)]  # the remedy
+    before = weights_of(model)
+    train(model, gems(model, base=Bounded(apart, zipped=zipped)), 2)
+    assert not any(torch.equal(one, other) for one, other in zip(before, weights_of(model), strict=True))
+    bare = mlp(bias=False)
+    train(bare, gems(bare, base=Bounded(bare.parameters(), zipped=zipped)), 2)
+
+
+# --- conversions that swap tensors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_conversion_may_swap_the_tensors_of_parameters(capture: str, steps: int) -> None:
+    ends = []
+    for swap in (False, True):
+        model = mlp()
+        optimizer = gems(model, capture=capture)
+        train(model, optimizer, steps)
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(swap)
+        try:
+            model.to(torch.float64)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        train(model, optimizer, 3, start=steps)
+        ends.append(weights_of(model))
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("surgery", ["sum", "pcgrad", "cagrad", "mgda", "gradvac"])
+def test_small_losses_train_as_large_ones(surgery: str) -> None:
+    ends = []
+    for scale in (1.0, 1e-22):
+        model = mlp()
+        base = torch.optim.SGD(model.parameters(), lr=0.1 / scale)
+        optimizer = gems(model, base=base, surgery=surgery, gate="uniform")
+        for step in range(4):
+            for task, name in enumerate(optimizer.tasks):
+                with optimizer.task(name):
+                    (loss_of(model, step, task) * scale).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weights_of(model))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
