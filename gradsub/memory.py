@@ -25,7 +25,7 @@ class LayerBytes:
         protection: s d min(k, d - k): the protected directions in their smaller form, and with an anchor what they
             held; of layers with the same input there is one.
         bookkeeping: counts, gates, and what sketches remember: some hundred bytes.
-        joint: s d (r + r_k) for every task but the first: its bases side by side, from its first pass on.
+        joint: s d (r + r_k) for every task of several: its bases side by side, from its first pass on.
         captured: s o (r + r_k) for every task, from its backward pass to the step.
         sketches: s d c for every task, in steps that renew a basis, with c = min(o, max(2 r, r + 64)).
         on_host: whether the protection lies in the host's memory.
@@ -112,7 +112,7 @@ def layer_bytes(
         moments=moments * itemsize * o * sum(widths) + (4 * counts if moments > 1 else 0),
         protection=itemsize * kept,
         bookkeeping=bookkeeping,
-        joint=itemsize * d * sum(widths[0] + width for width in widths[2:]),
+        joint=itemsize * d * sum(widths[0] + width for width in widths[1:]) if tasks > 1 else 0,
         captured=itemsize * o * sum(widths[0] + width for width in widths[1:]),
         sketches=itemsize * d * sketch_size(widths[0], o) * tasks if sketched else 0,
         on_host=protection == "host",

@@ -107,9 +107,10 @@ class GemsOptimizer(Optimizer):
             another forward pass than a linear layer's, is captured generically, which is said once.
         refresh: where bases come from. ``"svd"``: the whole gradient, decomposed before the step, all layers in the
             same step. ``"sketch"``: products G^T Omega with max(2 r, r + 64) random directions in two consecutive
-            steps, after which the basis changes; layers take turns. ``"auto"``: sketches for layers with more than
-            65,536 entries that are captured by their own backward pass, as far as their rank is so small that a sketch
-            costs less than the whole gradient, and for all sharded ones; else decompositions, all in the same step.
+            steps, after which the basis changes; layers of one shape do so together, and shapes take turns.
+            ``"auto"``: sketches for layers with more than 65,536 entries that are captured by their own backward pass,
+            as far as their rank is so small that a sketch costs less than the whole gradient, and for all sharded ones;
+            else decompositions, all in the same step.
         protection: where protected directions lie between refreshes, which alone need them: ``"host"``: in the host's
             memory; they come to the device layer by layer. ``"device"``: they stay there. ``"auto"``: the host.
         anchor: also keep the protected part W K of each weight, beside the directions, and set it back once in

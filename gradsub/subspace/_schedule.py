@@ -1,4 +1,4 @@
-"""When a basis is due: all layers at once for exact decompositions, one after the other for sketches."""
+"""When a basis is due: all layers at once for exact decompositions, block after block for sketches."""
 
 from __future__ import annotations
 
