@@ -16,7 +16,8 @@ from torch import Tensor
 from gradsub.null_space._null_space import SIDES, NullSpace
 
 _STAGES = (4, 2, 1)  # the residual is measured after a quarter, a half and all of the tokens
-_NEAR = 1.1  # text that leaves at most a tenth more than any amount of it would is enough
+_NEAR = 0.1  # text is enough that leaves at most a tenth more than any amount of it would,
+_LEAST = 1e-3  # or this share of the energy more
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,56 +110,51 @@ def _collect(chosen: argparse.Namespace) -> None:
             start = divisor
             shares = null_space.residual_energy(others)
             measured.append((divisor * len(windows[0]), sum(shares.values()) / len(shares)))
-        _say(measured, shares)
+        own = [1.0 - null_space._protection(name).energy for name in null_space]
+        _say(measured, shares, max(0.0, sum(own) / len(own)))
     null_space.save(chosen.out, statistics=chosen.statistics)
     free = [1.0 - null_space.protected_fraction(name) for name in null_space]
     print(f"{chosen.out}: {len(free)} layers, {sum(free) / len(free):.1%} of their directions are free to train")
 
 
-def _say(measured: Sequence[tuple[int, float]], shares: dict[str, float]) -> None:
+def _say(measured: Sequence[tuple[int, float]], shares: dict[str, float], floor: float) -> None:
     for tokens, share in measured:
         print(f"{tokens:>9} tokens leave {share:.2%} of fresh text's energy free")
     worst = max(shares, key=lambda name: shares[name])
     print(f"most is left in {worst}: {shares[worst]:.2%}")
-    print(Trend.of(measured).sentence())
+    print(Trend.of(measured, floor).sentence())
 
 
 @dataclass(frozen=True)
 class Trend:
-    """How a residual r falls with the number of tokens: each doubling leaves a constant share of what is to be gained.
+    """How the energy that fresh text leaves free falls, with every doubling of the tokens, towards what must stay free.
+
+    With any number of tokens it comes down to what the text that was fitted on leaves, 1 - ``energy`` or a little less.
 
     Attributes:
-        tokens: the last measurement's.
-        share: r there.
-        limit: what any number of tokens would leave, or None if the measurements show no limit.
-        ratio: of the gain of a doubling to that of the one before.
+        tokens: those of the last measurement.
+        share: what they leave of fresh text.
+        floor: what they leave of the text that was fitted on.
+        ratio: by which a doubling changes the difference of the two; None if that is not known.
     """
 
     tokens: int
     share: float
-    limit: float | None
-    ratio: float
+    floor: float
+    ratio: float | None
 
     @classmethod
-    def of(cls, measured: Sequence[tuple[int, float]]) -> Trend:
-        """From (tokens, r) at T / 4, T / 2 and T; fewer show no limit."""
-        tokens, last = measured[-1]
-        if len(measured) < 3:
-            return cls(tokens, last, None, 1.0)
-        first, second = measured[-3][1] - measured[-2][1], measured[-2][1] - last
-        if second <= 0.0:
-            return cls(tokens, last, last, 0.0)
-        ratio = second / first if first > 0.0 else 1.0
-        limit = last - second * ratio / (1.0 - ratio) if ratio < 1.0 else -1.0
-        return cls(tokens, last, limit if limit >= 0.0 else None, ratio)
+    def of(cls, measured: Sequence[tuple[int, float]], floor: float) -> Trend:
+        """From pairs of tokens and shares, each with about twice the tokens of the one before."""
+        tokens, share = measured[-1]
+        before = measured[-2][1] - floor if len(measured) > 1 else 0.0
+        return cls(tokens, share, floor, max(0.0, share - floor) / before if before > 0.0 else None)
 
     def enough(self) -> int | None:
-        """The tokens that leave at most a tenth more than the limit, or None if that cannot be told."""
-        if self.limit is None:
-            return None
-        tokens, above = self.tokens, self.share - self.limit
-        while above > (_NEAR - 1.0) * self.limit:
-            if tokens > 1000 * self.tokens:
+        """The tokens that leave a tenth more of fresh text than of their own at most; None: that cannot be told."""
+        tokens, above = self.tokens, self.share - self.floor
+        while above > max(_NEAR * self.floor, _LEAST):
+            if self.ratio is None or self.ratio >= 1.0 or tokens > 1000 * self.tokens:
                 return None
             tokens, above = 2 * tokens, above * self.ratio
         return tokens
@@ -168,9 +164,8 @@ class Trend:
         enough = self.enough()
         if enough is None:
             return f"{self.tokens} tokens are too few to tell how many would be enough: pass at least twice as many"
-        if enough <= self.tokens:
-            return f"{self.tokens} tokens are enough: any number would leave about {self.limit:.2%}"
-        return f"about {enough} tokens would be enough: any number would leave about {self.limit:.2%}"
+        known = "are enough" if enough <= self.tokens else "would be enough"
+        return f"about {enough} tokens {known}: any number would leave {self.floor:.2%}"
 
 
 class _Batches:
