@@ -101,7 +101,8 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
         if shrinks:
             decayed = [weight for row, weight in zip(rows, weights, strict=True) if block.layers[row].protected is None]
             if decayed:
-                torch._foreach_mul_(decayed, 1 - shrink)
+                kept = 1 - shrink
+                torch._foreach_mul_(decayed, kept.reshape(()) if isinstance(kept, Tensor) else kept)
         torch._foreach_add_(weights, updates)
     for row in alone:
         layer = block.layers[row]
