@@ -115,18 +115,11 @@ class Block:
         return joint if rows is None or len(rows) == len(self) else joint[list(rows)]
 
     def joint(self, task: int, dtype: torch.dtype) -> Tensor:
-        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them.
-
-        Those of the first task lie side by side anyway, and take no memory.
-        """
+        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them."""
         basis = self.stacks["basis"]
         version, found = self._joint.get((task, dtype), (-1, basis))
         if version != basis._version:
-            if task == 0 and dtype == basis.dtype:
-                # What a pass has saved of it may change before the next: no view that autograd counts the changes of.
-                found = basis.data[:, :, : self.first.columns(1).stop]
-            else:
-                found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
+            found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
             self._joint[task, dtype] = (basis._version, found)
         return found
 
