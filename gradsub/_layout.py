@@ -109,6 +109,12 @@ class Layout:
                 if is_linear(module) and (weight := own_weight(module)) is not None:
                     self._aliases[weight].append(name)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the model, or a part of it, is run through `torch.compile`."""
+        modules = [] if self._model is None else list(self._model.modules())
+        return any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in modules)
+
     def name(self, parameter: Tensor) -> str:
         """What reports and errors call a parameter."""
         return self._names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")

@@ -25,7 +25,7 @@ class LayerBytes:
         protection: s d min(k, d - k): the protected directions in their smaller form, and with an anchor what they
             held; of layers with the same input there is one.
         bookkeeping: counts, gates, and what sketches remember: some hundred bytes.
-        joint: s d (r + r_k) for every task of several: its bases side by side, from its first pass on.
+        joint: s d (r + r_k) for every task: copies of its bases side by side, from its first pass on.
         captured: s o (r + r_k) for every task, from its backward pass to the step.
         sketches: s d c for every task, in steps that renew a basis, with c = min(o, max(2 r, r + 64)).
         on_host: whether the protection lies in the host's memory.
@@ -112,7 +112,7 @@ def layer_bytes(
         moments=moments * itemsize * o * sum(widths) + (4 * counts if moments > 1 else 0),
         protection=itemsize * kept,
         bookkeeping=bookkeeping,
-        joint=itemsize * d * sum(widths[0] + width for width in widths[1:]) if tasks > 1 else 0,
+        joint=itemsize * d * sum(widths[0] + width for width in widths[1:]),
         captured=itemsize * o * sum(widths[0] + width for width in widths[1:]),
         sketches=itemsize * d * sketch_size(widths[0], o) * tasks if sketched else 0,
         on_host=protection == "host",
@@ -126,10 +126,11 @@ class MethodBytes:
     Attributes:
         weights: of all parameters, adapters included.
         gradients: from the backward passes to the step, as far as they are whole.
-        bases: of the subspaces, those of single tasks side by side included.
+        bases: of the subspaces.
         moments: of the base optimizer.
         bookkeeping: counts and gates.
         protection: on the device.
+        joint: copies of each task's bases side by side, which are no state: they are made when a pass needs them.
         captured: projected gradients, from the backward passes to the step.
         sketches: in steps that refresh all layers, which take turns.
         host: protected directions in the host's memory; those of layers with the same input once.
@@ -141,19 +142,20 @@ class MethodBytes:
     moments: int = 0
     bookkeeping: int = 0
     protection: int = 0
+    joint: int = 0
     captured: int = 0
     sketches: int = 0
     host: int = 0
 
     @property
     def state(self) -> int:
-        """On the device between steps, besides the weights."""
+        """On the device between refreshes, as in a checkpoint, besides the weights."""
         return self.bases + self.moments + self.bookkeeping + self.protection
 
     @property
     def device(self) -> int:
         """On the device where all of it is there at once; activations come on top."""
-        return self.weights + self.gradients + self.state + self.captured + self.sketches
+        return self.weights + self.gradients + self.state + self.joint + self.captured + self.sketches
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def model_bytes(
         ...     model = torch.nn.Linear(4096, 14336, bias=False)
         >>> found = model_bytes(model, rank=64, null_space={"": 0.77})
         >>> [round(method.state / 1e6, 1) for method in found.methods.values()]
-        [469.8, 9.4, 18.4, 18.4]
+        [469.8, 9.4, 16.8, 16.8]
         >>> round(found.methods["gradsub, null space"].host / 1e6, 1)
         15.4
     """
@@ -253,10 +255,11 @@ def model_bytes(
         found[name] = MethodBytes(
             weights,
             tasks * sum(p.numel() * p.itemsize for p in plain),
-            bases=sum(b.bases + b.joint for b in each.values()),
+            bases=sum(b.bases for b in each.values()),
             moments=sum(b.moments for b in each.values()) + own,
             bookkeeping=sum(b.bookkeeping for b in each.values()) + steps,
             protection=sum(b.protection for b in kept) if protection == "device" else 0,
+            joint=sum(b.joint for b in each.values()),
             captured=sum(b.captured for b in each.values()),
             sketches=sum(b.sketches for b in each.values()),
             host=sum(b.host for b in kept),

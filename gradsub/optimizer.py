@@ -228,7 +228,7 @@ class GemsOptimizer(Optimizer):
         self._measured: Measurements | None = None
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
-        self._bank = SubspaceBank(orthogonalize, seed)
+        self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
         self._intake = Intake(self._bank, self._exchange, self._layout.name)
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]

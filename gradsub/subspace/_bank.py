@@ -54,10 +54,13 @@ class SubspaceBank:
     Args:
         orthogonalize: ``"none"``, or ``"shared_first"``: task bases are orthogonal to the shared one.
         seed: with the block, the subspace and the step it determines every random number.
+        together: whether blocks take no turns, so that there are few kinds of steps, as torch.compile makes a graph of
+            each.
     """
 
-    def __init__(self, orthogonalize: str, seed: int) -> None:
+    def __init__(self, orthogonalize: str, seed: int, together: bool = False) -> None:
         self._orthogonalize = orthogonalize
+        self._together = together
         self._seed = seed
         self._directions: dict[Hashable, Tensor] = {}
         self._verdicts = Verdicts()
@@ -115,8 +118,11 @@ class SubspaceBank:
     def at_place(self, layer: Layer, gap: int) -> bool:
         """Whether this step is the layer's first, or the one in ``gap`` steps in which its bases are due."""
         step = int(layer.block.array("step")[layer.row])
-        place = own_place(gap, layer.block.turn) if layer.sketched else 0
+        place = own_place(gap, self._turn(layer.block)) if layer.sketched else 0
         return step == 0 or step % gap == place
+
+    def _turn(self, block: Block) -> int:
+        return 0 if self._together else block.turn
 
     def directions(self, layer: Layer) -> Tensor:
         """Omega (codimension x c), Gaussian: through which directions a sketch looks at the gradient.
@@ -291,7 +297,7 @@ class SubspaceBank:
                 step, count = int(steps[row]), int(taken[row, subspace]) + 1
                 complete = count == SKETCHES_PER_REFRESH
                 taken[row, subspace] = 0 if complete else count
-                places[row, subspace] = next_place(step, update_proj_gap, block.turn) if complete else step + 1
+                places[row, subspace] = next_place(step, update_proj_gap, self._turn(block)) if complete else step + 1
         if any(found.values()):
             self._verdicts.expect(block)
 

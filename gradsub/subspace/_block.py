@@ -117,19 +117,11 @@ class Block:
         return joint if rows is None or len(rows) == len(self) else joint[list(rows)]
 
     def joint(self, task: int, dtype: torch.dtype) -> Tensor:
-        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them.
-
-        Those of an only task lie side by side anyway, and take no memory. Of several tasks each has a copy: one of
-        equal strides, so that torch.compile needs one graph for all.
-        """
+        """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them."""
         basis = self.stacks["basis"]
         version, found = self._joint.get((task, dtype), (-1, basis))
         if version != basis._version:
-            if len(self.first.widths) == 2 and dtype == basis.dtype:
-                # What a pass has saved of it may change before the next: no view that autograd counts the changes of.
-                found = basis.data
-            else:
-                found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
+            found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
             self._joint[task, dtype] = (basis._version, found)
         return found
 

@@ -132,7 +132,10 @@ def test_layers_without_protection_decay_at_every_step(device):
 
 
 BASES = {
-    "a tensor for lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(1e-2, dtype=torch.float64), weight_decay=0.5),
+    "a tensor for the rate": lambda p: torch.optim.AdamW(
+        p, lr=torch.tensor(1e-2, dtype=torch.float64), weight_decay=0.5
+    ),
+    "of one entry": lambda p: torch.optim.AdamW(p, lr=torch.full((1,), 1e-2, dtype=torch.float64), weight_decay=0.5),
     "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.5),
     "no decay": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
 }
@@ -142,7 +145,7 @@ BASES = {
 def test_whatever_the_options_are(base, device):
     world = World(device, base=BASES[base])
     world.step(GAP)
-    expected = 1 - 0.995 ** (GAP - 1) if base == "a tensor for lr" else 0.0
+    expected = 0.0 if base in ("SGD", "no decay") else 1 - 0.995 ** (GAP - 1)
     assert world.pending() == pytest.approx([expected] * 2)
 
 
