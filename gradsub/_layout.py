@@ -258,6 +258,8 @@ class Layout:
         target = (self._targets or {}).get(parameter)
         if target is None or self._capture == "generic" or is_distributed(parameter):
             return None
+        if isinstance(self._model, nn.DataParallel):
+            return None  # its replicas would run the forward pass of the layer that they were copied from
         if self._capture == "auto" and parameter.numel() <= _NOT_WORTH_FUSING:
             return None
         if target.tied:

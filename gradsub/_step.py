@@ -387,9 +387,8 @@ class Stepper:
             self._missed = True
             warnings.warn(
                 f"the gate reads losses, and none was seen of {[self._tasks[task] for task in tasks]}: only a call of "
-                "backward() on the scalar loss itself, in the thread of its block, tells it (not "
-                "torch.autograd.backward); pass task(name, loss=loss), or a gate that needs none, such as "
-                "gate='uniform'",
+                "backward() on the scalar loss itself tells it; pass task(name, loss=loss), or a gate that needs none, "
+                "such as gate='uniform'",
                 stacklevel=9,
             )
 

@@ -211,6 +211,8 @@ def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> _Wish:
     """What is wanted of the weight, which is at a place among the function's tensors, as one of its probes is."""
     if torch.compiler.is_compiling():
         return _Wish.ALL_LEAVES
+    if not weight.requires_grad:
+        return _Wish.NOTHING  # frozen since the forward pass
     task = torch._C._current_graph_task_id()
     if task != _Engine.into_all:
         nodes = ctx.next_functions

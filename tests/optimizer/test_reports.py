@@ -513,9 +513,24 @@ def _in_a_thread(loss: Any) -> None:
     thread.join()
 
 
-@pytest.mark.parametrize("backward", [torch.autograd.backward, _in_a_thread])
+@pytest.mark.parametrize("backward", [lambda loss: torch.autograd.backward(loss), _in_a_thread])
+def test_losses_are_seen_however_a_backward_pass_is_called(backward: Any) -> None:
+    ends = []
+    for call in (torch.Tensor.backward, backward):
+        model = mlp()
+        optimizer = gems(model)
+        for step in range(3):
+            for task, name in enumerate(optimizer.tasks):
+                with optimizer.task(name):
+                    call(loss_of(model, step, task))
+            optimizer.step()
+        ends.append(weights_of(model))
+    assert same(*ends)
+
+
 @pytest.mark.parametrize("gate", ["heuristic", "uniform", lambda inputs: inputs.present / inputs.losses.numel()])
-def test_a_gate_that_reads_losses_says_once_that_it_saw_none(backward: Any, gate: Any) -> None:
+def test_a_gate_that_reads_losses_says_once_that_it_saw_none(gate: Any) -> None:
+    backward = torch.autograd.backward  # as a module has it that imported the function itself
     model = mlp()
     optimizer = gems(model, gate=gate)
     with warnings.catch_warnings(record=True) as said:
@@ -611,3 +626,55 @@ def test_small_losses_train_as_large_ones(surgery: str) -> None:
         ends.append(weights_of(model))
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+# --- forward passes that others change, and layers that are frozen between the passes --------------------------------
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_a_layer_that_is_frozen_before_the_backward_pass_rests(capture: str) -> None:
+    """As GANs freeze one network while the other learns (RelativisticGAN 22)."""
+    model = mlp()
+    optimizer = gems(model, base=torch.optim.SGD(model.parameters(), lr=0.1), capture=capture)
+    train(model, optimizer, 1)
+    frozen, before = model[0].weight.detach().clone(), model[2].weight.detach().clone()
+    with optimizer.task(optimizer.tasks[0]):
+        loss = loss_of(model, 1, 0)
+        model[0].requires_grad_(False)
+        loss.backward()
+    optimizer.step()
+    assert torch.equal(frozen, model[0].weight)
+    assert not torch.equal(before, model[2].weight)
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_another_forward_pass_of_the_class_is_run(capture: str) -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    model, plain = mlp(), mlp()
+    gems(model, capture=capture)
+    for each in (model, plain):
+        each[0].__class__ = Twice
+    x = noise(5, model[0].in_features, key=(1,))
+    assert torch.equal(model(x), plain(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("capture", CAPTURES)
+def test_inputs_of_another_dtype_are_refused_as_ever(capture: str, dtype: torch.dtype) -> None:
+    """A cast in silence would make zeros of the weights for an input of integers (facechain 41)."""
+    layer = nn.Linear(16, 16, bias=False)
+    optimizer = gems(layer, base=torch.optim.SGD(layer.parameters(), lr=0.1), capture=capture)
+    for within in (False, True):
+        with optimizer.task(optimizer.tasks[0]) if within else torch.enable_grad(), pytest.raises(RuntimeError):
+            layer(torch.ones(2, 16, dtype=dtype))
+
+
+def test_replicas_of_data_parallelism_run_their_own_weights() -> None:
+    model = mlp()
+    gems(nn.DataParallel(model), base=torch.optim.SGD(model.parameters(), lr=0.1), capture="auto")
+    replica = model[0]._replicate_for_data_parallel()
+    replica.weight, replica.bias = model[0].weight.detach() * 0, model[0].bias.detach() * 0
+    assert not replica(noise(2, model[0].in_features, key=(2,))).any()
