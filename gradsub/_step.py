@@ -257,7 +257,9 @@ class Stepper:
         total = sum(samples.values())
         shares = {task: count / total for task, count in samples.items()}
         projected = self._project(groups, gradients, shares, rounding)
-        measured = measure(projected, losses, samples, len(self._tasks), self._gate, self._say_unseen)
+        # Who calls backward() on the mean of a mixed batch, not on rows.loss(), has chosen a gate without losses.
+        unseen = (lambda tasks: None) if mixed else self._say_unseen
+        measured = measure(projected, losses, samples, len(self._tasks), self._gate, unseen)
         weights = self._operate(shares, measured)
         steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
         self._update(groups, projected, steps, measured)

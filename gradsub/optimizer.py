@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import is_
 from typing import Any
 
@@ -310,9 +310,9 @@ class GemsOptimizer(Optimizer):
         Equal to a pass for each task within rounding: the layers of ``model`` tell the rows apart in their backward
         pass. It needs the fused capture, and layers whose inputs' first axis is that of the rows; an axis that is
         another of the same length cannot be told from it, as with (T, B, d) where T == B. Inside, either call
-        ``backward()`` on the mean over all rows, or on ``rows.loss(losses)`` of the losses of the rows, which also
-        tells the gate each task's loss. Parameters without subspaces take the gradient of that one loss, whatever
-        ``surgery`` says.
+        ``backward()`` on the mean over all rows, which leaves a gate that reads losses without them, or on
+        ``rows.loss(losses)`` of the losses of the rows, which tells it each task's loss. Parameters without subspaces
+        take the gradient of that one loss, whatever ``surgery`` says.
 
         Args:
             task_ids: (B,) the task of each row: names, indices, or a tensor of indices (on the CPU, where reading it
@@ -344,7 +344,8 @@ class GemsOptimizer(Optimizer):
         rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
-        with self._intake.open(parts, counts, "mixed(...)"):
+        watched = nullcontext() if rows.alone is None else self._intake.watch(rows.alone, None)
+        with self._intake.open(parts, counts, "mixed(...)"), watched:
             yield rows
 
     def backward(

@@ -58,14 +58,20 @@ class MixedRows:
             task: float(len(rows) if samples is None else samples[tasks[task]]) for task, rows in self.rows.items()
         }
 
+    @property
+    def alone(self) -> int | None:
+        """The task of all rows, if there is one."""
+        return next(iter(self.rows)) if len(self.rows) == 1 else None
+
     def parts(self, device: torch.device) -> list[Part]:
         """The parts of the batch for the capture: rows, and the task's share of the samples."""
         total = sum(self.samples.values())
-        alone = len(self.rows) == 1
+        if self.alone is not None:
+            return [Part(self.alone, {}, 1.0)]
         return [
             Part(
                 task,
-                {} if alone else {size: _located(rows.get(task, []), device) for size, rows in self._layouts.items()},
+                {size: _located(rows.get(task, []), device) for size, rows in self._layouts.items()},
                 self.samples[task] / total,
             )
             for task in self.rows
@@ -92,6 +98,8 @@ class MixedRows:
         }
         loss = torch.stack([mean * (self.samples[task] / total) for task, mean in means.items()]).sum()
         values = {task: mean.detach() for task, mean in means.items()}
+        if self.alone is not None:
+            return loss  # `backward()` on it tells the gate, as inside of `task()`
         if loss.requires_grad:
             when_weighted(loss, partial(self._report, values))
         else:

@@ -213,14 +213,15 @@ def _parts(text: str) -> tuple[str, str]:
 
 def _windows(tokenizer: Any, text: str, length: int, tokens: int | None) -> list[Tensor]:
     """Sequences of one length, spread evenly over the text."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    numbers = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     if len(ids) < 2:
         raise ValueError(f"--text has too few tokens: {len(ids)} in one of its two parts")
     length = min(length, len(ids))
     found = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     count = len(found) if tokens is None else max(1, min(len(found), tokens // length))
     # Neighbours come in different stages, so that the trend shows the amount of text and not its subject.
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    order = torch.randperm(count, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu").tolist()
     return [found[index * len(found) // count] for index in order]
 
 

@@ -130,8 +130,8 @@ class Covariance:
     def _of_few_rows(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors inside the range of a sum of few outer products, from an N x N matrix."""
         C = self.total / max(self.count, 1)
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(self.dimension, self.count, dtype=C.dtype, generator=generator).to(C.device)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        start = torch.randn(self.dimension, self.count, dtype=C.dtype, device="cpu", generator=generator).to(C.device)
         # The second pass makes columns orthonormal in directions that are weak beside the first ones.
         Q = torch.linalg.qr(C @ torch.linalg.qr(C @ start).Q).Q
         values, vectors = torch.linalg.eigh(Q.mT @ C @ Q)

@@ -107,7 +107,8 @@ class Directions:
 def _check_orthonormal(held: Tensor) -> None:
     """Raise a ValueError unless the columns are orthonormal, seen from random combinations of them: one pass."""
     wide = held.to(torch.promote_types(held.dtype, torch.float32))
-    numbers = torch.randn(held.shape[1], 4, generator=torch.Generator().manual_seed(0)).to(wide)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    numbers = torch.randn(held.shape[1], 4, dtype=torch.float32, device="cpu", generator=generator).to(wide)
     with full_precision(wide.device):
         left = wide.mT @ (wide @ numbers) - numbers
     if not bool((left.abs() <= _LOOSE).all()):

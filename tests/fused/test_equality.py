@@ -201,6 +201,27 @@ def test_chosen_tokens_and_the_whole_batch_in_one_pass():
     torch.testing.assert_close(flat(models[0]), flat(models[1]), rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("through_rows", [False, True])
+def test_the_gate_learns_the_loss_of_a_mixed_batch_of_one_task(through_rows):
+    seen = []
+
+    def gate(inputs):
+        seen.append(inputs.losses.clone())
+        return torch.ones_like(inputs.gradient_norms)
+
+    model = model_of(WIDTHS)
+    optimizer = gems(model, gate=gate)
+    x = torch.randn(3, 3, 20, dtype=torch.float64)
+    with optimizer.mixed(["b"] * 3) as rows:
+        losses = model(x).square().mean((1, 2))
+        loss = rows.loss(losses) if through_rows else losses.mean()
+        loss.backward()
+    optimizer.step()
+    expected = torch.full((len(TASKS),), torch.nan, dtype=torch.float64)
+    expected[1] = loss.detach()
+    torch.testing.assert_close(seen[0], expected, equal_nan=True, rtol=0, atol=1e-6)
+
+
 class TestMixedRefuses:
     def test_without_the_fused_capture(self):
         with pytest.raises(ValueError, match='capture="fused"'), gems(model_of(WIDTHS), capture="generic").mixed(["a"]):
