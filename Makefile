@@ -55,9 +55,10 @@ types: $(DEV)  ## mypy in strict mode
 docs: $(DEV)  ## build site/; a broken link or an undocumented public name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# One thread: the tests' matrices are so small that more threads only wait for each other (a third of the CPU time).
+# One thread a process: the tests' matrices are so small that more threads only wait for each other (a third of the
+# CPU time). As many processes as cores; ARGS='-n 0' for one.
 pytest: $(DEV)  ## only the tests; ARGS='-k name' selects
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto $(ARGS)
 
 bench: $(DEV)  ## micro-benchmarks, printed as ratios
 	$(BIN)/python -m benchmarks.run

@@ -336,10 +336,9 @@ class Layout:
     def _smaller(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Protected:
         """What a weight's layers protect, in the smaller form where the null space has that at hand."""
         assert self._null_space is not None
-        complement = getattr(self._null_space, "complement", None)
-        if complement is None or len(names) > 1 or self._anchor or self._null_space.protected_fraction(names[0]) <= 0.5:
+        if len(names) > 1 or self._anchor or self._null_space.protected_fraction(names[0]) <= 0.5:
             return Protected(self._protected(names, parameter, dimension, dtype))
-        free: Tensor = complement(names[0], dtype)
+        free = self._null_space.complement(names[0], dtype)
         self._check_length(names[0], free, parameter, dimension)
         return Protected(free, complement=True)
 
