@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from gradsub.capture import (
     FusedCapture,
     GenericCapture,
     LossWatcher,
+    MixedRows,
     Part,
     Unscaling,
     clip_captured,
@@ -88,10 +89,14 @@ class Intake:
         self._open = what
         self.capture.open(MIXED if len(parts) > 1 else parts[0].task)
         self.fused.open(parts)
-        seen = set(self.losses)
+        seen, cleared = dict(self.losses), self._cleared
         try:
             with self._exchange.quiet():
                 yield
+        except BaseException:
+            if not self.capture.arrived and cleared == self._cleared:
+                self.losses = seen  # the block brought nothing, and may be tried again
+            raise
         finally:
             self.fused.close()
             self._open = None
@@ -102,7 +107,7 @@ class Intake:
                 self.mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
             else:
                 self._outside.emptied = what
-        if not arrived and self.losses.keys() != seen:
+        if not arrived and self.losses.keys() != seen.keys():
             self._exchange.check_nothing_kept_back()
 
     def watch(self, task: int, loss: Tensor | None) -> AbstractContextManager[object]:
@@ -115,6 +120,13 @@ class Intake:
         if loss is None:
             return LossWatcher(partial(self.saw_loss, task))
         return watch_through(loss, partial(self._saw_at_end, self._cleared, task))
+
+    def watch_rows(self, rows: MixedRows) -> AbstractContextManager[object]:
+        """Note the loss of a mixed batch of one task, where ``rows.loss`` does not tell it."""
+        task = rows.alone
+        if task is None:
+            return nullcontext()
+        return LossWatcher(lambda loss: None if rows.told else self.saw_loss(task, loss))
 
     def _saw_at_end(self, cleared: int, task: int, loss: Tensor) -> None:
         # What zero_grad() has dropped inside of the block has no loss either.

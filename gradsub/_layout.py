@@ -97,7 +97,7 @@ class Layout:
         self._said: dict[str, list[str]] = defaultdict(list)
         self._names: dict[Tensor, str] = {}
         self._seen: dict[Tensor, tuple[int, ...]] = {}
-        self._count = 0
+        self.count = 0
         self._warned: set[str] = set()
         self._shards: Shards | None = None
         self._vectors: set[Tensor] = set()
@@ -125,7 +125,7 @@ class Layout:
         full_rank: list[str] = []
         plain: list[str] = []
         for place, parameter in enumerate(group["params"]):
-            index, self._count = self._count, self._count + 1
+            index, self.count = self.count, self.count + 1
             names = group.get("param_names")
             self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
             self._given[parameter] = group["subspace"]

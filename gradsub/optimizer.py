@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -344,8 +344,7 @@ class GemsOptimizer(Optimizer):
         rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
-        watched = nullcontext() if rows.alone is None else self._intake.watch(rows.alone, None)
-        with self._intake.open(parts, counts, "mixed(...)"), watched:
+        with self._intake.open(parts, counts, "mixed(...)"), self._intake.watch_rows(rows):
             yield rows
 
     def backward(
@@ -589,11 +588,13 @@ class GemsOptimizer(Optimizer):
         if "_inner" not in self.__dict__:
             return  # called by torch's constructor: the groups are adopted together once everything is there
         group = self.param_groups[-1]
+        count = self._layout.count
         try:
             found = self._lay_out(self._inner.base, self._inner.probes, group, len(self.param_groups) - 1)
             self._layout.check()
         except Exception:
             self.param_groups.pop()
+            self._layout.count = count  # which seeds what is random in a layer
             raise
         self._adopt(len(self.param_groups) - 1, *found)
 

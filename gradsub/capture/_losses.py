@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -8,15 +9,18 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+_EXCHANGING = threading.Lock()
+
 
 class LossWatcher:
     """Reports every scalar on which ``backward()`` is called, so that a gate learns the losses without being told.
 
-    A context that stands in for `torch.autograd.backward`, through which every backward pass goes, in any thread. A
-    mode of torch's would be asked about each of some ten thousand operations of a forward pass as well.
+    A context that stands in for `torch.autograd.backward`, through which every backward pass goes. It listens to the
+    thread that entered it, as other threads may train other models. A mode of torch's would be asked about each of
+    some ten thousand operations of a forward pass as well.
 
     Args:
-        observe: receives the loss, weighted as its backward pass is, still on its device.
+        observe: receives the loss, weighted as its backward pass is, still on its device, once the pass has succeeded.
     """
 
     def __init__(self, observe: Callable[[Tensor], None]) -> None:
@@ -24,27 +28,33 @@ class LossWatcher:
         self._open = False
 
     def __enter__(self) -> LossWatcher:
-        self._behind = torch.autograd.backward
-        self._open = True
-        torch.autograd.backward = self
+        self._thread = threading.get_ident()
+        with _EXCHANGING:
+            self._behind = torch.autograd.backward
+            self._open = True
+            torch.autograd.backward = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open = False
-        # Blocks of several optimizers need not be closed in the opposite order.
-        while isinstance(watcher := torch.autograd.backward, LossWatcher) and not watcher._open:
-            torch.autograd.backward = watcher._behind
+        with _EXCHANGING:
+            self._open = False
+            # Blocks of several optimizers need not be closed in the opposite order.
+            while isinstance(watcher := torch.autograd.backward, LossWatcher) and not watcher._open:
+                torch.autograd.backward = watcher._behind
 
     def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         """`torch.autograd.backward`."""
+        found: list[Tensor] = []
         # A backward pass within another is a checkpoint's (the reentrant kind), and of no loss.
-        if self._open and torch._C._current_graph_task_id() == -1:
+        if self._open and self._thread == threading.get_ident() and torch._C._current_graph_task_id() == -1:
             losses = [tensors] if isinstance(tensors, Tensor) else list(tensors)
             weights = list(grad_tensors) if isinstance(grad_tensors, (list, tuple)) else [grad_tensors] * len(losses)
             for loss, weight in zip(losses, weights, strict=False):
                 if isinstance(loss, Tensor) and loss.numel() == 1:
-                    self._observe(loss.detach() if weight is None else weighted(loss, weight))
+                    found.append(loss.detach() if weight is None else weighted(loss, weight))
         self._behind(tensors, grad_tensors, *args, **kwargs)
+        for loss in found:
+            self._observe(loss)
 
 
 def weighted(loss: Tensor, weight: Tensor) -> Tensor:

@@ -22,6 +22,9 @@ class MixedRows:
         other_rows: the same as ``task_ids`` for inputs of layers with other numbers of rows.
         observe: told a task's index and mean loss.
 
+    Attributes:
+        told: whether `loss` was called.
+
     Raises:
         ValueError: there is no row, a task was never declared, ``samples`` does not name exactly the tasks present, or
             ``other_rows`` has rows of other tasks, or two accounts of equally many rows.
@@ -39,6 +42,7 @@ class MixedRows:
         if not self.size:
             raise ValueError("task_ids is empty: name the task of every row of the batch")
         self._observe = observe
+        self.told = False
         self._layouts = {self.size: self.rows}
         for ids in other_rows:
             length, rows = _by_task(tasks, ids)
@@ -98,8 +102,7 @@ class MixedRows:
         }
         loss = torch.stack([mean * (self.samples[task] / total) for task, mean in means.items()]).sum()
         values = {task: mean.detach() for task, mean in means.items()}
-        if self.alone is not None:
-            return loss  # `backward()` on it tells the gate, as inside of `task()`
+        self.told = True
         if loss.requires_grad:
             when_weighted(loss, partial(self._report, values))
         else:

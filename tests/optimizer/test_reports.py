@@ -513,10 +513,9 @@ def _in_a_thread(loss: Any) -> None:
     thread.join()
 
 
-@pytest.mark.parametrize("backward", [lambda loss: torch.autograd.backward(loss), _in_a_thread])
-def test_losses_are_seen_however_a_backward_pass_is_called(backward: Any) -> None:
+def test_losses_are_seen_however_a_backward_pass_is_called() -> None:
     ends = []
-    for call in (torch.Tensor.backward, backward):
+    for call in (torch.Tensor.backward, lambda loss: torch.autograd.backward(loss)):
         model = mlp()
         optimizer = gems(model)
         for step in range(3):
@@ -525,6 +524,81 @@ def test_losses_are_seen_however_a_backward_pass_is_called(backward: Any) -> Non
                     call(loss_of(model, step, task))
             optimizer.step()
         ends.append(weights_of(model))
+    assert same(*ends)
+
+
+def test_a_loss_in_another_thread_is_missed_aloud() -> None:
+    optimizer = gems(model := mlp())
+    with optimizer.task("search"):
+        _in_a_thread(loss_of(model, 0, 0))
+    with pytest.warns(UserWarning, match="none was seen of \\['search'\\]"):
+        optimizer.step()
+
+
+def _losses_told(optimizer: GemsOptimizer) -> dict[str, float]:
+    """Each task's loss as the gate gets it, from the report of the step that follows."""
+    return {optimizer.tasks[task]: float(loss) for task, loss in optimizer._intake.losses.items()}
+
+
+def test_the_loss_of_another_model_in_another_thread_is_not_this_ones() -> None:
+    optimizer, other = gems(model := mlp()), gems(far := mlp(seed=1))
+
+    def work() -> None:
+        with other.task("rec"):
+            (loss_of(far, 0, 0) * 1000).backward()
+        other.step()
+
+    loss = loss_of(model, 0, 0)
+    with optimizer.task("search"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        loss.backward()
+    assert _losses_told(optimizer) == {"search": pytest.approx(loss.item())}
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_pass_that_failed_and_is_repeated_counts_once(around: bool) -> None:
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("none left")
+
+    optimizer = gems(model := mlp(), capture="fused")
+    if around:  # what is seen by a hook, before the failure
+        with pytest.raises(torch.OutOfMemoryError), optimizer.mixed([0, 1]) as rows:
+            rows.loss(Fails.apply(model(noise(2, 12)).square().mean(1))).backward()
+    with optimizer.task("search"):
+        if not around:
+            with pytest.raises(torch.OutOfMemoryError):
+                Fails.apply(loss_of(model, 0, 0)).backward()
+        loss = loss_of(model, 0, 0)
+        loss.backward()
+    assert _losses_told(optimizer) == {"search": pytest.approx(loss.item())}
+
+
+def test_a_refused_group_leaves_no_trace_in_later_layers() -> None:
+    ends = []
+    for refused in (False, True):
+        model, late = mlp(), mlp(seed=1)
+        base = torch.optim.AdamW(model.parameters())
+        optimizer = GemsOptimizer(base, tasks=("search", "rec"), rank=2, update_proj_gap=2, refresh="sketch")
+        if refused:
+            strange = nn.Parameter(torch.ones(8, 8, dtype=torch.complex64))
+            with pytest.raises((TypeError, ValueError)):
+                optimizer.add_param_group({"params": [*late.parameters(), strange]})
+        optimizer.add_param_group({"params": list(late.parameters())})
+        for step in range(4):
+            for task, name in enumerate(optimizer.tasks):
+                with optimizer.task(name):
+                    (loss_of(model, step, task) + loss_of(late, step, task)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(weights_of(model) + weights_of(late))
     assert same(*ends)
 
 
