@@ -222,6 +222,25 @@ def test_the_gate_learns_the_loss_of_a_mixed_batch_of_one_task(through_rows):
     torch.testing.assert_close(seen[0], expected, equal_nan=True, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("task_ids", [["b", "b", "b"], ["b", "b", "a"]])
+def test_the_gate_learns_the_loss_of_the_rows_without_what_is_added_to_it(task_ids):
+    seen = []
+
+    def gate(inputs):
+        seen.append(inputs.losses.clone())
+        return torch.ones_like(inputs.gradient_norms)
+
+    model = model_of(WIDTHS)
+    optimizer = gems(model, gate=gate)
+    x = torch.randn(3, 3, 20, dtype=torch.float64)
+    with optimizer.mixed(task_ids) as rows:
+        losses = model(x).square().mean((1, 2))
+        (rows.loss(losses) + 100).backward()
+    optimizer.step()
+    mine = losses.detach()[: task_ids.count("b")].mean()
+    torch.testing.assert_close(seen[0][1], mine, rtol=0, atol=1e-6)
+
+
 class TestMixedRefuses:
     def test_without_the_fused_capture(self):
         with pytest.raises(ValueError, match='capture="fused"'), gems(model_of(WIDTHS), capture="generic").mixed(["a"]):
