@@ -9,10 +9,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gradsub._reporting import Measurements
 from gradsub.capture import Projected
+from gradsub.capture._captured import squared_norm
 from gradsub.gates import Gate, GateInputs
 from gradsub.linalg._arithmetic import widest
-from gradsub.report import Measurements
+from gradsub.subspace import SHARED
 
 GATE_MEMORY: Final = "gate_memory"
 PREVIOUS_STEP: Final = "previous_step."
@@ -67,9 +69,9 @@ def measure(
         device="cpu",
     ).to(zero.device, non_blocking=True)
     memory = torch.cat([block.block.stacks[GATE_MEMORY].to(zero) for block in blocks])
-    known = [losses[k].to(unknown) if k in losses else unknown for k in range(tasks)]
+    seen = torch.stack([losses[k].to(unknown) if k in losses else unknown for k in range(tasks)])
     inputs = GateInputs(
-        losses=torch.stack(known),
+        losses=seen,
         gradient_norms=own_norms,
         samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], dtype=zero.dtype, device="cpu").to(
             zero.device, non_blocking=True
@@ -87,13 +89,18 @@ def measure(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
     torch._foreach_copy_([block.block.stacks[GATE_MEMORY] for block in blocks], list(torch.split(memory, lengths)))
+    squared_norms, sketched = _squared_norms(blocks, tasks, wide)
     return Measurements(
         layers=layers,
+        steps=[block.block.array("step").copy() for block in blocks],
+        losses=seen,
         gramian=_over_shards(blocks, torch.cat([g for _, _, g in inside]) * units.unsqueeze(2) * units.unsqueeze(1)),
-        squared_norms=_squared_norms(blocks, tasks, wide),
+        squared_norms=squared_norms,
+        sketched=sketched,
         own_norms=own_norms,
         gates=gates,
         present=present,
+        informed=[block.block.first.index for block in blocks if block.squared_norms or block.sketches],
     )
 
 
@@ -180,15 +187,33 @@ def _inside(found: Projected, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
     return spread[0].view(-1), spread[1].view(-1), whole
 
 
-def _squared_norms(blocks: Sequence[Projected], tasks: int, wide: Tensor) -> Tensor:
-    """Of the whole gradients (L x K), NaN where unknown."""
+def _squared_norms(blocks: Sequence[Projected], tasks: int, wide: Tensor) -> tuple[Tensor, frozenset[tuple[int, int]]]:
+    """Of the whole gradients (L x K), NaN where unknown; and of which of them it is that of a sketch.
+
+    E ||G Omega||^2 = ||G||^2, since the entries of Omega have the variance 1 / c; of a sketch through all directions
+    it is no estimate.
+    """
     found = wide.new_full((sum(len(block.block) for block in blocks), tasks), math.nan)
+    sketched: set[tuple[int, int]] = set()
     start = 0
     for block in blocks:
+        first, size = block.block.first, len(block.block)
+        for subspace, (rows, Y) in block.sketches.items():
+            # What is known of a part of the layers is known by their whole gradients, and better.
+            if subspace == SHARED or subspace - 1 in block.squared_norms:
+                continue
+            values = squared_norm(Y, dim=(1, 2)).to(found)
+            if len(rows) == size:
+                found[start : start + size, subspace - 1] = values
+            else:
+                for row, value in zip(rows, values.unbind(), strict=True):
+                    found[start + row, subspace - 1] = value
+            if first.sketch_size < first.codimension:
+                sketched.update((start + row, subspace - 1) for row in rows)
         for task, values in block.squared_norms.items():
-            found[start : start + len(block.block), task] = values.to(found)
-        start += len(block.block)
-    return found
+            found[start : start + size, task] = values.to(found)
+        start += size
+    return found, frozenset(sketched)
 
 
 def _inner_products(rows: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch import Tensor
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
 from gradsub._probe import Traits
+from gradsub._reporting import Measurements
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
 from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Projected, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
-from gradsub.report import Measurements
 from gradsub.subspace import SHARED, SKETCHES, Block, Layer, Protected, SubspaceBank, carry_moments, make_blocks
 from gradsub.update import (
     FREE,

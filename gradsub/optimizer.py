@@ -22,6 +22,7 @@ from gradsub._intake import Intake
 from gradsub._layout import Layout
 from gradsub._loading import StateDictReader
 from gradsub._probe import PLAIN, Probes, Traits
+from gradsub._reporting import LastKnown, Measurements, make_report
 from gradsub._state import group_parameters, show_shards
 from gradsub._stateful import Stateful
 from gradsub._step import Stepper
@@ -31,7 +32,7 @@ from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
 from gradsub.null_space import NullSpace
-from gradsub.report import Measurements, Report, make_report
+from gradsub.report import Report
 from gradsub.subspace import Layer, SubspaceBank
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
@@ -226,6 +227,7 @@ class GemsOptimizer(Optimizer):
         self._placed: dict[Tensor, Any] = {}
         self._adopted: list[list[Tensor]] = []
         self._measured: Measurements | None = None
+        self._known = LastKnown()
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
@@ -424,6 +426,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.losses,
                 self._intake.rounding,
             )
+            self._known.see(self._measured)
         finally:
             self._intake.clear()
         return result
@@ -715,6 +718,7 @@ class GemsOptimizer(Optimizer):
             self._load_callables(loaded.weighing)
             # Nothing can be refused any more.
             self._intake.clear()
+            self._known = LastKnown()  # of other gradients
             self.__setstate__({"state": defaultdict(dict, loaded.state), "param_groups": loaded.groups})
             self._settle()
             for after in list(self._optimizer_load_state_dict_post_hooks.values()):
@@ -793,12 +797,34 @@ class GemsOptimizer(Optimizer):
 
     # --- diagnostics -------------------------------------------------------------------------------------------------
 
-    def report(self) -> Report:
-        """What the last step did in every layer; computed when asked for, and waits for the device."""
+    def report(self, *, angles: bool = True, leak: bool = False) -> Report:
+        """What the last step did in every layer; computed when asked for, and waits for the device.
+
+        Args:
+            angles: whether the angles between the subspaces are computed, a singular value decomposition of r x r
+                numbers a layer and pair, which is most of the time that a report takes.
+            leak: whether it is measured how much of the bases lies in what is protected; the protected directions come
+                to the device for it, layer by layer.
+
+        Returns:
+            the report; without layers before the first step.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import GemsOptimizer
+            >>> layer = torch.nn.Linear(8, 8, bias=False)
+            >>> optimizer = GemsOptimizer(torch.optim.SGD(layer.parameters(), lr=0.1), tasks=("a", "b"), rank=4)
+            >>> for name in optimizer.tasks:
+            ...     with optimizer.task(name):
+            ...         layer(torch.ones(2, 8)).square().mean().backward()
+            >>> optimizer.step()
+            >>> report = optimizer.report()
+            >>> round(report.cosine("a", "b"), 4), sorted(report.scalars())[:3]
+            (1.0, ['cosine/a|b', 'energy/a', 'energy/b'])
+        """
         if self._measured is None:
             return Report([])
-        steps = [int(self.state[layer.parameter]["step"]) for layer in self._measured.layers]
-        return make_report(self._bank, self.tasks, steps, self._measured)
+        return make_report(self._bank, self.tasks, self._measured, self._known, angles, leak)
 
     def close(self) -> None:
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
@@ -831,6 +857,7 @@ _OWN_ATTRIBUTES = frozenset(
         "_intake",
         "_skipped",
         "_measured",
+        "_known",
         "_bank",
         "_stepper",
         "_inner",

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+from gradsub._optional import optional
+from gradsub._table import finite_or_none, table
 
-from gradsub.linalg import subspace_angles
-from gradsub.subspace import Layer, SubspaceBank
-
-__all__ = ["LayerReport", "Measurements", "Report", "make_report"]
+__all__ = ["LayerReport", "Report"]
 
 
 @dataclass(frozen=True)
@@ -25,14 +22,20 @@ class LayerReport:
         name: the layer.
         shape: (m, n) of its weight.
         step: how many steps the layer has taken.
-        gradient_norms: task -> ||G_k||, the Frobenius norm of its whole gradient; NaN where that never existed (fused
-            capture) and where a task accumulated several backward passes, whose norms do not add up.
-        cosines: (task, task) -> cosine of their gradients inside the shared subspace.
+        gradient_norms: task -> ||G_k||, the Frobenius norm of its whole gradient, or an estimate of it (``estimated``).
+        cosines: (task, task) -> cosine of their gradients inside the shared subspace; NaN if one is zero there.
         energy: ``"shared"`` and task -> the share in [0, 1] of the gradients' squared norm that the subspace keeps;
-            for the shared one over all tasks together; NaN where the norm is.
+            for the shared one over all tasks together; NaN where the norm is zero or unknown.
         angles: (subspace, subspace) -> principal angles in radians, largest first.
         gates: task -> g_k.
         protected_fraction: k / d, the share of directions that no update may use.
+        estimated: the tasks whose gradients were never there as a whole in this step (fused capture, or several
+            backward passes). In steps that renew a basis from a sketch Y = G Omega their norm is ||Y||, of which the
+            square is unbiased. In other steps the share of it that the subspaces held when it was last known stands for
+            today's; where that was at an exact refresh, which fits bases to that very gradient, estimated norms are
+            rather too small and energies too large. NaN if nothing was ever known, as right after a resume.
+        leak: ||K K^T B|| / ||B||: how much of the bases B, in which every update lies, are protected directions K;
+            rounding, if all is well. None if nothing is protected or it was not asked for.
     """
 
     name: str
@@ -44,135 +47,221 @@ class LayerReport:
     angles: dict[tuple[str, str], list[float]]
     gates: dict[str, float]
     protected_fraction: float
+    estimated: tuple[str, ...] = ()
+    leak: float | None = None
+
+    @property
+    def size(self) -> int:
+        """m n, by which layers count in means over them."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def overlaps(self) -> dict[tuple[str, str], float]:
+        """(subspace, subspace) -> mean squared cosine of their principal angles: the share, in [0, 1], of the smaller
+        subspace that lies in the other one.
+        """
+        return {pair: math.fsum(math.cos(angle) ** 2 for angle in a) / len(a) for pair, a in self.angles.items() if a}
 
 
 @dataclass(frozen=True)
 class Report:
-    """All layers after one step; ``str()`` is a table, `to_dict` is JSON."""
-
-    layers: list[LayerReport]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, pairs of names joined by ``"|"``."""
-        return {
-            "layers": [
-                {
-                    key: {"|".join(k) if isinstance(k, tuple) else k: v for k, v in value.items()}
-                    if isinstance(value, dict)
-                    else value
-                    for key, value in asdict(layer).items()
-                }
-                for layer in self.layers
-            ]
-        }
-
-    def mean_cosine(self, first: str, second: str) -> float:
-        """The mean over the layers of two tasks' cosine; NaN if no layer saw both."""
-        found = [layer.cosines[first, second] for layer in self.layers if (first, second) in layer.cosines]
-        return sum(found) / len(found) if found else math.nan
-
-    def __str__(self) -> str:
-        head = f"{'layer':40} {'step':>6} {'energy':24} {'gates':24} {'cosine':>7} {'protected':>9}"
-        rows = [head, "-" * len(head)]
-        for layer in self.layers:
-            energy = " ".join(f"{name[:6]} {value:.2f}" for name, value in layer.energy.items())
-            gates = " ".join(f"{name[:6]} {value:.2f}" for name, value in layer.gates.items())
-            cosine = min(layer.cosines.values(), default=math.nan)
-            rows.append(
-                f"{layer.name[-40:]:40} {layer.step:6d} {energy:24} {gates:24} {cosine:7.3f} "
-                f"{layer.protected_fraction:9.1%}"
-            )
-        return "\n".join(rows)
-
-
-@dataclass(frozen=True)
-class Measurements:
-    """What a step leaves for a report, still on the device; L layers that had a gradient, K tasks.
+    """All layers after one step. ``str()`` is a table; the rest of the world takes one of the ``to_...``, or `scalars`.
 
     Attributes:
-        layers: those layers.
-        gramian: (L, K, K) inner products of the tasks' gradients inside the shared subspace.
-        squared_norms: (L, K) of the whole gradients, NaN where unknown.
-        own_norms: (L, K) norms inside the tasks' own subspaces.
-        gates: (L, K).
-        present: (L, K) booleans.
+        layers: those that had a gradient.
+        tasks: their names, in order.
+        losses: task -> its loss in this step, summed over its backward passes; without tasks whose loss was not seen.
+        gramian: (task, task) -> inner product of their gradients inside the shared subspaces, summed over the layers;
+            of each pair once, and of each task with itself. Without the weights w_k, which a surgery's Gramian has.
     """
 
-    layers: Sequence[Layer]
-    gramian: Tensor
-    squared_norms: Tensor
-    own_norms: Tensor
-    gates: Tensor
-    present: Tensor
+    layers: list[LayerReport]
+    tasks: tuple[str, ...] = ()
+    losses: dict[str, float] = field(default_factory=dict)
+    gramian: dict[tuple[str, str], float] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """The largest number of steps that a layer has taken; 0 without layers."""
+        return max((layer.step for layer in self.layers), default=0)
+
+    def cosine(self, first: str, second: str) -> float:
+        """The cosine of two tasks' gradients inside the shared subspaces, all layers taken as one vector; NaN if one is
+        zero or absent.
+        """
+        product = self.gramian.get((first, second), self.gramian.get((second, first), math.nan))
+        squares = (self.gramian.get((name, name), math.nan) for name in (first, second))
+        return _ratio(product, math.prod(math.sqrt(square) for square in squares))
+
+    def mean_cosine(self, first: str, second: str) -> float:
+        """The mean over the layers of two tasks' cosine, in either order; NaN if no layer saw both."""
+        pairs = ((first, second), (second, first))
+        found = [layer.cosines[pair] for layer in self.layers for pair in pairs if pair in layer.cosines]
+        found = [cosine for cosine in found if cosine == cosine]
+        return math.fsum(found) / len(found) if found else math.nan
+
+    def scalars(self) -> dict[str, float]:
+        """The step in a few numbers, for a logger: flat names, and no entry for what is unknown.
+
+        | name | number |
+        |---|---|
+        | ``loss/<task>`` | the task's loss |
+        | ``norm/<task>`` | norm of its gradient over all layers: the root of the sum of squares |
+        | ``cosine/<a>\\|<b>`` | `cosine`: layers count by the sizes of their gradients, as in a surgery |
+        | ``energy/shared``, ``energy/<task>`` | kept squared norm of all layers, over squared norm of all layers |
+        | ``gate/<task>`` | mean gate |
+        | ``overlap/<a>\\|<b>`` | mean overlap of two subspaces, ``shared`` or a task's |
+        | ``protected`` | mean protected share of directions |
+        | ``leak`` | the largest leak of a layer |
+
+        Means are over the layers that have the number, weighted by the sizes m n of their weights. Norms and energies
+        of layers whose gradients never exist as a whole are estimates, see `LayerReport`.
+        """
+        found = {f"loss/{task}": loss for task, loss in self.losses.items()}
+        for task in self.tasks:
+            norms = [layer.gradient_norms[task] for layer in self.layers if task in layer.gradient_norms]
+            found[f"norm/{task}"] = math.hypot(*norms) if norms else math.nan
+        pairs = [pair for pair in self.gramian if pair[0] != pair[1]]
+        found.update({f"cosine/{'|'.join(pair)}": self.cosine(*pair) for pair in pairs})
+        found.update({f"energy/{name}": self._energy(name) for name in ("shared", *self.tasks)})
+        found.update(self._means("gate", lambda layer: layer.gates))
+        found.update(self._means("overlap", lambda layer: layer.overlaps))
+        found.update(self._means("", lambda layer: {"protected": layer.protected_fraction}))
+        leaks = [layer.leak for layer in self.layers if layer.leak is not None]
+        found["leak"] = max(leaks) if leaks else math.nan
+        return {name: value for name, value in found.items() if math.isfinite(value)}
+
+    def _energy(self, name: str) -> float:
+        """What a kind of subspace keeps of the gradients of all layers together."""
+        kept, whole = [], []
+        largest = max((n for layer in self.layers for n in layer.gradient_norms.values() if n == n), default=0.0)
+        for layer in self.layers:
+            norms = [n / largest for task, n in layer.gradient_norms.items() if name in ("shared", task) and largest]
+            square, energy = math.fsum(n * n for n in norms), layer.energy.get(name, math.nan)
+            if energy * square == energy * square:
+                kept.append(energy * square)
+                whole.append(square)
+        return _ratio(math.fsum(kept), math.fsum(whole))
+
+    def _means(self, prefix: str, values: Callable[[LayerReport], Mapping[Any, float]]) -> dict[str, float]:
+        """By name, means over the layers that have a number, weighted by their sizes."""
+        sums: dict[str, list[tuple[float, int]]] = {}
+        for layer in self.layers:
+            for key, value in values(layer).items():
+                if math.isfinite(value):
+                    sums.setdefault("/".join(filter(None, (prefix, _joined(key)))), []).append((value, layer.size))
+        return {
+            name: math.fsum(value * size for value, size in found) / sum(size for _, size in found)
+            for name, found in sums.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, pairs of names joined by ``"|"``; NaN where a number is unknown."""
+        return {
+            "tasks": list(self.tasks),
+            "losses": dict(self.losses),
+            "gramian": _by_name(self.gramian),
+            "layers": [{key: _by_name(value) for key, value in asdict(layer).items()} for layer in self.layers],
+        }
+
+    def to_json(self, **options: Any) -> str:
+        """`to_dict` as JSON in the strict sense, with ``null`` in the place of NaN.
+
+        Args:
+            options: of ``json.dumps``, such as ``indent``.
+        """
+        return json.dumps(finite_or_none(self.to_dict()), allow_nan=False, **options)
+
+    def to_pandas(self) -> Any:
+        """A ``pandas.DataFrame`` with a row a layer and the columns of `scalars`, besides name, shape and step.
+
+        ``angle/<a>|<b>`` is the smallest principal angle of two subspaces, in radians; ``estimated`` names the tasks
+        whose norm and energy are estimates.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = optional("pandas", "pandas", "Report.to_pandas()")
+        return pandas.DataFrame([_row(layer) for layer in self.layers])
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "step", "gradient norm", "energy", "gates", "cosine", "protected", "leak")
+        rows = [_cells(layer) for layer in self.layers]
+        if self.layers:
+            rows.append(self._totals())
+        return table(head, rows, (False, False, True, False, False, False, True, True, True))
+
+    def _totals(self) -> tuple[str, ...]:
+        found = self.scalars()
+
+        def named(kind: str) -> dict[str, float]:
+            return {key.partition("/")[2]: value for key, value in found.items() if key.startswith(f"{kind}/")}
+
+        cosines = named("cosine").values()
+        return (
+            f"all {len(self.layers)} layers",
+            "",
+            str(self.step),
+            _listed(named("norm"), "{:.1e}", any(layer.estimated for layer in self.layers)),
+            _listed(named("energy"), "{:.2f}", any(layer.estimated for layer in self.layers)),
+            _listed(named("gate"), "{:.2f}"),
+            f"{min(cosines):.3f}" if cosines else "",
+            f"{found['protected']:.1%}",
+            f"{found['leak']:.0e}" if "leak" in found else "",
+        )
 
 
-def make_report(bank: SubspaceBank, tasks: Sequence[str], steps: Sequence[int], measured: Measurements) -> Report:
-    """Read the measurements of the last step; waits for the device, so it stays off the hot path."""
-    columns = zip(
-        measured.layers,
-        steps,
-        measured.gramian.tolist(),
-        measured.squared_norms.tolist(),
-        measured.own_norms.tolist(),
-        measured.gates.tolist(),
-        measured.present.tolist(),
-        strict=True,
+def _cells(layer: LayerReport) -> tuple[str, ...]:
+    cosines = [cosine for cosine in layer.cosines.values() if cosine == cosine]
+    return (
+        layer.name,
+        " x ".join(map(str, layer.shape)),
+        str(layer.step),
+        _listed(layer.gradient_norms, "{:.1e}", bool(layer.estimated)),
+        _listed(layer.energy, "{:.2f}", bool(layer.estimated)),
+        _listed(layer.gates, "{:.2f}"),
+        f"{min(cosines):.3f}" if cosines else "",
+        f"{layer.protected_fraction:.1%}",
+        "" if layer.leak is None else f"{layer.leak:.0e}",
     )
-    reports = {column[0].index: _layer_report(bank, tasks, *column) for column in columns}
-    return Report([reports[index] for index in sorted(reports)])
 
 
-def _layer_report(
-    bank: SubspaceBank,
-    tasks: Sequence[str],
-    layer: Layer,
-    step: int,
-    gramian: list[list[float]],
-    squared_norms: list[float],
-    own_norms: list[float],
-    gates: list[float],
-    present: list[bool],
-) -> LayerReport:
-    here = [k for k in range(len(tasks)) if present[k]]
-    return LayerReport(
-        name=layer.name,
-        shape=layer.whole_shape,
-        step=step,
-        gradient_norms={tasks[k]: math.sqrt(squared_norms[k]) for k in here},
-        cosines={
-            (tasks[a], tasks[b]): _ratio(gramian[a][b], math.sqrt(gramian[a][a] * gramian[b][b]))
-            for a, b in itertools.combinations(here, 2)
-        },
-        energy={
-            **(
-                {"shared": _share(sum(gramian[k][k] for k in here), sum(squared_norms[k] for k in here))}
-                if here
-                else {}
-            ),
-            **{tasks[k]: _share(own_norms[k] ** 2, squared_norms[k]) for k in here},
-        },
-        angles=_angles(layer, bank, tasks),
-        gates={tasks[k]: gates[k] for k in here},
-        protected_fraction=1.0 - layer.free / layer.dimension,
+def _listed(values: Mapping[str, float], form: str, estimated: bool = False) -> str:
+    known = {name: value for name, value in values.items() if value == value}
+    return " ".join(f"{name[:6]} {'~' if estimated else ''}{form.format(value)}" for name, value in known.items())
+
+
+def _row(layer: LayerReport) -> dict[str, Any]:
+    """A layer in flat columns."""
+    row: dict[str, Any] = {
+        "layer": layer.name,
+        "rows": layer.shape[0],
+        "columns": layer.shape[1],
+        "step": layer.step,
+        "protected": layer.protected_fraction,
+        "leak": math.nan if layer.leak is None else layer.leak,
+        "estimated": " ".join(layer.estimated),
+    }
+    smallest = {pair: min(angles) for pair, angles in layer.angles.items() if angles}
+    kinds: Iterable[tuple[str, Mapping[Any, float]]] = (
+        ("norm", layer.gradient_norms),
+        ("cosine", layer.cosines),
+        ("energy", layer.energy),
+        ("gate", layer.gates),
+        ("overlap", layer.overlaps),
+        ("angle", smallest),
     )
+    row.update({f"{kind}/{_joined(key)}": value for kind, values in kinds for key, value in values.items()})
+    return row
 
 
-def _angles(layer: Layer, bank: SubspaceBank, tasks: Sequence[str]) -> dict[tuple[str, str], list[float]]:
-    """Between all pairs of subspaces; a basis that no gradient has reached yet is zero and has none."""
-    bases = {}
-    for subspace, name in enumerate(("shared", *tasks)):
-        basis = bank.basis(layer, subspace)
-        used = basis[:, basis.square().sum(0) > 0.5]
-        if used.shape[1]:
-            bases[name] = used
-    with torch.no_grad():
-        return {(a, b): subspace_angles(bases[a], bases[b]).tolist() for a, b in itertools.combinations(bases, 2)}
+def _by_name(value: Any) -> Any:
+    return {_joined(key): each for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def _joined(key: str | tuple[str, ...]) -> str:
+    return "|".join(key) if isinstance(key, tuple) else key
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole > 0 else math.nan
-
-
-def _share(part: float, whole: float) -> float:
-    """A share of energy: rounding may not push it out of [0, 1]."""
-    return min(1.0, _ratio(part, whole)) if whole > 0 else math.nan

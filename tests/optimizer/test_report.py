@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ import torch
 from gradsub import Report
 
 from .toys import SAMPLES, TASKS, basis_of, gems, loss_of, mlp, null_space_of, train
+
+NAMES = ("shared", *TASKS)
 
 
 def gradients_of(model: torch.nn.Module, weight: torch.Tensor, step: int) -> dict[str, np.ndarray]:
@@ -66,42 +71,165 @@ def test_every_number_of_the_report(device, side, steps):
         assert layer.protected_fraction == pytest.approx(protected.shape[1] / protected.shape[0])
 
 
-def test_accumulated_norms_are_unknown_but_cosines_are_exact(device):
+def test_accumulated_norms_are_estimates_and_cosines_are_exact(device):
     """Norms of parts do not add up to the norm of the sum; inner products inside a fixed subspace do."""
     model = mlp((12, 10), device=device)
+    plain = copy.deepcopy(model)
     optimizer = gems(model, update_proj_gap=50)
     train(model, optimizer, 1)
+    (before,) = optimizer.report().layers
     parts = [gradients_of(model, model[0].weight, step) for step in (1, 2)]
-    basis = basis_of(optimizer, model[0].weight, 0, (4, 2, 2)).numpy(force=True)
+    bases = {name: basis_of(optimizer, model[0].weight, k, (4, 2, 2)).numpy(force=True) for k, name in enumerate(NAMES)}
     for step in (1, 2):
         for task, name in enumerate(TASKS):
             with optimizer.task(name):
                 loss_of(model, step, task).backward()
     optimizer.step()
     (layer,) = optimizer.report().layers
-    summed = {name: (parts[0][name] + parts[1][name]) @ basis for name in TASKS}
-    cosine = np.sum(summed["search"] * summed["rec"]) / math.prod(np.linalg.norm(R) for R in summed.values())
+    summed = {name: parts[0][name] + parts[1][name] for name in TASKS}
+    inside = {name: summed[name] @ bases["shared"] for name in TASKS}
+    cosine = np.sum(inside["search"] * inside["rec"]) / math.prod(np.linalg.norm(R) for R in inside.values())
     assert layer.cosines[TASKS] == pytest.approx(float(cosine), rel=1e-4)
-    assert all(math.isnan(norm) for norm in layer.gradient_norms.values())
-    assert all(math.isnan(share) for share in layer.energy.values())
+    assert layer.estimated == TASKS
+    assert before.estimated == ()
+    for name in TASKS:
+        first = gradients_of(plain, plain[0].weight, 0)[name]
+        held = [sum(np.linalg.norm(G @ bases[key]) ** 2 for key in ("shared", name)) for G in (first, summed[name])]
+        norm = before.gradient_norms[name] * math.sqrt(held[1] / held[0])
+        own, shared = (float(np.linalg.norm(summed[name] @ bases[key])) for key in (name, "shared"))
+        assert layer.gradient_norms[name] == pytest.approx(max(norm, own, shared), rel=1e-4)
+        assert layer.energy[name] == pytest.approx((own / layer.gradient_norms[name]) ** 2, rel=1e-4)
+    whole = sum(norm**2 for norm in layer.gradient_norms.values())
+    kept = sum(np.linalg.norm(R) ** 2 for R in inside.values())
+    assert layer.energy["shared"] == pytest.approx(float(kept / whole), rel=1e-4)
 
 
 def test_the_report_is_json_a_table_and_has_a_mean(device):
     model = mlp(device=device)
     optimizer = gems(model)
     assert optimizer.report() == Report([])
+    assert optimizer.report().scalars() == {}
     train(model, optimizer, 1)
     report = optimizer.report()
-    layers = json.loads(json.dumps(report.to_dict()))["layers"]
+    assert report.step == 1
+    found = strictly(report.to_json())
+    assert found == strictly(json.dumps(report.to_dict()))
+    layers = found["layers"]
     assert [layer["name"] for layer in layers] == ["0", "2"]
     assert layers[0]["cosines"] == {"search|rec": report.layers[0].cosines[TASKS]}
     assert set(layers[0]["angles"]) == {"shared|search", "shared|rec", "search|rec"}
     table = str(report).splitlines()
-    assert len(table) == 2 + 2
+    assert len(table) == 2 + 2 + 1
     assert table[2].startswith("0 ")
+    assert table[4].startswith("all 2 layers ")
+    assert "~" not in str(report)
     mean = sum(layer.cosines[TASKS] for layer in report.layers) / 2
-    assert report.mean_cosine(*TASKS) == pytest.approx(mean)
+    for pair in itertools.permutations(TASKS):
+        assert report.mean_cosine(*pair) == pytest.approx(mean)
+        assert report.cosine(*pair) == report.cosine(*TASKS)
+    assert report.cosine("rec", "rec") == pytest.approx(1.0)
     assert math.isnan(report.mean_cosine("rec", "nobody"))
+    assert math.isnan(report.cosine("rec", "nobody"))
+
+
+def strictly(text: str) -> Any:
+    """As every other program reads JSON: NaN and Infinity are no part of it."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(token)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_scalars_are_those_of_all_layers_as_one(device):
+    model = mlp((12, 10, 9), dtype=torch.float64, device=device)
+    null_space = null_space_of(model, "input")
+    optimizer = gems(model, null_space=null_space, rank=4, task_rank=3, update_proj_gap=50)
+    train(model, optimizer, 2)
+    losses = {name: loss_of(model, 2, task).item() for task, name in enumerate(TASKS)}
+    gradients = {name: gradients_of(model, model.get_submodule(name).weight, 2) for name in ("0", "2")}
+    train(model, optimizer, 1, start=2)
+    report = optimizer.report(leak=True)
+    scalars = report.scalars()
+    inside: dict[str, list[np.ndarray]] = {task: [] for task in TASKS}
+    kept, whole = dict.fromkeys(NAMES, 0.0), dict.fromkeys(NAMES, 0.0)
+    for name, found in gradients.items():
+        for k, key in enumerate(NAMES):
+            basis = basis_of(optimizer, model.get_submodule(name).weight, k, (4, 3, 3)).numpy(force=True)
+            for task in TASKS if key == "shared" else (key,):
+                kept[key] += np.linalg.norm(found[task] @ basis) ** 2
+                whole[key] += np.linalg.norm(found[task]) ** 2
+                if key == "shared":
+                    inside[task].append((found[task] @ basis).ravel())
+    search, rec = (np.concatenate(inside[task]) for task in TASKS)
+    expected = {f"energy/{key}": kept[key] / whole[key] for key in NAMES}
+    expected |= {f"norm/{task}": math.sqrt(whole[task]) for task in TASKS}
+    expected |= {f"loss/{task}": losses[task] for task in TASKS}
+    expected["cosine/search|rec"] = search @ rec / np.linalg.norm(search) / np.linalg.norm(rec)
+    sizes = {"0": 120, "2": 90}
+    for task in TASKS:
+        expected[f"gate/{task}"] = sum(sizes[layer.name] * layer.gates[task] for layer in report.layers) / 210
+    for a, b in itertools.combinations(NAMES, 2):
+        places = NAMES.index(a), NAMES.index(b)
+        pairs = [
+            [basis_of(optimizer, model.get_submodule(name).weight, k, (4, 3, 3)).numpy(force=True) for k in places]
+            for name in sizes
+        ]
+        shares = [np.linalg.norm(A.T @ B) ** 2 / min(A.shape[1], B.shape[1]) for A, B in pairs]
+        expected[f"overlap/{a}|{b}"] = (120 * shares[0] + 90 * shares[1]) / 210
+    ranks = {name: null_space.basis(name).shape[1] for name in sizes}
+    expected["protected"] = (120 * ranks["0"] / 12 + 90 * ranks["2"] / 10) / 210
+    leak = scalars.pop("leak")
+    assert scalars == {key: pytest.approx(float(value), rel=1e-4) for key, value in expected.items()}
+    assert 0 <= leak < 1e-12
+    assert leak == max(layer.leak for layer in report.layers)
+
+
+def test_a_leak_of_the_bases_shows(device):
+    model = mlp((12, 10), dtype=torch.float64, device=device)
+    null_space = null_space_of(model)
+    optimizer = gems(model, null_space=null_space, update_proj_gap=50)
+    train(model, optimizer, 2)
+    assert optimizer.report(leak=True).scalars()["leak"] < 1e-12
+    basis = optimizer.state[model[0].weight]["basis"]
+    basis[:, 0] = null_space.basis("0")[:, 0].to(basis)
+    assert optimizer.report(leak=True).scalars()["leak"] == pytest.approx(1 / math.sqrt(basis.shape[1]), rel=1e-6)
+    assert "leak" not in optimizer.report().scalars()
+    assert "leak" in str(optimizer.report(leak=True)).splitlines()[0]
+    assert "leak" not in str(optimizer.report()).splitlines()[0]
+
+
+def test_angles_are_left_out_where_nobody_asks(device):
+    model = mlp(device=device)
+    optimizer = gems(model)
+    train(model, optimizer, 1)
+    short, long = optimizer.report(angles=False), optimizer.report()
+    assert not any(layer.angles for layer in short.layers)
+    kept = {key: value for key, value in long.scalars().items() if not key.startswith("overlap/")}
+    assert short.scalars() == kept
+
+
+def test_a_frame_has_a_row_a_layer(device):
+    pandas = pytest.importorskip("pandas")
+    model = mlp(device=device)
+    optimizer = gems(model)
+    train(model, optimizer, 2)
+    report = optimizer.report()
+    frame = report.to_pandas()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame["layer"]) == ["0", "2"]
+    for (_, row), layer in zip(frame.iterrows(), report.layers, strict=True):
+        assert (row["rows"], row["columns"], row["step"]) == (*layer.shape, 2)
+        assert row["gate/rec"] == layer.gates["rec"]
+        assert row["cosine/search|rec"] == layer.cosines[TASKS]
+        assert row["angle/shared|rec"] == min(layer.angles["shared", "rec"])
+        assert row["overlap/shared|rec"] == layer.overlaps["shared", "rec"]
+
+
+def test_without_pandas_the_extra_is_named(device, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"pip install 'gradsub\[pandas\]'"):
+        Report([]).to_pandas()
 
 
 def test_opposite_tasks_conflict_and_equal_ones_agree(device):
