@@ -3,7 +3,7 @@
 Each method takes the Gramian G_ij = <g_i, g_j> (K x K) of the already weighted task gradients and returns K weights w;
 the common gradient is sum_k w_k g_k. A method never sees the gradients, so the same function serves full gradients,
 projected ones and sums of either over layers. `sum_weights`, `pcgrad` and `gradvac` have the size of the sum of the
-gradients, `mgda` and `cagrad` that of their mean: exchanging one for the other wants another learning rate.
+gradients, `mgda`, `cagrad` and `upgrad` that of their mean: exchanging one for the other wants another learning rate.
 
 Rules that all of them keep: weights have the dtype and device of the Gramian and no autograd history; they do not
 change when the Gramian is multiplied by a positive number; a task with a zero gradient (an absent task) gets a finite
@@ -17,6 +17,7 @@ from ._mgda import mgda
 from ._pcgrad import pcgrad
 from ._registry import SURGERIES, Surgery, resolve_surgery
 from ._sum import sum_weights
+from ._upgrad import upgrad
 
 __all__ = [
     "SURGERIES",
@@ -28,4 +29,5 @@ __all__ = [
     "pcgrad",
     "resolve_surgery",
     "sum_weights",
+    "upgrad",
 ]

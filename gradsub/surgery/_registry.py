@@ -11,6 +11,7 @@ from ._gradvac import GradVac
 from ._mgda import mgda
 from ._pcgrad import pcgrad
 from ._sum import sum_weights
+from ._upgrad import upgrad
 
 Surgery: TypeAlias = Callable[[Tensor], Tensor]
 """Anything that turns a Gramian (K, K) into weights (K,)."""
@@ -21,6 +22,7 @@ SURGERIES: Final[dict[str, Surgery]] = {
     "gradvac": GradVac(),
     "mgda": mgda,
     "cagrad": cagrad,
+    "upgrad": upgrad,
 }
 """The methods with their default settings, by name."""
 

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 from torch import Tensor
 
 
@@ -81,3 +81,14 @@ def cagrad_dual(J: Tensor, c: float, w: Tensor) -> Tensor:
     """<g_w, g_0> + c |g_0| |g_w| for the rows of w."""
     mean = J.mean(0)
     return w @ J @ mean + c * mean.norm() * (w @ J).norm(dim=-1)
+
+
+def upgrad(J: Tensor) -> Tensor:
+    """The mean of the gradients' projections onto {d : J d >= 0}, each a projection onto the polar cone (Moreau)."""
+    units = J / J.norm(dim=1, keepdim=True)
+    total = torch.zeros_like(J[0])
+    for g in J:
+        # The part outside of the dual cone is the nearest point among non-negative combinations of the -g_j.
+        outside = nnls((-units).mT.numpy(), (g / g.norm()).numpy())[0]
+        total = total + g + g.norm() * torch.from_numpy(outside) @ units
+    return total / len(J)

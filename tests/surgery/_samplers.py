@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradsub.surgery import GradVac, cagrad, gradvac, mgda, pcgrad, sum_weights
+from gradsub.surgery import GradVac, cagrad, gradvac, mgda, pcgrad, sum_weights, upgrad
 
 EPS = {torch.float32: torch.finfo(torch.float32).eps, torch.float64: torch.finfo(torch.float64).eps}
 
@@ -19,8 +19,10 @@ METHODS = {
     "GradVac": lambda gramian: GradVac()(gramian),
     "mgda": mgda,
     "cagrad": cagrad,
+    "upgrad": upgrad,
 }
-WHERE_ALL_ARE_ZERO = {"sum": 1.0, "pcgrad": 1.0, "gradvac": 1.0, "GradVac": 1.0, "mgda": 1 / 3, "cagrad": 1 / 3}
+ONES = ("sum", "pcgrad", "gradvac", "GradVac")
+WHERE_ALL_ARE_ZERO = {name: 1.0 if name in ONES else 1 / 3 for name in METHODS}
 
 names = st.sampled_from(sorted(METHODS))
 dtypes = st.sampled_from([torch.float32, torch.float64])

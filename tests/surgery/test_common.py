@@ -128,7 +128,7 @@ def test_a_common_factor_of_rounding_size_does_not_hurt():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["sum", "pcgrad", "gradvac", "GradVac"])
+@pytest.mark.parametrize("name", ["sum", "pcgrad", "gradvac", "GradVac", "upgrad"])
 def test_nothing_waits_for_the_device(name):
     J = gradients(4, 4).to("cuda")
     G = J @ J.mT

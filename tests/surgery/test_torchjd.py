@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradsub.surgery import GradVac, mgda, pcgrad, resolve_surgery, sum_weights
+from gradsub.surgery import GradVac, mgda, pcgrad, resolve_surgery, sum_weights, upgrad
 
 from ._samplers import generator, gradients
 
@@ -90,3 +90,16 @@ def test_cagrad_where_their_solver_is_installed():
     for seed in range(10):
         J, G = gramian(3, 3, seed)
         torch.testing.assert_close(cagrad(G, c=0.5) @ J, theirs(G) @ J, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("K", "rank", "seed"), SAMPLES)
+def test_upgrad(K, rank, seed):
+    pytest.importorskip("quadprog")
+    from torchjd.linalg import QuadprogProjector
+
+    J, G = gramian(K, rank, seed)
+    # Theirs adds a part of the identity, which changes the weights by as much.
+    theirs = aggregation.UPGradWeighting(projector=QuadprogProjector(norm_eps=0.0, reg_eps=1e-12))
+    torch.testing.assert_close(upgrad(G) @ J, theirs(G) @ J, rtol=0, atol=1e-6 * float(J.norm(dim=1).max()))
+    if rank == K:
+        torch.testing.assert_close(upgrad(G), theirs(G), rtol=0, atol=1e-6)
