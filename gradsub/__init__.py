@@ -10,6 +10,7 @@ from gradsub.gates import Gate, GateInputs, HypergradientGate
 from gradsub.null_space import NullSpace
 from gradsub.optimizer import GemsOptimizer, NonFiniteError
 from gradsub.report import LayerReport, Report
+from gradsub.summary import ParameterSummary, Summary
 
 __all__ = [
     "Gate",
@@ -19,7 +20,9 @@ __all__ = [
     "LayerReport",
     "NonFiniteError",
     "NullSpace",
+    "ParameterSummary",
     "Report",
+    "Summary",
     "linalg",
 ]
 

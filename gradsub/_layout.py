@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradsub._coverage import Coverage
 from gradsub._effective import own_weight
-from gradsub._left_out import left_out, smaller_side
+from gradsub._left_out import LeftOut, left_out, smaller_side
 from gradsub._placement import Placement
 from gradsub.capture import can_fuse
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
@@ -401,10 +401,8 @@ class Layout:
         return self._null_space is not None and name in self._null_space
 
     def _warn_left_out(self, model: nn.Module) -> None:
-        targets = {parameter: target.names[0] for parameter, target in (self._targets or {}).items()}
         trained = max(1, sum(p.numel() for p in self._given if p.requires_grad))
-        found = left_out(model, self._target_modules, self._given, targets, self._computed, self.name)
-        for parameters, message, always in found:
+        for parameters, message, _, always in self._find_left_out(model):
             new = {name: p for name, p in parameters.items() if name not in self._left_out}
             new = {name: p for name, p in new.items() if always or not self._knows(name)}
             self._left_out.update(new)
@@ -413,10 +411,81 @@ class Layout:
                 text = message.format(names=some(new, _NAMED), share=f"{share:.0%}")
                 warnings.warn(text, UserWarning, stacklevel=5)
 
+    def _find_left_out(self, model: nn.Module) -> Iterator[LeftOut]:
+        targets = {parameter: target.names[0] for parameter, target in (self._targets or {}).items()}
+        return left_out(model, self._target_modules, self._given, targets, self._computed, self.name)
+
+    def left_out(self) -> dict[str, str]:
+        """By name, what is not decomposed although one might think so: why."""
+        if self._model is None:
+            return {}
+        return {name: each.reason for each in self._find_left_out(self._model) for name in each.parameters}
+
+    def loose(self) -> dict[str, str]:
+        """By name, what the null space knows, but something moves that does not obey it: why."""
+        if self._null_space is None:
+            return {}
+        coverage = self._coverage()
+        reasons = {name: coverage.loose(name, self._side == "input") for name in self._null_space}
+        return {name: reason for name, reason in reasons.items() if reason is not None}
+
+    def why_not_decomposed(self, parameter: Tensor, group: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
+        """Why a parameter of a group is not trained inside subspaces, in a few words.
+
+        Args:
+            parameter: takes the plain inner step.
+            group: its own.
+            left_out: by name, what was found out already.
+        """
+        if not group["subspace"]:
+            return "its group has subspace=False"
+        if parameter.ndim < 2:
+            return "it is a vector, whose moments are as small as itself"
+        if not parameter.is_floating_point() or not parameter.numel():
+            return "it has no floating-point entries"
+        if self._targets is None:
+            return f"rank={group['rank']} >= min(m, n) = {smaller_side(parameter)}"
+        name = self.name(parameter)
+        return left_out.get(name, left_out.get(name.removesuffix(".weight"), "no layer of target_modules has it"))
+
+    def why_not_protected(self, parameter: Tensor) -> str | None:
+        """Why a parameter's updates may go anywhere, in a few words; None if they may not, or nothing is protected."""
+        if self._null_space is None or parameter in self._held:
+            return None
+        knows = self._protecting(parameter)
+        return (
+            "it takes the plain inner step, which does not obey null_space"
+            if knows
+            else "null_space has nothing for it"
+        )
+
+    def protected_share(self, parameter: Tensor) -> float:
+        """k / d of a vector that the null space knows."""
+        protected = self.vector(parameter)
+        return 0.0 if protected is None else protected.shape[1] / protected.shape[0]
+
+    @property
+    def side(self) -> str:
+        """Which side of the weights the bases span."""
+        return self._side
+
+    @property
+    def protects(self) -> bool:
+        """Whether there is a null space."""
+        return self._null_space is not None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether protected directions lie in the host's memory between refreshes."""
+        return self._placement.on_host
+
+    def _coverage(self) -> Coverage:
+        targeted = [*self._computed, *(name for target in (self._targets or {}).values() for name in target.names)]
+        return Coverage(self._model, self._given, self._held, self._names, targeted)
+
     def _warn_loose(self, null_space: NullSpace) -> None:
         """Name what the null space knows, but something moves that does not obey it."""
-        targeted = [*self._computed, *(name for target in (self._targets or {}).values() for name in target.names)]
-        coverage = Coverage(self._model, self._given, self._held, self._names, targeted)
+        coverage = self._coverage()
         found: dict[str, list[str]] = defaultdict(list)
         for name in null_space:
             reason = None if name in self._reported else coverage.loose(name, self._side == "input")

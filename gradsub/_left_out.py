@@ -13,11 +13,13 @@ from gradsub.layers import named_layers, named_parameters, other_matrices
 class LeftOut(NamedTuple):
     """Parameters by name, and what to say of them; ``{names}`` and ``{share}`` stand for themselves in it.
 
-    What a null space knows is said with the null space, unless it is to be said in any case.
+    What a null space knows is said with the null space, unless it is to be said in any case. ``reason`` is the same in
+    a few words, of one of them.
     """
 
     parameters: Mapping[str, Tensor]
     message: str
+    reason: str
     always: bool = False
 
 
@@ -76,16 +78,21 @@ def left_out(
             "them: it is another copy of the model (a deepcopy, or one that was loaded, moved or sharded since). Build "
             "the base optimizer from the parameters of the model= that you pass"
         )
-    yield LeftOut(outside, _OUTSIDE)
+    yield LeftOut(outside, _OUTSIDE, "model= does not have it")
     absent = {layer: p for p, layer in targets.items() if p not in given and p.requires_grad}
-    yield LeftOut(absent, _ABSENT)
+    yield LeftOut(
+        absent, _ABSENT, "target_modules names it and it requires a gradient, but the base optimizer does not have it"
+    )
     if not decomposed and not absent:
-        yield LeftOut({layer: p for p, layer in targets.items()}, _NOTHING, always=True)
+        named = {layer: p for p, layer in targets.items()}
+        yield LeftOut(named, _NOTHING, "the base optimizer does not have its weight", always=True)
     layers = dict(named_layers(model))
     sources = {layer: [p for p in layers[layer].parameters() if p.ndim > 1] for layer in computed}
-    yield LeftOut({layer: ps[0] for layer, ps in sources.items() if any(map(given.get, ps))}, _COMPUTED)
+    computed_from = {layer: ps[0] for layer, ps in sources.items() if any(map(given.get, ps))}
+    yield LeftOut(computed_from, _COMPUTED, "its weight is computed from other parameters")
     matrices = other_matrices(model, target_modules)
-    yield LeftOut({called: p for called, p in matrices.items() if _trained(p, given) and p not in targets}, _MATRICES)
+    trained = {called: p for called, p in matrices.items() if _trained(p, given) and p not in targets}
+    yield LeftOut(trained, _MATRICES, "it is a matrix outside of linear layers")
 
 
 def _trained(parameter: Tensor, given: Mapping[Tensor, bool]) -> bool:

@@ -25,6 +25,11 @@ class Placement:
         self._where = where
         self._kept: dict[Hashable, list[weakref.ref[Tensor]]] = defaultdict(list)
 
+    @property
+    def on_host(self) -> bool:
+        """Whether that is the host's memory."""
+        return self._where != "device"
+
     def keep(self, K: Tensor, device: torch.device) -> Tensor:
         """K where it is to lie: itself if it lies there, or an equal tensor that does.
 
@@ -32,7 +37,7 @@ class Placement:
             K: (d x k).
             device: of the layer.
         """
-        on_host = self._where != "device"
+        on_host = self.on_host
         found = K.to("cpu" if on_host else device)
         key = (found.shape, found.dtype, found.device, device.type, tuple(found.flatten()[:4].tolist()))
         self._kept[key] = [reference for reference in self._kept[key] if reference() is not None]

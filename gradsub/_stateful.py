@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsub._hidden import ModuleState
+
 # A callable holds another one, that a generator: deeper ones are somebody else's.
 _DEEPEST = 4
 
@@ -90,8 +92,10 @@ def _parts(
     if id(thing) in seen or isinstance(thing, (type, Tensor)) or _holds(thing, trained):
         return
     seen.add(id(thing))
-    if isinstance(thing, torch.Generator) or _is_stateful(thing):
+    if isinstance(thing, torch.Generator):
         yield path, thing
+    elif _is_stateful(thing):
+        yield path, ModuleState(thing) if isinstance(thing, nn.Module) else thing
     elif depth < _DEEPEST:
         for name, part in _inside(thing):
             yield from _parts(part, f"{path}.{name}", trained, seen, depth + 1)

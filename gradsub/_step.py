@@ -19,6 +19,8 @@ from gradsub.capture import MIXED, Captured, Projected, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.subspace import SHARED, SKETCHES, Block, Layer, Protected, SubspaceBank, carry_moments, make_blocks
+from gradsub.surgery import Surgery, SurgeryInputs
+from gradsub.surgery._inputs import needs_losses, weigh
 from gradsub.update import (
     FREE,
     MASTER,
@@ -43,7 +45,7 @@ class Stepper:
         tasks: their names.
         layout: knows what is protected.
         gate: weighs the tasks' own steps.
-        surgery: weighs the tasks in the shared subspace, from their Gramian; None leaves the plain sum.
+        surgery: weighs the tasks in the shared subspace, from their Gramian or their losses; None leaves the plain sum.
         moments: what happens to the base optimizer's moments when a basis changes.
         master_weights: whether float32 copies of lower-precision weights are kept.
         anchor: whether the protected part of each weight is kept and set back at refreshes.
@@ -54,7 +56,7 @@ class Stepper:
         tasks: Sequence[str],
         layout: Layout,
         gate: Gate,
-        surgery: Callable[[Tensor], Tensor] | None,
+        surgery: Surgery | None,
         moments: str,
         master_weights: bool,
         anchor: bool,
@@ -72,6 +74,7 @@ class Stepper:
         self._fused: set[Tensor] = set()
         self._warned = False
         self._missed = False
+        self._unweighted = False
         self._as_stacks: list[bool] = []
         self.state: State = {}
         self.vectors = ProtectedVectors()
@@ -260,7 +263,7 @@ class Stepper:
         # Who calls backward() on the mean of a mixed batch, not on rows.loss(), has chosen a gate without losses.
         unseen = (lambda tasks: None) if mixed else self._say_unseen
         measured = measure(projected, losses, samples, len(self._tasks), self._gate, unseen)
-        weights = self._operate(shares, measured)
+        weights = self._operate(shares, samples, measured, losses)
         steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
         self._update(groups, projected, steps, measured)
         self._renew(groups, projected)
@@ -394,6 +397,18 @@ class Stepper:
                 stacklevel=9,
             )
 
+    def _say_unweighted(self, tasks: Sequence[int]) -> None:
+        """Warn once of tasks whose loss the surgery would have wanted."""
+        if tasks and not self._unweighted:
+            self._unweighted = True
+            warnings.warn(
+                f"surgery={type(self._surgery).__name__} reads losses, and none was seen of "
+                f"{[self._tasks[task] for task in tasks]}: their weight is 1. Only a call of backward() on the scalar "
+                "loss itself tells it, or rows.loss(losses) inside of mixed(); pass task(name, loss=loss), or a "
+                "surgery that needs none, such as surgery='upgrad'",
+                stacklevel=6,
+            )
+
     def _say_kept(self, names: Collection[str]) -> None:
         """Warn once of what the base optimizer keeps and no rotation reaches."""
         if names and self.moments == "rotate" and not self._warned:
@@ -405,15 +420,25 @@ class Stepper:
                 stacklevel=6,
             )
 
-    def _operate(self, shares: Mapping[int, float], measured: Measurements | None) -> Mapping[int, float | Tensor]:
+    def _operate(
+        self,
+        shares: Mapping[int, float],
+        samples: Mapping[int, float],
+        measured: Measurements | None,
+        seen: Collection[int],
+    ) -> Mapping[int, float | Tensor]:
         """Each task's weight in the shared gradient: its share of the samples, times what the surgery makes of it."""
-        if self._surgery is None or measured is None or len(shares) < 2:
+        if self._surgery is None or measured is None or not shares:
+            return shares
+        if needs_losses(self._surgery):
+            self._say_unweighted([task for task in shares if task not in seen])
+        elif len(shares) < 2:
             return shares
         gramian = measured.gramian.sum(0)
-        share = torch.tensor(
-            [shares.get(k, 0.0) for k in range(len(self._tasks))], dtype=gramian.dtype, device="cpu"
-        ).to(gramian.device, non_blocking=True)
-        weights = self._surgery(share[:, None] * gramian * share)
+        counts = [[each.get(k, 0.0) for k in range(len(self._tasks))] for each in (shares, samples)]
+        share, count = torch.tensor(counts, dtype=gramian.dtype, device="cpu").to(gramian.device, non_blocking=True)
+        inputs = SurgeryInputs(share[:, None] * gramian * share, measured.losses, count)
+        weights = weigh(self._surgery, inputs)
         return {task: share[task] * weights[task] for task in shares}
 
     def _inner_step(

@@ -26,14 +26,18 @@ from gradsub._reporting import LastKnown, Measurements, make_report
 from gradsub._state import group_parameters, show_shards
 from gradsub._stateful import Stateful
 from gradsub._step import Stepper
+from gradsub._summarising import summarise
 from gradsub.capture import MIXED, MixedRows, Part, scaler_reading, scaler_stepping
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
+from gradsub.linalg._arithmetic import widest
 from gradsub.null_space import NullSpace
 from gradsub.report import Report
 from gradsub.subspace import Layer, SubspaceBank
+from gradsub.summary import Summary
+from gradsub.surgery import Surgery, resolve_surgery
 
 __all__ = ["GemsOptimizer", "NonFiniteError"]
 
@@ -92,10 +96,12 @@ class GemsOptimizer(Optimizer):
         target_modules: which layers of ``model``, by peft's convention: ``"all-linear"``, a regular expression, or
             names.
         seed: of the random test matrices; torch's global generator is never used.
-        surgery: how conflicting tasks share the common subspace: ``"sum"``, ``"pcgrad"``, or any other of
-            `gradsub.surgery`, or a callable from the K x K Gramian of the weighted task gradients, projected on the
-            shared subspaces and summed over the layers, to K weights (any TorchJD ``Weighting``). The Gramian is in
-            float64 where the device has it, since squares of large gradients overflow in float32.
+        surgery: how conflicting tasks share the common subspace: ``"sum"``, ``"pcgrad"``, ``"upgrad"``, ``"famo"`` or
+            any other of `gradsub.surgery`, or a callable from the K x K Gramian of the weighted task gradients,
+            projected on the shared subspaces and summed over the layers, to K weights (any TorchJD ``Weighting`` of a
+            Gramian). The Gramian is in float64 where the device has it, since squares of large gradients overflow in
+            float32. A callable with ``needs_losses = True`` gets `SurgeryInputs`, with the losses, instead. What either
+            remembers is in `state_dict`.
         moments: what happens to the base optimizer's moments when a basis changes: ``"rotate"`` expresses them in the
             new basis, ``"keep"`` leaves the numbers, ``"reset"`` starts afresh.
         nonfinite: ``"raise"`` checks losses and gradients before anything is changed, at the price of one wait for the
@@ -174,7 +180,7 @@ class GemsOptimizer(Optimizer):
         model: nn.Module | None = None,
         target_modules: str | Iterable[str] = ALL_LINEAR,
         seed: int = 0,
-        surgery: str | Callable[[Tensor], Tensor] = "sum",
+        surgery: str | Surgery = "sum",
         moments: str = "rotate",
         nonfinite: str = "raise",
         master_weights: bool = False,
@@ -200,7 +206,7 @@ class GemsOptimizer(Optimizer):
         clash = sorted(own.keys() & base.defaults.keys())
         if clash:
             raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
-        weigh, gates = None if surgery == "sum" else _surgery(surgery), resolve_gate(gate)
+        weigh, gates = None if surgery == "sum" else resolve_surgery(surgery), resolve_gate(gate)
         self._nonfinite = nonfinite
         self._layout = Layout(
             side,
@@ -253,7 +259,8 @@ class GemsOptimizer(Optimizer):
         for layer in list(self._stepper.layers.values())[:1] if self.tasks else []:
             count = len(self.tasks)
             for part in self._weighing.values():
-                part.expect(torch.zeros(count, count, dtype=layer.dtype, device=layer.parameter.device))
+                device = layer.parameter.device
+                part.expect(torch.zeros(count, count, dtype=widest(device), device=device))
         self._show_callables()
 
     @property
@@ -826,6 +833,25 @@ class GemsOptimizer(Optimizer):
             return Report([])
         return make_report(self._bank, self.tasks, self._measured, self._known, angles, leak)
 
+    def summary(self) -> Summary:
+        """What is trained how, before training and at any time: subspaces and ranks, protection, memory, and what is
+        not decomposed or not protected, and why.
+
+        Bytes are those of the state that is there; some base optimizers have theirs from their first step on.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import GemsOptimizer
+            >>> model = torch.nn.Linear(16, 8)
+            >>> optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=("a",), rank=4, model=model)
+            >>> summary = optimizer.summary()
+            >>> [(layer.ranks, layer.state) for layer in summary.layers]
+            [((4, 2), 832)]
+            >>> summary.not_decomposed
+            {'bias': 'it is a vector, whose moments are as small as itself'}
+        """
+        return summarise(self.tasks, self._layout, self.param_groups, self._stepper.layers, self.state)
+
     def close(self) -> None:
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
         self._intake.fused.remove()
@@ -840,12 +866,6 @@ def _base_options(group: Mapping[str, Any]) -> dict[str, Any]:
 def _place(parameter: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None]:
     """What a conversion changes; the strides only where there is more than one memory format."""
     return parameter.dtype, parameter.device, parameter.stride() if parameter.ndim > 2 else None
-
-
-def _surgery(surgery: str | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    from gradsub.surgery import resolve_surgery
-
-    return resolve_surgery(surgery)
 
 
 _OWN_ATTRIBUTES = frozenset(

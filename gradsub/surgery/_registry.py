@@ -1,20 +1,19 @@
 """The methods by name."""
 
 import copy
-from collections.abc import Callable
-from typing import Final, TypeAlias
-
-from torch import Tensor
+from typing import Any, Final
 
 from ._cagrad import cagrad
+from ._dwa import DWA
+from ._famo import FAMO
+from ._foreign import unwrapped
 from ._gradvac import GradVac
+from ._inputs import Surgery
 from ._mgda import mgda
 from ._pcgrad import pcgrad
 from ._sum import sum_weights
+from ._uncertainty import UncertaintyWeighting
 from ._upgrad import upgrad
-
-Surgery: TypeAlias = Callable[[Tensor], Tensor]
-"""Anything that turns a Gramian (K, K) into weights (K,)."""
 
 SURGERIES: Final[dict[str, Surgery]] = {
     "sum": sum_weights,
@@ -23,23 +22,28 @@ SURGERIES: Final[dict[str, Surgery]] = {
     "mgda": mgda,
     "cagrad": cagrad,
     "upgrad": upgrad,
+    "famo": FAMO(),
+    "dwa": DWA(),
+    "uncertainty": UncertaintyWeighting(),
 }
 """The methods with their default settings, by name."""
 
 
-def resolve_surgery(surgery: str | Surgery) -> Surgery:
+def resolve_surgery(surgery: str | Surgery) -> Any:
     """The method of that name with its default settings, or the callable itself.
 
     Any callable from a Gramian (K, K) to weights (K,) will do: ``functools.partial(cagrad, c=0.2)``, a function of your
     own, or one of TorchJD's Gramian weightings, such as ``torchjd.aggregation.MGDAWeighting()``; those of them that
-    draw random numbers use the global generator. By name, "gradvac" gives a new object with its own memory at every
-    call, and "pcgrad" and "gradvac" meet the tasks in cyclic order: bind a ``generator`` for a random one.
+    draw random numbers use the global generator. Of a TorchJD aggregator it is the weighting that it has. An object
+    with ``needs_losses = True`` is called with `SurgeryInputs` instead. By name, a method with memory is a new object
+    at every call, and "pcgrad" and "gradvac" meet the tasks in cyclic order: bind a ``generator`` for a random one.
 
     Args:
         surgery: A key of ``SURGERIES``, or a callable.
 
     Raises:
-        ValueError: there is no method of that name, or the object cannot be called.
+        ValueError: there is no method of that name, the object cannot be called, or it is an aggregator of TorchJD's
+            that looks at the gradients themselves.
 
     Example:
         >>> import torch
@@ -52,7 +56,7 @@ def resolve_surgery(surgery: str | Surgery) -> Surgery:
     if isinstance(surgery, str) and surgery in SURGERIES:
         # A copy of a function is the function itself; a copy of a stateful method keeps two users' targets apart.
         method = copy.deepcopy(SURGERIES[surgery])
-        if isinstance(method, GradVac):
+        if hasattr(method, "reset"):
             method.reset()
         return method
     if isinstance(surgery, str) or not callable(surgery):
@@ -60,4 +64,4 @@ def resolve_surgery(surgery: str | Surgery) -> Surgery:
             f"surgery={surgery!r} must be one of {sorted(SURGERIES)} or a callable from a (K, K) Gramian to (K,) "
             "weights: pass one of these."
         )
-    return surgery
+    return unwrapped(surgery)

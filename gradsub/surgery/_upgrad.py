@@ -31,10 +31,10 @@ def upgrad(gramian: Tensor) -> Tensor:
     decides, and no conflict is left with three tasks or more; unlike with `mgda`, every task's gradient counts by its
     size.
 
-    A projection is g'_k = g_k + sum_j m_j g_j with m >= 0, the solution of a quadratic program in K numbers. Up to K = 8
-    all sets of positive m_j are tried at once, on the Gramian's device, and nothing waits for it. For more tasks the
-    programs go to the host, in float64, and the device is waited for once. Where gradients are linearly dependent, and
-    several weights give the same common gradient, the fewest m_j are positive.
+    A projection is g'_k = g_k + sum_j m_j g_j with m >= 0, the solution of a quadratic program in K numbers. Up to
+    K = 8 all sets of positive m_j are tried at once, on the Gramian's device, and nothing waits for it. For more tasks
+    the programs go to the host, in float64, and the device is waited for once. Where gradients are linearly dependent,
+    and several weights give the same common gradient, the fewest m_j are positive.
 
     Tasks with a zero gradient count as absent: K is the number of the others, their own weight is 0. If all gradients
     are zero, all weights are 1 / K. NaN or Inf anywhere gives NaN weights. Not differentiable.
@@ -96,7 +96,7 @@ def _tried(R: Tensor) -> Tensor:
     faults = torch.stack([-m, -y, sets[:, :, None] * y.abs()]).amax((0, 2))
     faults = faults.nan_to_num(torch.inf, torch.inf, torch.inf).clamp_min(_TOLERANCE)
     best = faults.argmin(0)
-    chosen = m[best, :, torch.arange(tasks, device=R.device)]
+    chosen: Tensor = m[best, :, torch.arange(tasks, device=R.device)]
     return unit + chosen.clamp_min(0)
 
 

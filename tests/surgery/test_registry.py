@@ -2,12 +2,12 @@ import pytest
 import torch
 
 import gradsub.surgery
-from gradsub.surgery import SURGERIES, GradVac, mgda, resolve_surgery
+from gradsub.surgery import SURGERIES, GradVac, SurgeryInputs, mgda, resolve_surgery
 
 from ._samplers import gradients
 
 
-@pytest.mark.parametrize("name", ["sum", "pcgrad", "gradvac", "mgda", "cagrad"])
+@pytest.mark.parametrize("name", ["sum", "pcgrad", "gradvac", "mgda", "cagrad", "upgrad"])
 def test_every_method_has_its_name(name):
     J = gradients(3, 3)
     torch.testing.assert_close(resolve_surgery(name)(J @ J.mT), SURGERIES[name](J @ J.mT))
@@ -34,8 +34,18 @@ def test_two_users_of_one_name_share_no_memory():
 
 @pytest.mark.parametrize("surgery", ["PCGrad", "", None, 3])
 def test_unknown_surgery(surgery):
-    with pytest.raises(ValueError, match=r"surgery=.* must be one of \['cagrad', 'gradvac', 'mgda', 'pcgrad', 'sum'\]"):
+    with pytest.raises(ValueError, match=r"surgery=.* must be one of \['cagrad', 'dwa', 'famo', 'gradvac', .*\]"):
         resolve_surgery(surgery)
+
+
+def test_named_loss_weightings_share_no_memory():
+    inputs = SurgeryInputs(torch.eye(2), torch.tensor([1.0, 2.0]), torch.ones(2))
+    for name in ("famo", "dwa", "uncertainty"):
+        first, second = resolve_surgery(name), resolve_surgery(name)
+        first(inputs)
+        assert first.state_dict()
+        assert not second.state_dict()
+        assert type(first) is type(SURGERIES[name])
 
 
 def test_all_names_exist_and_are_documented():
