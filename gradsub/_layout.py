@@ -440,13 +440,15 @@ class Layout:
         if not group["subspace"]:
             return "its group has subspace=False"
         if parameter.ndim < 2:
-            return "it is a vector, whose moments are as small as itself"
+            return "it is a vector"
         if not parameter.is_floating_point() or not parameter.numel():
             return "it has no floating-point entries"
         if self._targets is None:
             return f"rank={group['rank']} >= min(m, n) = {smaller_side(parameter)}"
         name = self.name(parameter)
-        return left_out.get(name, left_out.get(name.removesuffix(".weight"), "no layer of target_modules has it"))
+        return left_out.get(
+            name, left_out.get(name.removesuffix(".weight"), "it is no weight of a layer that target_modules names")
+        )
 
     def why_not_protected(self, parameter: Tensor) -> str | None:
         """Why a parameter's updates may go anywhere, in a few words; None if they may not, or nothing is protected."""

@@ -8,7 +8,7 @@ _LONGEST = 48
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[bool]) -> str:
-    """Columns as wide as what stands in them, without those that are empty.
+    """Columns as wide as what stands in them, without those that are empty; the first column is of names.
 
     Args:
         head: the columns' names.
@@ -16,7 +16,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
         numbers: which columns are flush right.
     """
     kept = [place for place in range(len(head)) if not rows or any(row[place] for row in rows)]
-    lines = [[head[place] for place in kept], *([shortened(row[place]) for place in kept] for row in rows)]
+    lines = [[head[place] for place in kept], *([_cell(row, place) for place in kept] for row in rows)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(kept))]
 
     def joined(line: Sequence[str]) -> str:
@@ -29,9 +29,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
     return "\n".join([first, "-" * (sum(widths) + 2 * (len(widths) - 1)), *others])
 
 
-def shortened(name: str) -> str:
-    """The end of a long name, which tells layers apart."""
-    return name if len(name) <= _LONGEST else f"...{name[3 - _LONGEST :]}"
+def _cell(row: Sequence[str], place: int) -> str:
+    """Of a long name in the first column its end, which tells layers apart."""
+    text = row[place]
+    return text if place or len(text) <= _LONGEST else f"...{text[3 - _LONGEST :]}"
 
 
 def megabytes(count: float) -> str:

@@ -848,7 +848,7 @@ class GemsOptimizer(Optimizer):
             >>> [(layer.ranks, layer.state) for layer in summary.layers]
             [((4, 2), 832)]
             >>> summary.not_decomposed
-            {'bias': 'it is a vector, whose moments are as small as itself'}
+            {'bias': 'it is a vector'}
         """
         return summarise(self.tasks, self._layout, self.param_groups, self._stepper.layers, self.state)
 

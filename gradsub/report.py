@@ -156,21 +156,22 @@ class Report:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dictionaries, pairs of names joined by ``"|"``; NaN where a number is unknown."""
-        return {
+        """Plain dictionaries, pairs of names joined by ``"|"``; None where a number is unknown."""
+        found = {
             "tasks": list(self.tasks),
             "losses": dict(self.losses),
             "gramian": _by_name(self.gramian),
             "layers": [{key: _by_name(value) for key, value in asdict(layer).items()} for layer in self.layers],
         }
+        return {key: finite_or_none(value) for key, value in found.items()}
 
     def to_json(self, **options: Any) -> str:
-        """`to_dict` as JSON in the strict sense, with ``null`` in the place of NaN.
+        """`to_dict` as JSON, in the strict sense, which has no NaN.
 
         Args:
             options: of ``json.dumps``, such as ``indent``.
         """
-        return json.dumps(finite_or_none(self.to_dict()), allow_nan=False, **options)
+        return json.dumps(self.to_dict(), allow_nan=False, **options)
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with a row a layer and the columns of `scalars`, besides name, shape and step.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gradsub._optional import optional
-from gradsub._table import finite_or_none, megabytes, table
+from gradsub._table import megabytes, table
 
 __all__ = ["ParameterSummary", "Summary"]
 
@@ -121,7 +121,7 @@ class Summary:
         Args:
             options: of ``json.dumps``, such as ``indent``.
         """
-        return json.dumps(finite_or_none(self.to_dict()), allow_nan=False, **options)
+        return json.dumps(self.to_dict(), allow_nan=False, **options)
 
     def to_pandas(self) -> Any:
         """A ``pandas.DataFrame`` with a row a parameter.
@@ -184,7 +184,7 @@ def _alike(
 
 def _pattern(name: str) -> str:
     """The name with its numbers left out, by which the layers of a stack differ."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+    return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "*", name)
 
 
 def _kind(p: ParameterSummary) -> Any:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..report import COLOURS, finish
+from gradsub.plots import COLOURS, finish
+
 from ._collect import Group, Run, tasks_of
 from ._statistics import mean_and_deviation
 from ._tables import perplexity_change

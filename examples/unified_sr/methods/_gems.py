@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -24,7 +24,7 @@ from ._base import (
     parameter_groups,
     train_only,
 )
-from ._conflict import cosines, mean_values
+from ._conflict import mean_values
 from ._gems_settings import (
     GemsHypergradientSettings,
     GemsNoNullSettings,
@@ -36,33 +36,17 @@ from ._gems_settings import (
 from ._mixed import MixedLossUpdater
 
 
-class GramianKeeper:
-    """A surgery that changes nothing and keeps what it was shown, for the report."""
-
-    def __init__(self) -> None:
-        self.gramian: Tensor | None = None
-
-    def __call__(self, gramian: Tensor) -> Tensor:
-        """Keep the inner products of the tasks' gradients and return the weights of their sum."""
-        self.gramian = gramian.detach().clone()
-        return torch.ones(len(gramian), dtype=gramian.dtype, device=gramian.device)
-
-
 class GemsUpdater(Updater):
     """Steps with a ``gradsub.GemsOptimizer``: one forward and backward pass per task.
 
     Args:
         optimizer: a ``GemsOptimizer``.
-        keeper: its surgery.
         notes: sentences for the report.
         grad_clip: the largest norm of each task's gradient; ``None`` does not clip.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, keeper: GramianKeeper, notes: list[str], grad_clip: float | None = None
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, notes: list[str], grad_clip: float | None = None) -> None:
         super().__init__(optimizer, notes)
-        self._keeper = keeper
         self._grad_clip = grad_clip
 
     def update(
@@ -83,15 +67,16 @@ class GemsUpdater(Updater):
     def diagnostics(self) -> Diagnostics:
         """Average the optimizer's report over the layers."""
         optimizer: Any = self.optimizer
-        report, gramian = optimizer.report(), self._keeper.gramian
+        report = optimizer.report()
         layers = report.layers
+        cosines = {"|".join(pair): report.cosine(*pair) for pair in itertools.combinations(report.tasks, 2)}
         smallest = mean_values({"|".join(pair): min(found) for pair, found in layer.angles.items()} for layer in layers)
         alignment = mean_values(
             {"|".join(pair): math.fsum(map(math.cos, found)) / len(found) for pair, found in layer.angles.items()}
             for layer in layers
         )
         return Diagnostics(
-            cosine={} if gramian is None else cosines(gramian, optimizer.tasks),
+            cosine={pair: cosine for pair, cosine in cosines.items() if math.isfinite(cosine)},
             cosines=mean_values({"|".join(pair): value for pair, value in layer.cosines.items()} for layer in layers),
             angles={pair: {"mean_cosine": alignment[pair], "smallest": smallest[pair]} for pair in smallest},
             gates=mean_values(layer.gates for layer in layers),
@@ -110,7 +95,6 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     """
     from gradsub import GemsOptimizer
     from gradsub.layers import select_layers
-    from gradsub.update import PROTECTED
 
     settings, ranker = setup.settings, setup.ranker
     if settings.others_lr is not None and not settings.train_others:
@@ -134,7 +118,6 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         for group in parameter_groups(weights, rates)
     ]
     groups.append({**item_group(ranker, settings), "subspace": False})
-    keeper = GramianKeeper()
     optimizer = GemsOptimizer(
         AdamW(groups),
         # Gradients of no task belong to the shared subspace alone: an optimizer without tasks has only that.
@@ -152,7 +135,6 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         seed=settings.seed,
         capture=settings.capture,
         refresh=settings.refresh,
-        surgery=keeper,
     )
     notes = ["Linear layers are trained inside the subspaces, the items' rows by plain AdamW."]
     if not settings.train_others:
@@ -161,9 +143,9 @@ def build(setup: Setup[GemsSettings]) -> Updater:
             "protects them, so training them would change the model's answers to general text."
         )
     elif others:
-        protecting = [optimizer.state.get(weight, {}).get(PROTECTED) for weight in others]
-        free = sum(basis is None or not basis.shape[1] for basis in protecting)
-        kept = f"the null space of general text's gradients protects {len(others) - free} of the {len(others)}"
+        plain = [parameter for parameter in optimizer.summary().parameters if not parameter.ranks]
+        held = sum(parameter.protected_fraction > 0 for parameter in plain)
+        kept = f"the null space of general text's gradients protects {held} of the {len(others)}"
         notes.append(
             "Norms, biases and all else that is no linear layer are trained by plain AdamW, at the peak rate "
             f"{for_others.lr:g}; {kept if settings.protect_others else 'no null space protects them'}."
@@ -178,7 +160,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         )
         return MixedLossUpdater(optimizer, notes, settings.grad_clip)
     notes.append(f"The task subspaces are weighted by the {settings.gate} gate.")
-    return GemsUpdater(optimizer, keeper, notes, settings.grad_clip)
+    return GemsUpdater(optimizer, notes, settings.grad_clip)
 
 
 def _null_space(setup: Setup[GemsSettings]) -> Any:

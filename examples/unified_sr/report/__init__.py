@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._markdown import write_report
-from ._plots import COLOURS, draw_plots, finish
+from ._plots import draw_plots
 from ._table import markdown_table, result_table
 
-__all__ = ["COLOURS", "draw_plots", "finish", "markdown_table", "result_table", "write_report"]
+__all__ = ["draw_plots", "markdown_table", "result_table", "write_report"]
