@@ -846,7 +846,7 @@ class GemsOptimizer(Optimizer):
             >>> optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=("a",), rank=4, model=model)
             >>> summary = optimizer.summary()
             >>> [(layer.ranks, layer.state) for layer in summary.layers]
-            [((4, 2), 832)]
+            [((4, 2), 808)]
             >>> summary.not_decomposed
             {'bias': 'it is a vector'}
         """

@@ -31,7 +31,7 @@ MODULES = (
     update,
 )
 EXCLUDED = {
-    # They compare reports, in which norms are NaN.
+    # They compare reports, whose estimates come from what no checkpoint has.
     "test_backward_equals_task_contexts",
     "test_with_every_option",
     # They ask for no warning, and a tied weight gives one.

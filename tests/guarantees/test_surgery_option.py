@@ -144,7 +144,8 @@ def test_every_method_runs_through_refreshes(name, K):
     found = run(7, K, surgery=name)
     assert all(torch.isfinite(weight).all() for weight in found)
     same = all(torch.equal(a, b) for a, b in zip(found, run(7, K), strict=True))
-    assert same == (name == "sum" or K == 1)
+    # Two windows of DWA are longer than this run; a single loss has an uncertainty, too.
+    assert same == (name in ("sum", "dwa") or (K == 1 and name != "uncertainty"))
 
 
 @pytest.mark.parametrize(
