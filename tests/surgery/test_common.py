@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gradsub.surgery import cagrad, mgda
 
 from ._samplers import EPS, METHODS, WHERE_ALL_ARE_ZERO, dtypes, few, gradients, names, scales, seeds, tasks
+from ._waiting import NothingIsRead
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -125,6 +126,16 @@ def test_a_common_factor_of_rounding_size_does_not_hurt():
     for method in (mgda, cagrad):
         assert torch.isfinite(method(G)).all()
     assert abs((mgda(G) @ J).item()) < 1e-5
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"mgda", "cagrad"}))  # which go there as a whole, and say so
+def test_nothing_is_read_on_the_host(name):
+    J = gradients(4, 4)
+    G = J @ J.mT
+    with NothingIsRead():
+        METHODS[name](G)
+    with pytest.raises(AssertionError, match="waits for the device"), NothingIsRead():
+        float(G.sum())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from gradsub.surgery import DWA, FAMO, SurgeryInputs, UncertaintyWeighting
 
 from ._samplers import dtypes, few, generator, seeds, tasks
+from ._waiting import NothingIsRead
 
 METHODS = {"famo": FAMO, "dwa": lambda: DWA(window=2), "uncertainty": UncertaintyWeighting}
 names = st.sampled_from(sorted(METHODS))
@@ -177,6 +178,14 @@ def test_what_does_not_fit_is_refused(name):
 def test_arguments_are_checked(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_read_on_the_host(name):
+    surgery, K = METHODS[name](), 3
+    with NothingIsRead():
+        for losses in course(K, 4, 0):
+            surgery(SurgeryInputs(torch.eye(K), losses, torch.ones(K)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
