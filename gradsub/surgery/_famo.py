@@ -9,7 +9,8 @@ from ._checks import check_interval
 from ._descent import FIELDS, adam
 from ._inputs import LossWeighting
 
-_SMALLEST = 1e-8
+# Its reciprocal is a number in float32, too.
+_SMALLEST = 1e-37
 
 
 class FAMO(LossWeighting):
@@ -27,7 +28,7 @@ class FAMO(LossWeighting):
     which is there anyway, and noisier. Those who do measure it call `after` between two steps.
 
     It takes the tasks of a step together: a task that is alone in a step has the weight 1. Losses must be positive; up
-    to 1e-8 they count as that number. Wants `GemsOptimizer` to see every loss. One object serves one optimizer.
+    to 1e-37 they count as that number. Wants `GemsOptimizer` to see every loss. One object serves one optimizer.
 
     Args:
         lr: step size of xi (dimensionless). The paper's is 0.025.
