@@ -808,8 +808,8 @@ class GemsOptimizer(Optimizer):
         """What the last step did in every layer; computed when asked for, and waits for the device.
 
         Args:
-            angles: whether the angles between the subspaces are computed, a singular value decomposition of r x r
-                numbers a layer and pair, which is most of the time that a report takes.
+            angles: whether the angles between the subspaces are computed, by decompositions of each basis and of an
+                r x r matrix for each layer and pair of subspaces.
             leak: whether it is measured how much of the bases lies in what is protected; the protected directions come
                 to the device for it, layer by layer.
 
