@@ -19,7 +19,7 @@ class Coverage:
         held: the weights and vectors that are moved inside of their null space alone.
         names: what reports call a parameter.
         targeted: the layers that ``target_modules`` names. What of these requires a gradient is expected to move, also
-            where the base optimizer does not have it; of others what it has.
+            where the base optimizer does not have it; of others what it has. What is frozen does not.
     """
 
     def __init__(
@@ -96,9 +96,7 @@ class Coverage:
 
     def _added(self, name: str, layer: nn.Module) -> str | None:
         """Why the module in which the layer stands moves what the layer does not."""
-        outer = name.rpartition(".")[0]
-        while outer and type(self._layers[outer]).forward is nn.Module.forward:
-            outer = outer.rpartition(".")[0]  # a list or dictionary of modules
+        outer = self._around(name)
         if not outer:
             return None  # the whole model stands in nobody's place
         moving = self._moving(self._layers[outer], name in self._targeted)
@@ -107,6 +105,24 @@ class Coverage:
         if not others or not stands_for(self._layers[outer], layer, frozen):
             return None
         return f"the module around it answers for it, with {' and '.join(others[:3])}"
+
+    def _around(self, name: str) -> str:
+        """The module that calls the layer; empty if that is the model."""
+        outer = name.rpartition(".")[0]
+        while outer and type(self._layers[outer]).forward is nn.Module.forward:
+            outer = outer.rpartition(".")[0]  # a list or dictionary of modules
+        return outer
+
+    def adapter(self, name: str) -> str | None:
+        """The module in which a layer adapts a frozen one, as LoRA's factors do; None if it is no adapter."""
+        outer = self._around(name) if name in self._layers else ""
+        if not outer:
+            return None
+        for module in self._layers[outer].modules():
+            weight = own_weight(module) if is_linear(module) else None
+            if weight is not None and not weight.requires_grad and stands_for(self._layers[outer], module, True):
+                return outer
+        return None
 
     def _inside(self, parameter: Tensor, module: nn.Module) -> bool:
         return any(own is parameter for own in module.parameters())
@@ -120,7 +136,7 @@ class Coverage:
         }
 
     def _moves(self, parameter: Tensor, targeted: bool) -> bool:
-        return parameter in self._given or (targeted and parameter.requires_grad)
+        return parameter.requires_grad and (targeted or parameter in self._given)
 
 
 def _parameter_names(name: str) -> tuple[str, ...]:

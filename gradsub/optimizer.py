@@ -237,7 +237,7 @@ class GemsOptimizer(Optimizer):
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
-        self._intake = Intake(self._bank, self._exchange, self._layout.name)
+        self._intake = Intake(self._bank, self._exchange, self._layout.name, bool(self.tasks))
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
         self._check_group_count(base, probes, [layers for layers, _ in found])
@@ -409,6 +409,7 @@ class GemsOptimizer(Optimizer):
         """
         self._intake.check_closed("step()")
         self._check_unedited()
+        self._layout.check_unfrozen()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -418,7 +419,7 @@ class GemsOptimizer(Optimizer):
         self._inner.check_options(self.param_groups)
         self._follow_conversions()
         self._intake.check_dense(self._stepper.layers)
-        self._intake.check_strays()
+        self._intake.say_missed()
         if not self._unscaled():
             return result
         self._intake.reduce(merge=self._stepper.sums)
@@ -641,6 +642,7 @@ class GemsOptimizer(Optimizer):
         self._stepper.plain.extend(plain)
         for parameter in plain:
             self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
+            self._stepper.rows.hold(parameter, self._layout.resting(parameter))
         self._inner.add_group(_base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:

@@ -16,6 +16,7 @@ from gradsub.null_space._covariance import NARROWEST_SINGLE, Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._directions import Directions
 from gradsub.null_space._files import DamagedError, read, write
+from gradsub.null_space._fitted_on import FittedOn
 from gradsub.null_space._gradients import observe_gradients, own_loss
 from gradsub.null_space._protection import Protection, extend, leading, protect
 from gradsub.null_space._ranks import Deal, Turns, gather
@@ -113,6 +114,8 @@ class NullSpace:
         self._protected: dict[str, Protection] = {}
         self._warned: set[str] = set()
         self._unseen: set[str] = set()
+        self.fitted_on = FittedOn()
+        self._free_rows: dict[str, Tensor] = {}  # of embeddings whose other rows rest, see freeze_unprotected
 
     def collect(
         self,
@@ -177,6 +180,7 @@ class NullSpace:
             if layers_at_once is not None:
                 self._drop_statistics(group)
         self._check_seen(names)
+        self.fitted_on.note({name: module for name, module in layers.items() if name in self}, self.side)
         return self
 
     def collect_gradients(
@@ -369,6 +373,7 @@ class NullSpace:
             for name, source in sources.items():
                 self._shared.advance(name, steps[id(source)], source.copy, partial(_merge, source))
                 self._protected.pop(name, None)
+        self.fitted_on.adopt(other.fitted_on)
         return self
 
     def _add(self, name: str, rows: Tensor, steps: Steps) -> None:
@@ -555,6 +560,10 @@ class NullSpace:
         """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""
         return self._statistics(name).error
 
+    def tokens(self, name: str) -> int:
+        """How many rows of features the layer's statistics are made of."""
+        return self._statistics(name).count
+
     def version(self, name: str) -> int:
         """How often the layer's statistics have grown: who keeps a basis compares this to learn that it is old."""
         self._statistics(name)
@@ -661,7 +670,7 @@ class NullSpace:
         Raises:
             ImportError: safetensors is not installed.
         """
-        write(path, self._settings(), self._shared if statistics else self._directions())
+        write(path, self._settings(), self._shared if statistics else self._directions(), self.fitted_on)
 
     def _directions(self) -> SharedStatistics:
         found = SharedStatistics()
@@ -693,11 +702,11 @@ class NullSpace:
                 layer.
         """
         try:
-            settings, shared = read(path, device)
+            settings, shared, fitted_on = read(path, device)
             loaded = cls._of(settings)
         except DamagedError as error:
             raise ValueError(f"path={os.fspath(path)!r} {error}") from error
-        loaded._shared = shared
+        loaded._shared, loaded.fitted_on = shared, fitted_on
         return loaded
 
 
