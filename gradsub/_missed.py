@@ -52,7 +52,7 @@ class Missed:
         """
         if captured:
             self._expects_tasks = False
-        if not self._expects_tasks or not outside:
+        if not self._expects_tasks or not outside or "strayed" in self._said:
             return
         self._untasked += 1
         if self._untasked >= _SEVERAL:

@@ -88,7 +88,8 @@ class GemsOptimizer(Optimizer):
             one (that of a task whose gradient is absent or zero when that one changes: from its next gradient on).
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
         null_space: the protected directions; None protects nothing. A layer that it knows, but whose product changes
-            by anything else than a decomposed weight, is named by a warning with the reason.
+            by anything else than a decomposed weight, is named by a warning with the reason. So is, with its share of
+            the trained weights, whatever else trains and is not held: `freeze_unprotected` freezes it.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
             ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh, of which a vector that
@@ -130,13 +131,14 @@ class GemsOptimizer(Optimizer):
             ``model`` with its ``DistributedDataParallel`` around it, and that sends no gradients inside of `task`.
 
     A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
-    to keep its matrices whole.
+    to keep its matrices whole, which also says that they are meant to move outside of ``null_space``.
 
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, needs a closure, or takes steps that depend on
             where the parameter stands or started (it is tried out on a small matrix); a parameter is complex; ``model``
-            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side; a
+            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side, or leaves
+            no adapter (LoRA) a direction to move along; a
             weight is sharded otherwise than by rows, or ``base`` looks at whole matrices where each rank has some rows.
 
     Example:

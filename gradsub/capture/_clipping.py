@@ -79,6 +79,9 @@ class _StandIn:
             if not (isinstance(bound, (int, float)) and math.isinf(bound)):  # else only the norm is asked for
                 for watcher in list(_LISTENING):
                     watcher.tell(listed)
+        elif not _LISTENING:
+            with _EXCHANGING:
+                _uninstall()  # who listened is gone
         return self.behind(*args, **kwargs)
 
 
