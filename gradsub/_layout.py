@@ -28,11 +28,11 @@ _NOT_WORTH_SKETCHING = 1 << 16
 # How many names a warning lists of what is not protected.
 _NAMED = 12
 _FREE = (
-    "null_space has nothing for {names}, {share} of the trained weights: their updates are not constrained, and what it "
-    "protects elsewhere can be lost through them. Before you build the base optimizer, freeze them with\n"
+    "null_space has nothing for {names}, {share} of the trained weights: their updates are not constrained, and what "
+    "it protects elsewhere can be lost through them. Before you build the base optimizer, freeze them with\n"
     "    {call}\n"
-    "or protect norms and biases with null_space.collect_gradients(model, batches); what is meant to move freely gets a "
-    "group with subspace=False"
+    "or protect norms and biases with null_space.collect_gradients(model, batches); what is meant to move freely gets "
+    "a group with subspace=False"
 )
 _SAID = {
     "plain": "{} is protected by null_space but takes the plain inner step, which does not obey it: leave "
@@ -170,7 +170,7 @@ class Layout:
         """Of an embedding of which some rows rest: which ones move (V, of truth values)."""
         rows = {} if self._null_space is None else self._null_space._free_rows
         uses = self._uses.get(parameter, ())
-        if not rows or not parameter.ndim == 2 or not (embeds_alone(uses) or self._model is None):
+        if not rows or parameter.ndim != 2 or not (embeds_alone(uses) or self._model is None):
             return None
         called = [self.name(parameter), *(f"{name}.{use.key}" for use in uses for name in use.names)]
         free = next((rows[name] for name in called if name in rows), None)
@@ -592,9 +592,8 @@ class Layout:
         more = "" if self._target_modules == ALL_LINEAR else f", {self._target_modules!r}"
         call = f"gradsub.freeze_unprotected(model, null_space{more})"
         names = some([self.name(parameter) for parameter in training], _NAMED)
-        warnings.warn(
-            _FREE.format(names=names, share=f"{share:.1%}", call=call), UserWarning, stacklevel=stacklevel + 1
-        )
+        message = _FREE.format(names=names, share=f"{share:.1%}", call=call)
+        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
 
     def check_unfrozen(self) -> None:
         """Before a step: name what was frozen when it was looked at, trains by now, and is not held."""

@@ -12,7 +12,7 @@ from gradsub.subspace import local, shards_of
 
 
 class RestingRows:
-    """Puts the rows of the tokens that general text uses back after every step: no gradient, moment or decay moves them.
+    """Puts the rows of tokens that general text uses back after every step: no gradient, moment or decay moves them.
 
     Masking their gradient would not do: decay and moments move rows without one.
     """

@@ -94,8 +94,8 @@ def freeze_unprotected(
         names[parameter].append(name)
     free = _free_rows(model, uses, names, new_tokens)
     targets = select_layers(model, target_modules)
-    held = {weight for weight in map(own_weight, targets.values()) if weight is not None and weight.ndim > 1}
-    held = {weight for weight in held if known_everywhere(uses[weight], null_space.__contains__)}
+    weights = [weight for weight in map(own_weight, targets.values()) if weight is not None and weight.ndim > 1]
+    held: set[Tensor] = {weight for weight in weights if known_everywhere(uses[weight], null_space.__contains__)}
     if not held:
         raise ValueError(
             f"null_space knows {some(list(null_space), 4)}, but none of the layers that target_modules names "
@@ -112,10 +112,11 @@ def freeze_unprotected(
     layers = dict(named_layers(model))
     for name in null_space:
         if name in targets and coverage.loose(name, null_space.side == "input") is not None:
-            frozen.update(p for p in layers[name].parameters() if p.requires_grad)
+            around = layers[coverage.adapter(name) or name]
+            frozen.update(p for p in around.parameters() if p.requires_grad)
     if not any(p.requires_grad and p not in frozen and p.ndim > 1 for p in held):
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        for each in frozen:
+            each.requires_grad_(True)
         raise ValueError(
             "null_space holds no weight of the model that trains: what it knows is frozen already, or answers with "
             "something else than its weight (adapters, parametrizations). Train the layers themselves"

@@ -137,9 +137,9 @@ class GemsOptimizer(Optimizer):
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, needs a closure, or takes steps that depend on
             where the parameter stands or started (it is tried out on a small matrix); a parameter is complex; ``model``
-            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side, or leaves
-            no adapter (LoRA) a direction to move along; a
-            weight is sharded otherwise than by rows, or ``base`` looks at whole matrices where each rank has some rows.
+            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side, or
+            leaves no adapter (LoRA) a direction to move along; a weight is sharded otherwise than by rows, or ``base``
+            looks at whole matrices where each rank has some rows.
 
     Example:
         >>> import torch

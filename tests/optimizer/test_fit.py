@@ -43,7 +43,8 @@ def test_weights_of_another_model_are_told_with_the_distance(tmp_path, device, s
     said = told(other, null_space, side=side)
     assert len(said) == 1
     assert said[0].startswith("null_space was collected on other weights than the model has")
-    shares = [float(part.rpartition(" by ")[2]) for part in said[0].partition(", of ")[2].partition("%. ")[0].split("%, ")]
+    listed = said[0].partition(", of ")[2].partition("%. ")[0]
+    shares = [float(part.rpartition(" by ")[2]) for part in listed.split("%, ")]
     assert len(shares) == 2
     assert all(80 < share < 200 for share in shares), said
 
@@ -206,7 +207,9 @@ def test_features_that_span_no_more_than_what_is_protected_need_no_more_tokens(d
     assert told(model, NullSpace(energy=1.0).collect(model, [low])) == []
     every = torch.randn(10, 64, device=device)
     (said,) = told(model, NullSpace(energy=1.0).collect(model, [every]))
-    assert "0 (10 of 64 directions from 10 tokens, of which it leaves 0.0% unprotected, and of fresh ones perhaps all)" in said
+    assert (
+        "0 (10 of 64 directions from 10 tokens, of which it leaves 0.0% unprotected, and of fresh ones" in said
+    )
 
 
 def test_directions_given_by_hand_are_what_they_are(device):

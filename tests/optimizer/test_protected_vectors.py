@@ -211,9 +211,11 @@ def test_what_cannot_be_protected_is_said(device):
     null_space.update("0", torch.eye(12)[:2])
     null_space.update("1", torch.eye(12)[:2])
     null_space.update("3", torch.eye(16)[:2])
-    with pytest.warns(UserWarning, match=r"0\.weight is protected by null_space but takes the plain inner step"), pytest.warns(
-        UserWarning, match=r"null_space has nothing for 1\.bias, 2\.weight, 2\.bias, 3\.bias, "
-    ):
+    plain, free = (
+        "0\\.weight is protected by null_space but takes the plain inner",
+        "null_space has nothing for 1\\.bias, ",
+    )
+    with pytest.warns(UserWarning, match=plain), pytest.warns(UserWarning, match=free):
         GemsOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model=model, null_space=null_space, rank=4)
     wrong = NullSpace(energy=1.0)
     wrong.update("2.bias", torch.eye(5))

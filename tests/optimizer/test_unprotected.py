@@ -1,4 +1,4 @@
-"""What a null space does not hold is named with its share and the line that freezes it; once frozen, nothing is lost."""
+"""What a null space does not hold is named with its share and the line that freezes it; then nothing is lost."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def wrapped(model: nn.Module, null_space: NullSpace, /, **options: Any) -> tuple
     base = options.pop("base", None) or torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        optimizer = GemsOptimizer(base, **{"tasks": ("a",), "rank": 4, "model": model, **options}, null_space=null_space)
+        options = {"tasks": ("a",), "rank": 4, "model": model, **options}
+        optimizer = GemsOptimizer(base, null_space=null_space, **options)
     return optimizer, [str(warning.message) for warning in said]
 
 
