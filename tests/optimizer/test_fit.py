@@ -207,9 +207,7 @@ def test_features_that_span_no_more_than_what_is_protected_need_no_more_tokens(d
     assert told(model, NullSpace(energy=1.0).collect(model, [low])) == []
     every = torch.randn(10, 64, device=device)
     (said,) = told(model, NullSpace(energy=1.0).collect(model, [every]))
-    assert (
-        "0 (10 of 64 directions from 10 tokens, of which it leaves 0.0% unprotected, and of fresh ones" in said
-    )
+    assert "0 (10 of 64 directions from 10 tokens, of which it leaves 0.0% unprotected, and of fresh ones" in said
 
 
 def test_directions_given_by_hand_are_what_they_are(device):
