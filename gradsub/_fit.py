@@ -13,8 +13,8 @@ from gradsub.subspace import Layer
 _OTHER_WEIGHTS = 0.1
 # Tokens for each protected direction below which fresh text is left at least half as much again unprotected.
 _FEW = 5
-# Of the features' mean square: what is less is rounding, and the features span no more than what is protected.
-_SPANNED = 1e-4
+# Of the features' mean square that is left of fresh tokens beyond what is left of these: less is no loss to speak of.
+_MATTERS = 0.01
 _NAMED = 4
 
 
@@ -55,10 +55,10 @@ class Fit:
         left = 1.0 - found.energy
         if not 0 < found.count < found.dimension or tokens >= _FEW * found.count:
             return
-        alone = tokens <= found.count
-        if alone or left > _SPANNED:
-            leverage = found.count / tokens
-            fresh = "all" if alone else f"at least {min(1.0, left * (1 + leverage) / (1 - leverage)):.1%}"
+        leverage = found.count / tokens
+        expected = min(1.0, left * (1 + leverage) / (1 - leverage)) if leverage < 1 else 1.0
+        if expected - left > _MATTERS:
+            fresh = "all" if leverage >= 1 else f"at least {expected:.1%}"
             self._few[name] = (
                 f"{name} ({found.count} of {found.dimension} directions from {tokens} tokens, of which it leaves "
                 f"{left:.1%} unprotected, and of fresh ones perhaps {fresh})"
