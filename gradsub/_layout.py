@@ -491,7 +491,7 @@ class Layout:
 
     def why_not_protected(self, parameter: Tensor) -> str | None:
         """Why a parameter's updates may go anywhere, in a few words; None if they may not, or nothing is protected."""
-        if self._null_space is None or parameter in self._held:
+        if self._null_space is None or parameter in self._held or self.resting(parameter) is not None:
             return None
         knows = self._protecting(parameter)
         return (
