@@ -92,7 +92,12 @@ class Intake:
                 "those captured now: unscale after the last backward pass, and call step() or zero_grad() first"
             )
         self._open = what
-        self.capture.open(MIXED if len(parts) > 1 else parts[0].task)
+        # Of a batch that is a part of a mixed step, parameters without subspaces take the gradient of the loss as it is.
+        mixed = len(parts) > 1 or parts[0].share != 1.0
+        if mixed:
+            self.capture.open(MIXED, (parts[0].task, parts[0].share) if len(parts) == 1 else None)
+        else:
+            self.capture.open(parts[0].task)
         self.fused.open(parts)
         seen, cleared = dict(self.losses), self._cleared
         try:
@@ -110,7 +115,7 @@ class Intake:
                 self._clipping.listen()
                 for task, count in samples.items():
                     self.samples[task] = self.samples.get(task, 0.0) + count
-                self.mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
+                self.mixed_samples += sum(samples.values()) if mixed else 0.0
             else:
                 self._outside.emptied = what
         if not arrived and self.losses.keys() != seen.keys():
@@ -132,7 +137,7 @@ class Intake:
         task = rows.alone
         if task is None:
             return nullcontext()
-        return LossWatcher(lambda loss: None if rows.told else self.saw_loss(task, loss))
+        return LossWatcher(lambda loss: None if rows.told else self.saw_loss(task, loss / rows.shares[task]))
 
     def _saw_at_end(self, cleared: int, task: int, loss: Tensor) -> None:
         # What zero_grad() has dropped inside of the block has no loss either.

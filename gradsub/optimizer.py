@@ -315,6 +315,7 @@ class GemsOptimizer(Optimizer):
         task_ids: Sequence[str | int] | Tensor,
         samples: Mapping[str, float] | None = None,
         other_rows: Sequence[Sequence[str | int] | Tensor] = (),
+        shares: Mapping[str, float] | None = None,
     ) -> Iterator[MixedRows]:
         """One forward and one backward pass for a batch whose rows belong to several tasks.
 
@@ -334,13 +335,17 @@ class GemsOptimizer(Optimizer):
                 sequence for each length. ``task_ids.repeat_interleave(T)`` where a model flattens (B, T, d) to
                 (B * T, d), ``task_ids.repeat(2)`` for a tower over two batches one after another,
                 ``task_ids[:, None].expand(B, T)[mask]`` for chosen tokens.
+            shares: for a batch that is a part of a step (gradient accumulation): task -> its share of the samples of
+                all parts. The loss of a part is then its sum divided by the samples of all parts, so that the losses of
+                the parts add up to the step's mean loss. None: the batch is a step of its own, or every part has the
+                same shares.
 
         Yields:
             the rows, with ``rows.loss``.
 
         Raises:
-            ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples`` or ``other_rows`` do not fit
-                the tasks or one another.
+            ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples``, ``other_rows`` or ``shares``
+                do not fit the tasks or one another.
             RuntimeError: another block is open; a layer's input has a number of rows that none of them has, or a
                 decomposed weight's gradient comes from elsewhere.
         """
@@ -352,7 +357,9 @@ class GemsOptimizer(Optimizer):
         self._follow_conversions()
         if samples is not None:
             samples = {str.__str__(name): count for name, count in samples.items()}
-        rows = MixedRows(self.tasks, task_ids, samples, other_rows, self._intake.saw_loss)
+        if shares is not None:
+            shares = {str.__str__(name): settings.check_samples(share, name) for name, share in shares.items()}
+        rows = MixedRows(self.tasks, task_ids, samples, other_rows, shares, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
         with self._intake.open(parts, counts, "mixed(...)"), self._intake.watch_rows(rows):

@@ -40,6 +40,7 @@ class GenericCapture:
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._set_aside: list[tuple[Tensor, Tensor]] = []
         self._open: int | None = None
+        self._alone: tuple[int, float] | None = None
         self.arrived = False
         self._warned = False
         self.gradients: dict[int, dict[Tensor, Captured]] = {}
@@ -69,9 +70,14 @@ class GenericCapture:
                 waiting.append(parameter)
         self._unhooked = waiting
 
-    def open(self, task: int) -> None:
-        """From now on every gradient belongs to ``task``, or `MIXED`; what ``p.grad`` held before is set aside."""
-        self._open, self.arrived = task, False
+    def open(self, task: int, alone: tuple[int, float] | None = None) -> None:
+        """From now on every gradient belongs to ``task``, or `MIXED`; what ``p.grad`` held before is set aside.
+
+        Args:
+            task: whose they are.
+            alone: of a mixed batch whose rows are all of one task: the task, and what its mean loss is multiplied by.
+        """
+        self._open, self._alone, self.arrived = task, alone, False
         for parameter in self.watched:
             if not self._last(parameter):
                 # Hooks that others have registered since want to see the gradient too, and it is taken here.
@@ -172,11 +178,13 @@ class GenericCapture:
     def _take(self, parameter: Tensor, gradient: Tensor, task: int) -> None:
         self.check_dense(parameter, gradient)
         if task == MIXED and parameter in self._layers:
-            raise RuntimeError(
-                f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does not "
-                "come from the fused capture of one linear layer: use optimizer.task() for each task, or leave the "
-                "weight out of target_modules"
-            )
+            if self._alone is None:
+                raise RuntimeError(
+                    f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does "
+                    "not come from the fused capture of one linear layer: use optimizer.task() for each task, or leave "
+                    "the weight out of target_modules"
+                )
+            task, gradient = self._alone[0], gradient / self._alone[1]
         self.deliver(parameter, task, self._captured(parameter, gradient, task))
 
     def deliver(self, parameter: Tensor, task: int, captured: Captured) -> None:

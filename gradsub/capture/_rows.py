@@ -20,14 +20,16 @@ class MixedRows:
         task_ids: (B,) the task of every row, by name or index.
         samples: task -> what it counts in the shared gradient; None: its number of rows.
         other_rows: the same as ``task_ids`` for inputs of layers with other numbers of rows.
+        shares: task -> its share of the samples of a step that this batch is a part of; None: the batch is all of it.
         observe: told a task's index and mean loss.
 
     Attributes:
         told: whether `loss` was called.
 
     Raises:
-        ValueError: there is no row, a task was never declared, ``samples`` does not name exactly the tasks present, or
-            ``other_rows`` has rows of other tasks, or two accounts of equally many rows.
+        ValueError: there is no row, a task was never declared, ``samples`` does not name exactly the tasks present,
+            ``shares`` lacks one of them, or ``other_rows`` has rows of other tasks, or two accounts of equally many
+            rows.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class MixedRows:
         task_ids: Sequence[str | int] | Tensor,
         samples: Mapping[str, float] | None,
         other_rows: Sequence[Sequence[str | int] | Tensor],
+        shares: Mapping[str, float] | None,
         observe: Callable[[int, Tensor], None],
     ) -> None:
         self.size, self.rows = _by_task(tasks, task_ids)
         if not self.size:
             raise ValueError("task_ids is empty: name the task of every row of the batch")
+        self._tasks = tasks
         self._observe = observe
         self.told = False
         self._layouts = {self.size: self.rows}
@@ -61,6 +65,17 @@ class MixedRows:
         self.samples = {
             task: float(len(rows) if samples is None else samples[tasks[task]]) for task, rows in self.rows.items()
         }
+        self._partial = shares is not None
+        if shares is not None and not present <= shares.keys():
+            raise ValueError(
+                f"shares names {sorted(shares)}, but task_ids has rows of {sorted(present)}: pass those of all tasks of "
+                "the step"
+            )
+        total = sum(self.samples.values())
+        self.shares = {
+            task: count / total if shares is None else float(shares[tasks[task]])
+            for task, count in self.samples.items()
+        }
 
     @property
     def alone(self) -> int | None:
@@ -69,14 +84,13 @@ class MixedRows:
 
     def parts(self, device: torch.device) -> list[Part]:
         """The parts of the batch for the capture: rows, and the task's share of the samples."""
-        total = sum(self.samples.values())
         if self.alone is not None:
-            return [Part(self.alone, {}, 1.0)]
+            return [Part(self.alone, {}, self.shares[self.alone])]
         return [
             Part(
                 task,
                 {size: _located(rows.get(task, []), device) for size, rows in self._layouts.items()},
-                self.samples[task] / total,
+                self.shares[task],
             )
             for task in self.rows
         ]
@@ -91,8 +105,14 @@ class MixedRows:
             losses: (B,) the loss of every row.
 
         Raises:
-            ValueError: ``losses`` has another shape.
+            ValueError: ``losses`` has another shape, or the batch is a part of a step (``shares``), of which it cannot
+                know the whole.
         """
+        if self._partial:
+            raise ValueError(
+                "rows.loss(losses) of a batch with shares=: the loss of a part of a step is divided by the samples of "
+                "all of it, which only you know; call backward() on that, and rows.tell({task: loss})"
+            )
         if losses.shape != (self.size,):
             raise ValueError(f"losses has shape {tuple(losses.shape)}, expected one loss a row: ({self.size},)")
         total = sum(self.samples.values())
@@ -108,6 +128,23 @@ class MixedRows:
         else:
             self._report(values, torch.ones_like(loss))
         return loss
+
+    def tell(self, losses: Mapping[str, Tensor]) -> None:
+        """Report the tasks' losses to the gate, where ``backward()`` runs on a loss that was computed elsewhere.
+
+        Args:
+            losses: task -> its mean loss (0-dim) in this batch, times the loss scale if there is one; of a batch that
+                is a part of a step, this part's contribution to the task's mean over the step.
+
+        Raises:
+            ValueError: ``losses`` names a task without rows.
+        """
+        unknown = sorted(losses.keys() - {self._tasks[task] for task in self.rows})
+        if unknown:
+            raise ValueError(f"losses names {unknown}, of which the batch has no row: leave them out")
+        self.told = True
+        for name, loss in losses.items():
+            self._observe(self._tasks.index(name), loss.detach())
 
     def _report(self, means: Mapping[int, Tensor], weight: Tensor) -> None:
         for task, mean in means.items():

@@ -1,0 +1,108 @@
+"""What each batch of a step is of the whole step, so that the tasks' gradients add up to means over all batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from gradsub.integrations._collator import task_index
+
+# Rows without a counted label have no gradient, but a task of such rows alone still has samples.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class Batch:
+    r"""One of the batches that a step accumulates; n_b is what row b counts.
+
+    A trainer adds up losses: with a number of items for the whole step, L = sum_b n_b l_b / sum_b n_b over all rows b of
+    all batches; without one L = sum_i (sum_b n_b l_b / sum_b n_b) / I over the rows b of each of I batches i. In both
+    L = sum_b u_b l_b / sum_b u_b, with u_b = n_b, or n_b over the sum of its batch's. So a task's mean loss is
+    L_k = sum_b u_b l_b / U_k over its rows, U_k = sum_b u_b, and L = sum_k (U_k / sum_j U_j) L_k.
+
+    Attributes:
+        tasks: of every row, its index.
+        weights: of every row, u_b.
+        totals: by task, U_k over all batches of the step.
+        parts: how many batches the step has.
+    """
+
+    tasks: list[int]
+    weights: list[float]
+    totals: dict[int, float]
+    parts: int
+
+    @property
+    def samples(self) -> dict[int, float]:
+        """By task, the sum of u_b over this batch's rows."""
+        found: dict[int, float] = {}
+        for task, weight in zip(self.tasks, self.weights, strict=True):
+            found[task] = found.get(task, 0.0) + weight
+        return {task: max(weight, _LEAST) for task, weight in found.items()}
+
+    @property
+    def shares(self) -> dict[int, float] | None:
+        """By task, U_k / sum_j U_j; None for the only batch of a step."""
+        total = sum(self.totals.values())
+        return None if self.parts == 1 else {task: weight / total for task, weight in self.totals.items()}
+
+
+def account(
+    batches: Sequence[Any], tasks: Sequence[str], column: str, whole: bool, equal_ranks: bool
+) -> list[Batch | None]:
+    """What each batch of a step is of it; None for a batch that no `TaskCollator` made.
+
+    Args:
+        batches: the entries of `TaskCollator`, or None.
+        tasks: the names of all tasks.
+        column: the rows' column of tasks, for errors.
+        whole: the trainer divides by what all batches of the step count together, not each batch's loss by its own.
+        equal_ranks: every process counts the same, whatever its rows do.
+
+    Raises:
+        ValueError: there are several tasks, and rows without one, or whose number differs from the batch's.
+    """
+    read = [None if entry is None else _read(entry, tasks, column) for entry in batches]
+    found = [rows for rows in read if rows is not None]
+    everything = sum(sum(counts) for _, counts in found) or 1.0
+    totals: dict[int, float] = {}
+    units = []
+    for ids, counts in found:
+        unit = 1.0 if whole else 1.0 / (sum(counts) or 1.0)
+        if equal_ranks or not whole:
+            unit /= everything if whole else len(found)
+        units.append(unit)
+        for task, count in zip(ids, counts, strict=True):
+            totals[task] = totals.get(task, 0.0) + unit * count
+    totals = {task: max(total, _LEAST) for task, total in totals.items()}
+    made = iter(
+        Batch(ids, [unit * count for count in counts], totals, len(found))
+        for (ids, counts), unit in zip(found, units, strict=True)
+    )
+    return [None if rows is None else next(made) for rows in read]
+
+
+def _read(entry: Any, tasks: Sequence[str], column: str) -> tuple[list[int], list[float]]:
+    """The task and the count of every row."""
+    listed = entry.tolist() if isinstance(entry, Tensor) else entry
+    # NaN and -1 stand for nothing in a tensor.
+    ids = [task for task, _ in listed if task is not None and task != -1]
+    counts = [count for _, count in listed if count is not None and count == count]
+    if len(tasks) <= 1:
+        return [0 if not ids else task_index(ids[0], tasks)] * len(counts) if tasks else [], counts if tasks else []
+    if not ids:
+        raise ValueError(
+            f"the rows have no column {column!r}, which names their tasks, and tasks={tuple(tasks)} are several: add "
+            "the column to the data set, or pass its name as task_column=. A library that prepares the data set may "
+            "have dropped it, as TRL's packing=True does, which joins rows of several tasks: use packing=False"
+        )
+    if len(ids) != len(counts):
+        raise ValueError(
+            f"a batch was made of {len(ids)} rows with a task each, but has {len(counts)} rows: they were joined into "
+            "sequences without padding (TRL's padding_free=True or packing=True, DataCollatorWithFlattening), where "
+            "the layers cannot tell the tasks apart. Use padding_free=False and packing=False, or one task"
+        )
+    return [task_index(task, tasks) for task in ids], counts

@@ -1,0 +1,51 @@
+"""The loss of each row, from what a model's forward pass returns anyway."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from gradsub.integrations._collator import IGNORED
+
+# Entries of logits that are looked at together: 64 MB in float32.
+_CHUNK = 1 << 24
+
+
+@torch.no_grad()
+def row_losses(outputs: Any, labels: Tensor | None, shifted: bool) -> Tensor | None:
+    """(B,) each row's mean loss over its labels, in float32; None where it cannot be told from the outputs.
+
+    Args:
+        outputs: with ``logits`` (B, T, V) or (B, V), or with ``log_probs`` (B, T) of the labels, 0 where ignored.
+        labels: (B, T) or (B,) integers.
+        shifted: the logits at t predict the label at t + 1.
+    """
+    if labels is None or labels.is_floating_point():
+        return None
+    known = _entry(outputs, "log_probs")
+    if isinstance(known, Tensor) and known.ndim == 2 and labels.ndim == 2 and len(known) == len(labels):
+        counted = labels[:, labels.shape[1] - known.shape[1] :] != IGNORED
+        return -known.float().sum(1) / counted.to(known.device).sum(1).clamp_min(1)
+    logits = _entry(outputs, "logits")
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != labels.shape or logits.shape[-1] < 2:
+        return None
+    labels = labels.to(logits.device)
+    if labels.ndim == 1:
+        return cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORED)
+    if labels.ndim != 2:
+        return None
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    tokens = max(1, _CHUNK // (len(labels) * logits.shape[-1]))
+    total = torch.zeros(len(labels), device=logits.device)
+    for start in range(0, labels.shape[1], tokens):
+        some, theirs = logits[:, start : start + tokens], labels[:, start : start + tokens]
+        total += cross_entropy(some.float().mT, theirs, reduction="none", ignore_index=IGNORED).sum(1)
+    return total / (labels != IGNORED).sum(1).clamp_min(1)
+
+
+def _entry(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)

@@ -1,0 +1,422 @@
+"""Hugging Face's ``Trainer``, and what is built on it: a mixin, a factory of optimizers, a callback for loggers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gradsub.capture import MixedRows
+from gradsub.distributed._wrapped import data_parallel
+from gradsub.integrations._accumulation import Batch, account
+from gradsub.integrations._collator import TaskCollator, count_labels
+from gradsub.integrations._losses import row_losses
+from gradsub.optimizer import GemsOptimizer
+
+try:
+    from transformers import Trainer, TrainerCallback
+except ImportError as missing:
+    raise ImportError(
+        "gradsub's mixin, factory and callback for the Trainer need transformers: pip install 'gradsub[transformers]'"
+    ) from missing
+
+__all__ = ["GemsFactory", "GemsReportCallback", "GemsTrainerMixin", "find_gems"]
+
+
+def find_gems(optimizer: Any) -> GemsOptimizer | None:
+    """The `GemsOptimizer` inside of what a library has wrapped around it; None if there is none.
+
+    Args:
+        optimizer: an optimizer, or a wrapper with an attribute ``optimizer``, as accelerate's.
+    """
+    while optimizer is not None and not isinstance(optimizer, GemsOptimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return optimizer
+
+
+class GemsTrainerMixin:
+    r"""A ``Trainer`` whose batches may hold rows of several tasks; put it before the Trainer: ``class T(Mixin, Trainer)``.
+
+    Each row names its task in a column, which the model never sees. A batch stays one forward and one backward pass
+    (`GemsOptimizer.mixed`). What the Trainer does to losses and gradients reaches what is captured:
+
+    * **accumulation**: the step is that of one large batch. With u_b = what row b counts in the step's loss
+      L = sum_b u_b l_b / sum_b u_b, a task's gradient is that of L_k = sum_b u_b l_b / U_k over its rows in all batches
+      of the step, and its share of the samples is U_k / sum_j U_j, with U_k = sum_b u_b. A model that is told the
+      number of items in the step counts tokens (u_b = its labels); otherwise the Trainer divides each batch's mean
+      loss by the number of batches, and u_b is divided by what its batch counts.
+    * **clipping**: ``max_grad_norm`` bounds the norm of each task's gradient (`GemsOptimizer.clip_grad_norm_`), and
+      that of gradients of no task. The ``grad_norm`` in the logs is the largest of them, before.
+    * **processes**: the optimizer sums over them, by each one's samples; DistributedDataParallel is silent. With
+      ``average_tokens_across_devices`` (the default) every token counts the same, otherwise every process.
+    * **the gate** learns each task's loss from the logits that the model returns, in one more pass over them without
+      gradients; from the log-probabilities where it returns those (TRL).
+
+    With one task no column is needed, and sequences may be packed. With several, batches without padding are refused,
+    as nothing tells their rows apart.
+
+    Args:
+        gems: arguments of `GemsOptimizer` other than ``base``, which is the optimizer that the Trainer makes (``optim``,
+            ``learning_rate``, ``weight_decay`` and so on of its arguments) or is given (``optimizers=``). ``model`` is the
+            Trainer's, unless it is given. None: ``optimizers=`` holds a `GemsOptimizer`, or
+            ``optimizer_cls_and_kwargs=`` a `GemsFactory`.
+        task_column: the column with each row's task: a name, or an index.
+        count_samples: batch -> what each row counts in the loss; None: its labels that are not ignored.
+        task_losses: False: spare the pass over the logits; the gate then takes the tasks' losses for equal.
+
+    All other arguments are the Trainer's.
+
+    Raises:
+        ValueError: several GPUs in one process, DeepSpeed or FSDP, which replace what the optimizer holds; in training,
+            rows without a task, or joined to sequences, where there are several tasks.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> from gradsub.integrations import GemsTrainerMixin
+        >>> class MyTrainer(GemsTrainerMixin, Trainer):
+        ...     pass
+        >>> gems = {"tasks": ("search", "rec"), "rank": 8}  # MyTrainer(model, args, train_dataset=..., gems=gems)
+
+    Source: ``transformers.Trainer``, of which it overrides public methods only.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        gems: Mapping[str, Any] | None = None,
+        task_column: str = "task",
+        count_samples: Callable[[Mapping[str, Any]], Sequence[float]] | None = None,
+        task_losses: bool = True,
+        **options: Any,
+    ) -> None:
+        self._gems_options = None if gems is None else dict(gems)
+        self._task_column = task_column
+        self._count_samples = count_samples
+        self._task_losses = task_losses
+        self._listener: Callable[[Any], None] | None = None
+        self._heard: tuple[nn.Module, RemovableHandle] | None = None
+        super().__init__(*arguments, **options)
+        me: Any = self
+        if gems is not None and find_gems(me.optimizer) is not None:
+            raise ValueError("gems= and a GemsOptimizer in optimizers=: pass one of the two")
+        if me.args.n_gpu > 1:
+            raise ValueError(
+                f"{me.args.n_gpu} GPUs in one process, among which the Trainer would copy the model (DataParallel): "
+                "launch one process a GPU with torchrun or accelerate launch, or show one with CUDA_VISIBLE_DEVICES"
+            )
+        for name in ("deepspeed", "fsdp"):
+            if getattr(me, f"is_{name}_enabled", False):
+                raise ValueError(
+                    f"{name} replaces the parameters that the optimizer holds: train with DistributedDataParallel, or "
+                    "write the loop yourself around fully_shard, as the page on several processes shows"
+                )
+        # The optimizer weighs the processes by their samples: each one's loss is a mean over its own.
+        self._equal_ranks = not getattr(me.args, "average_tokens_across_devices", True)
+        me.args.average_tokens_across_devices = False
+        for callback in me.callback_handler.callbacks:
+            if isinstance(callback, GemsReportCallback) and callback.trainer is None:
+                callback.trainer = me
+
+    # --- the optimizer -----------------------------------------------------------------------------------------------
+
+    @property
+    def gems(self) -> GemsOptimizer:
+        """The optimizer, out of whatever it is wrapped in.
+
+        Raises:
+            ValueError: the Trainer has another optimizer.
+        """
+        optimizer = getattr(self, "optimizer", None)
+        found = find_gems(optimizer)
+        if found is None:
+            raise ValueError(
+                f"the Trainer's optimizer is {type(optimizer).__name__}: pass gems=dict(tasks=..., rank=...), a "
+                "GemsOptimizer in optimizers=, or GemsFactory in optimizer_cls_and_kwargs="
+            )
+        return found
+
+    def create_optimizer(self, *arguments: Any, **options: Any) -> Optimizer:
+        """The Trainer's optimizer, wrapped if there are ``gems`` arguments.
+
+        Raises:
+            ValueError: the Trainer has another optimizer.
+        """
+        me: Any = self
+        optimizer: Optimizer = super().create_optimizer(*arguments, **options)  # type: ignore[misc]
+        if self._gems_options is not None and find_gems(optimizer) is None:
+            optimizer = me.optimizer = GemsOptimizer(optimizer, **{"model": me.model, **self._gems_options})
+        _ = self.gems
+        return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Have the accelerator clip what was captured, which is in no ``p.grad``."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        me: Any = self
+        me.accelerator.clip_grad_norm_ = self._clip
+
+    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+        """As ``Accelerator.clip_grad_norm_``; the largest of the norms before."""
+        me: Any = self
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        me.accelerator.unscale_gradients()
+        norms = list(self.gems.clip_grad_norm_(max_norm).values())
+        outside = [parameter for parameter in parameters if parameter.grad is not None]
+        if outside:
+            norms.append(nn.utils.clip_grad_norm_(outside, max_norm))
+        if not norms:
+            return torch.zeros((), device=me.args.device)
+        return torch.stack([norm.to(norms[0]) for norm in norms]).amax()
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The Trainer drops columns that the model's forward pass does not take.
+        super()._set_signature_columns_if_needed()  # type: ignore[misc]
+        me: Any = self
+        if self._task_column not in me._signature_columns:
+            me._signature_columns.append(self._task_column)
+
+    @property
+    def _shifted(self) -> bool:
+        """Whether the model's loss pairs a logit with the next label."""
+        return bool(getattr(self, "_loss_shifts_labels", False))
+
+    @contextmanager
+    def _collating(self, train: bool) -> Iterator[None]:
+        """A data loader that is made in here keeps the tasks, or leaves them out."""
+        me: Any = self
+        own = me.data_collator
+        count = (self._count_samples or partial(count_labels, shifted=self._shifted)) if train else None
+        me.data_collator = TaskCollator(own, self._task_column, count, self._travelling() if train else None)
+        try:
+            yield
+        finally:
+            me.data_collator = own
+
+    def _travelling(self) -> Sequence[str] | None:
+        """The tasks' names if batches are read by one process for all, which sends tensors alone; else None."""
+        me: Any = self
+        dispatched = getattr(me.args.accelerator_config, "dispatch_batches", None)
+        if dispatched is None:
+            dispatched = not hasattr(me.train_dataset, "__getitem__")
+        if not dispatched:
+            return None
+        options = [self._gems_options or {}, *(getattr(me, "optimizer_cls_and_kwargs", None) or ())[1:]]
+        optimizer = find_gems(me.optimizer)
+        declared = [tuple(option["tasks"]) for option in options if "tasks" in option]
+        return optimizer.tasks if optimizer is not None else (declared or [()])[0]
+
+    def get_train_dataloader(self) -> Any:
+        """The Trainer's, whose batches keep the rows' tasks."""
+        with self._collating(train=True):
+            return super().get_train_dataloader()  # type: ignore[misc]
+
+    def get_eval_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """The Trainer's, without the rows' tasks."""
+        with self._collating(train=False):
+            return super().get_eval_dataloader(*arguments, **options)  # type: ignore[misc]
+
+    def get_test_dataloader(self, *arguments: Any, **options: Any) -> Any:
+        """The Trainer's, without the rows' tasks."""
+        with self._collating(train=False):
+            return super().get_test_dataloader(*arguments, **options)  # type: ignore[misc]
+
+    def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Any], Any]:
+        """The batches of a step, each with its part in it in the place of the rows' tasks."""
+        batches, items = super().get_batch_samples(*arguments, **options)  # type: ignore[misc]
+        self._account(batches, items)
+        return batches, items
+
+    def _account(self, batches: list[Any], items: Any) -> None:
+        entries = [batch.get(self._task_column) if isinstance(batch, Mapping) else None for batch in batches]
+        parts = account(entries, self.gems.tasks, self._task_column, self._divides_by(items), self._equal_ranks)
+        for batch, part in zip(batches, parts, strict=True):
+            if part is not None:
+                batch[self._task_column] = part
+
+    def _divides_by(self, items: Any) -> bool:
+        """Whether the loss of a batch is divided by what the whole step counts; as the Trainer decides it."""
+        me: Any = self
+        stated = getattr(me, "loss_is_scaled_for_ga", None)
+        if stated is not None:
+            return bool(stated)
+        return (me.model_accepts_loss_kwargs and items is not None) or me.compute_loss_func is not None
+
+    # --- a forward and a backward pass -------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, *arguments: Any, **options: Any) -> Tensor:
+        """The Trainer's, inside of the block of the rows' tasks.
+
+        Raises:
+            ValueError: rows without a task, or joined to sequences, where there are several tasks.
+        """
+        if self._task_column in inputs and not isinstance(inputs[self._task_column], Batch):
+            self._account([inputs], arguments[0] if arguments else options.get("num_items_in_batch"))
+        batch: Batch | None = inputs.pop(self._task_column, None)
+        wrapper = data_parallel(model)
+        with nullcontext() if wrapper is None else wrapper.no_sync(), self._block(model, inputs, batch):
+            return super().training_step(model, inputs, *arguments, **options)  # type: ignore[misc, no-any-return]
+
+    @contextmanager
+    def _block(self, model: nn.Module, inputs: Mapping[str, Any], batch: Batch | None) -> Iterator[None]:
+        gems = self.gems
+        if len(gems.tasks) > 1 and batch is None:
+            raise ValueError(
+                f"a batch without {self._task_column!r} and several tasks={gems.tasks}: the data loader does not come "
+                "from get_train_dataloader(), or the batch is no mapping; let it make the batches, or use one task"
+            )
+        if not gems.tasks:
+            yield
+        elif len(gems.tasks) == 1:
+            with gems.task(gems.tasks[0], 1.0 if batch is None else batch.samples.get(0, 1.0)):
+                yield
+        else:
+            assert batch is not None
+            name = gems.tasks.__getitem__
+            samples = {name(task): weight for task, weight in batch.samples.items()}
+            shares = batch.shares
+            named = None if shares is None else {name(task): share for task, share in shares.items()}
+            with gems.mixed(batch.tasks, samples, self.other_rows(inputs, batch.tasks), named) as rows:
+                with self._hearing(model, rows, inputs.get("labels"), batch):
+                    yield
+
+    def other_rows(self, inputs: Mapping[str, Any], tasks: list[int]) -> Sequence[Sequence[int]]:
+        """``other_rows`` of `GemsOptimizer.mixed`; none here. Override it for a model that flattens its batches.
+
+        Args:
+            inputs: the batch.
+            tasks: the index of each row's task.
+        """
+        return ()
+
+    @contextmanager
+    def _hearing(self, model: nn.Module, rows: MixedRows, labels: Any, batch: Batch) -> Iterator[None]:
+        """Tell the gate the tasks' losses, from what the first forward pass in here returns."""
+        if not self._task_losses:
+            yield
+            return
+        if self._heard is None or self._heard[0] is not model:
+            if self._heard is not None:
+                self._heard[1].remove()
+            self._heard = model, model.register_forward_hook(self._hear)
+        self._listener = partial(self._tell, rows, labels, batch)
+        try:
+            yield
+        finally:
+            self._listener = None
+
+    def _hear(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener(outputs)
+
+    def _tell(self, rows: MixedRows, labels: Any, batch: Batch, outputs: Any) -> None:
+        me: Any = self
+        losses = row_losses(outputs, labels if isinstance(labels, Tensor) else None, self._shifted)
+        if losses is None or len(losses) != len(batch.tasks):
+            self._task_losses = False
+            warnings.warn(
+                "the rows' losses are not to be found out from what the model returns (no logits beside the labels), "
+                "so a gate that reads losses takes those of all tasks for equal: pass task_losses=False if that is "
+                "meant, or a gate that reads none, such as gate='uniform'",
+                stacklevel=2,
+            )
+            return
+        present = sorted(set(batch.tasks))
+        weights = [
+            [weight / batch.totals[task] if whose == task else 0.0 for whose, weight in zip(batch.tasks, batch.weights)]
+            for task in present
+        ]
+        means = torch.tensor(weights).to(losses.device, non_blocking=True) @ losses
+        scaler = getattr(me.accelerator, "scaler", None)
+        means = means if scaler is None else scaler.scale(means)
+        rows.tell({self.gems.tasks[task]: mean for task, mean in zip(present, means.unbind(), strict=True)})
+
+
+class GemsFactory:
+    """Makes the optimizer of a plain ``Trainer``: ``Trainer(optimizer_cls_and_kwargs=(GemsFactory, {...}))``.
+
+    The base optimizer is the one that the training arguments name, with the Trainer's groups with and without decay.
+    Without `GemsTrainerMixin` the Trainer opens no task. So ``tasks`` is empty by default: all gradients belong to the
+    shared subspace, the null space holds, and ``max_grad_norm`` clips as always.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+        >>> from gradsub.integrations import GemsFactory
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> arguments = TrainingArguments(output_dir="out", optim="adamw_torch", learning_rate=1e-3, weight_decay=0.01)
+        >>> trainer = Trainer(model, arguments, optimizer_cls_and_kwargs=(GemsFactory, {"args": arguments, "rank": 4}))
+        >>> [len(group["params"]) for group in trainer.create_optimizer().param_groups]
+        [9, 3]
+    """
+
+    def __call__(self, model: nn.Module, *, args: Any, tasks: Sequence[str] = (), **gems: Any) -> GemsOptimizer:
+        """The optimizer.
+
+        Args:
+            model: the Trainer's.
+            args: its ``TrainingArguments``, which the Trainer does not pass on.
+            tasks: the names of the tasks, for `GemsTrainerMixin`.
+            gems: other arguments of `GemsOptimizer`.
+
+        Raises:
+            ValueError: the base optimizer cannot be wrapped.
+        """
+        maker: Any = object.__new__(Trainer)  # what makes an optimizer needs no more of a Trainer than this
+        maker.args, maker.model, maker.optimizer, maker.optimizer_cls_and_kwargs = args, model, None, None
+        base = maker.create_optimizer()
+        return GemsOptimizer(base, tasks=tasks, **{"model": model, **gems})
+
+
+class GemsReportCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs the last step's report whenever the Trainer logs its loss: flat numbers, to wherever the Trainer logs to.
+
+    The names are those of `Report.scalars`, after a prefix. A report waits for the device.
+
+    Args:
+        trainer: the Trainer, for ``trainer.add_callback(GemsReportCallback(trainer))``; None: a Trainer with
+            `GemsTrainerMixin` that gets it in ``callbacks=[GemsReportCallback()]`` enters itself.
+        prefix: of all names.
+    """
+
+    def __init__(self, trainer: Any = None, prefix: str = "gems/") -> None:
+        self.trainer = trainer
+        self.prefix = prefix
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
+        """Log the report beside the Trainer's loss.
+
+        Raises:
+            ValueError: no Trainer was given, or its optimizer is another one.
+        """
+        if not logs or "loss" not in logs:
+            return
+        if self.trainer is None:
+            raise ValueError("GemsReportCallback has no Trainer: use trainer.add_callback(GemsReportCallback(trainer))")
+        gems = find_gems(rest.get("optimizer"))
+        if gems is None:
+            raise ValueError("GemsReportCallback wants a GemsOptimizer in the Trainer; see GemsFactory")
+        found = _scalars(gems.report())
+        # A subclass's log() adds what it has measured, which it does to the entry of the loss.
+        Trainer.log(self.trainer, {f"{self.prefix}{name}": value for name, value in found.items()})
+
+
+def _scalars(report: Any) -> dict[str, float]:
+    """Flat numbers of a report: means over the layers."""
+    if hasattr(report, "scalars"):
+        return report.scalars()  # type: ignore[no-any-return]
+    sums: dict[str, list[float]] = {}
+    for layer in report.layers:
+        for task, gate in layer.gates.items():
+            sums.setdefault(f"gate/{task}", []).append(gate)
+        for pair, cosine in layer.cosines.items():
+            sums.setdefault(f"cosine/{'|'.join(pair)}", []).append(cosine)
+    return {name: sum(found) / len(found) for name, found in sums.items()}
