@@ -92,7 +92,7 @@ class Intake:
                 "those captured now: unscale after the last backward pass, and call step() or zero_grad() first"
             )
         self._open = what
-        # Of a batch that is a part of a mixed step, parameters without subspaces take the gradient of the loss as it is.
+        # Of a part of a mixed step, parameters without subspaces take the gradient of the loss as it is.
         mixed = len(parts) > 1 or parts[0].share != 1.0
         if mixed:
             self.capture.open(MIXED, (parts[0].task, parts[0].share) if len(parts) == 1 else None)

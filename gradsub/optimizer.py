@@ -344,8 +344,8 @@ class GemsOptimizer(Optimizer):
             the rows, with ``rows.loss``.
 
         Raises:
-            ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples``, ``other_rows`` or ``shares``
-                do not fit the tasks or one another.
+            ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples``, ``other_rows`` or
+                ``shares`` do not fit the tasks or one another.
             RuntimeError: another block is open; a layer's input has a number of rows that none of them has, or a
                 decomposed weight's gradient comes from elsewhere.
         """

@@ -1,6 +1,9 @@
 """accelerate: a training loop of one's own on any number of processes.
 
-accelerate launch --num_processes 2 examples/recipes/accelerate_loop.py --out weights.pt
+    python examples/recipes/accelerate_loop.py --out weights.pt
+    accelerate launch --num_processes 2 examples/recipes/accelerate_loop.py --out weights.pt
+
+With ``--state folder`` it writes accelerate's checkpoint after four steps, or goes on from it.
 """
 
 from __future__ import annotations
@@ -10,11 +13,11 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from problem import TASKS, Sentences, build_model, save_weights
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LinearLR
 from torch.utils.data import DataLoader
 
-from examples.recipes.problem import TASKS, Sentences, build_model, save_weights
 from gradsub import GemsOptimizer
 
 

@@ -1,77 +1,56 @@
 """Hugging Face Trainer: batches whose rows belong to several tasks, on any number of processes.
 
+    python examples/recipes/trainer.py --out weights.pt
     accelerate launch --num_processes 2 examples/recipes/trainer.py --out weights.pt
 
-A callback cannot do it: none of its events sees the batch, and the rows' tasks are in the batch. So one method of the
-Trainer is overridden.
+It writes checkpoints after four and after eight steps; with ``--resume`` it goes on from the first one.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LinearLR
+from problem import TASKS, Sentences, build_model, save_weights
 from transformers import Trainer, TrainingArguments
 
-from examples.recipes.problem import TASKS, Sentences, build_model, save_weights
-from gradsub import GemsOptimizer
+from gradsub.integrations import GemsReportCallback, GemsTrainerMixin
 
 
-class GemsTrainer(Trainer):
-    """A Trainer whose optimizer is told which rows of a batch belong to which task.
-
-    Args:
-        gems: the optimizer, which is also the first of ``optimizers``.
-    """
-
-    def __init__(self, *arguments: Any, gems: GemsOptimizer, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.gems = gems
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *arguments: Any) -> Tensor:
-        """One forward and backward pass of a batch with a column ``task``."""
-        tasks = inputs.pop("task")
-        # The Trainer wraps the model after the optimizer was built. What is captured is summed by the optimizer.
-        quiet = model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
-        with quiet, self.gems.mixed(tasks.tolist()):
-            loss: Tensor = super().training_step(model, inputs, *arguments)
-        return loss
+class GemsTrainer(GemsTrainerMixin, Trainer):
+    """A Trainer whose rows have a column ``task``."""
 
 
 def main() -> None:
     """Train for eight steps."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
 
-    model = build_model()
-    optimizer = GemsOptimizer(
-        AdamW(model.parameters(), lr=3e-3), tasks=TASKS, rank=8, update_proj_gap=3, model=model, capture="fused"
-    )
+    checkpoints = arguments.out.parent / "trainer"
     trainer = GemsTrainer(
-        model=model,
+        model=build_model(),
         args=TrainingArguments(
-            output_dir=str(arguments.out.parent / "trainer"),
-            per_device_train_batch_size=16,
-            accelerator_config={"split_batches": True},  # 16 rows on all processes together
+            output_dir=str(checkpoints),
+            optim="adamw_torch",
+            learning_rate=3e-3,
+            lr_scheduler_type="linear",
+            max_grad_norm=1.0,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            accelerator_config={"split_batches": True},  # 8 rows on all processes together, whatever their number
             max_steps=8,
-            max_grad_norm=0.0,  # it would clip p.grad, where captured gradients are not; see clip_grad_norm_
-            remove_unused_columns=False,  # the column "task" is no argument of the model
-            save_strategy="no",
+            save_steps=4,
+            logging_steps=2,
             report_to=[],
             disable_tqdm=True,
         ),
         train_dataset=Sentences(128, (0, 1)),
-        optimizers=(optimizer, LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=8)),
-        gems=optimizer,
+        gems={"tasks": TASKS, "rank": 8, "update_proj_gap": 3, "capture": "fused"},
+        callbacks=[GemsReportCallback()],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-4") if arguments.resume else None)
     if trainer.is_world_process_zero():
         save_weights(trainer.accelerator.unwrap_model(trainer.model), arguments.out)
 

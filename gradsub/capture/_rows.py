@@ -68,8 +68,8 @@ class MixedRows:
         self._partial = shares is not None
         if shares is not None and not present <= shares.keys():
             raise ValueError(
-                f"shares names {sorted(shares)}, but task_ids has rows of {sorted(present)}: pass those of all tasks of "
-                "the step"
+                f"shares names {sorted(shares)}, but task_ids has rows of {sorted(present)}: pass those of all tasks "
+                "in the step"
             )
         total = sum(self.samples.values())
         self.shares = {

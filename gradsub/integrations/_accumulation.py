@@ -18,9 +18,9 @@ _LEAST = 1e-6
 class Batch:
     r"""One of the batches that a step accumulates; n_b is what row b counts.
 
-    A trainer adds up losses: with a number of items for the whole step, L = sum_b n_b l_b / sum_b n_b over all rows b of
-    all batches; without one L = sum_i (sum_b n_b l_b / sum_b n_b) / I over the rows b of each of I batches i. In both
-    L = sum_b u_b l_b / sum_b u_b, with u_b = n_b, or n_b over the sum of its batch's. So a task's mean loss is
+    A trainer adds up losses: with a number of items for the whole step, L = sum_b n_b l_b / sum_b n_b over all rows b
+    of all batches; without one L = sum_i (sum_b n_b l_b / sum_b n_b) / I over the rows b of each of I batches i. In
+    both L = sum_b u_b l_b / sum_b u_b, with u_b = n_b, or n_b over the sum of its batch's. So a task's mean loss is
     L_k = sum_b u_b l_b / U_k over its rows, U_k = sum_b u_b, and L = sum_k (U_k / sum_j U_j) L_k.
 
     Attributes:

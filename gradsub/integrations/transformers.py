@@ -42,7 +42,7 @@ def find_gems(optimizer: Any) -> GemsOptimizer | None:
 
 
 class GemsTrainerMixin:
-    r"""A ``Trainer`` whose batches may hold rows of several tasks; put it before the Trainer: ``class T(Mixin, Trainer)``.
+    r"""A ``Trainer`` whose batches hold rows of several tasks: ``class MyTrainer(GemsTrainerMixin, Trainer)``.
 
     Each row names its task in a column, which the model never sees. A batch stays one forward and one backward pass
     (`GemsOptimizer.mixed`). What the Trainer does to losses and gradients reaches what is captured:
@@ -63,10 +63,9 @@ class GemsTrainerMixin:
     as nothing tells their rows apart.
 
     Args:
-        gems: arguments of `GemsOptimizer` other than ``base``, which is the optimizer that the Trainer makes (``optim``,
-            ``learning_rate``, ``weight_decay`` and so on of its arguments) or is given (``optimizers=``). ``model`` is the
-            Trainer's, unless it is given. None: ``optimizers=`` holds a `GemsOptimizer`, or
-            ``optimizer_cls_and_kwargs=`` a `GemsFactory`.
+        gems: arguments of `GemsOptimizer`. Its ``base`` is the optimizer that the Trainer makes from its arguments
+            (``optim``, ``learning_rate``, ``weight_decay``), or is given in ``optimizers=``; ``model`` is its model.
+            None: there is a `GemsOptimizer` in ``optimizers=``, or a `GemsFactory` in ``optimizer_cls_and_kwargs=``.
         task_column: the column with each row's task: a name, or an index.
         count_samples: batch -> what each row counts in the loss; None: its labels that are not ignored.
         task_losses: False: spare the pass over the logits; the gate then takes the tasks' losses for equal.
@@ -283,9 +282,11 @@ class GemsTrainerMixin:
             samples = {name(task): weight for task, weight in batch.samples.items()}
             shares = batch.shares
             named = None if shares is None else {name(task): share for task, share in shares.items()}
-            with gems.mixed(batch.tasks, samples, self.other_rows(inputs, batch.tasks), named) as rows:
-                with self._hearing(model, rows, inputs.get("labels"), batch):
-                    yield
+            with (
+                gems.mixed(batch.tasks, samples, self.other_rows(inputs, batch.tasks), named) as rows,
+                self._hearing(model, rows, inputs.get("labels"), batch),
+            ):
+                yield
 
     def other_rows(self, inputs: Mapping[str, Any], tasks: list[int]) -> Sequence[Sequence[int]]:
         """``other_rows`` of `GemsOptimizer.mixed`; none here. Override it for a model that flattens its batches.
@@ -330,10 +331,8 @@ class GemsTrainerMixin:
             )
             return
         present = sorted(set(batch.tasks))
-        weights = [
-            [weight / batch.totals[task] if whose == task else 0.0 for whose, weight in zip(batch.tasks, batch.weights)]
-            for task in present
-        ]
+        pairs = list(zip(batch.tasks, batch.weights, strict=True))
+        weights = [[(whose == task) * weight / batch.totals[task] for whose, weight in pairs] for task in present]
         means = torch.tensor(weights).to(losses.device, non_blocking=True) @ losses
         scaler = getattr(me.accelerator, "scaler", None)
         means = means if scaler is None else scaler.scale(means)
@@ -376,7 +375,7 @@ class GemsFactory:
         return GemsOptimizer(base, tasks=tasks, **{"model": model, **gems})
 
 
-class GemsReportCallback(TrainerCallback):  # type: ignore[misc]
+class GemsReportCallback(TrainerCallback):
     """Logs the last step's report whenever the Trainer logs its loss: flat numbers, to wherever the Trainer logs to.
 
     The names are those of `Report.scalars`, after a prefix. A report waits for the device.
@@ -412,7 +411,7 @@ class GemsReportCallback(TrainerCallback):  # type: ignore[misc]
 def _scalars(report: Any) -> dict[str, float]:
     """Flat numbers of a report: means over the layers."""
     if hasattr(report, "scalars"):
-        return report.scalars()  # type: ignore[no-any-return]
+        return dict(report.scalars())
     sums: dict[str, list[float]] = {}
     for layer in report.layers:
         for task, gate in layer.gates.items():
