@@ -71,13 +71,14 @@ class Intake:
         return self.capture.rounding
 
     @contextmanager
-    def open(self, parts: list[Part], samples: Mapping[int, float], what: str) -> Iterator[None]:
+    def open(self, parts: list[Part], samples: Mapping[int, float], what: str, mixed: bool = False) -> Iterator[None]:
         """Everything that is captured in here belongs to the parts' tasks.
 
         Args:
             parts: the rows of each task.
             samples: by task, what they count.
             what: how errors call this block.
+            mixed: parameters without subspaces take the gradient of the block's loss as it is, whosever it is.
 
         Raises:
             RuntimeError: another block is open; the gradients of this step were divided by the scale of the loss; or
@@ -92,10 +93,9 @@ class Intake:
                 "those captured now: unscale after the last backward pass, and call step() or zero_grad() first"
             )
         self._open = what
-        # Of a part of a mixed step, parameters without subspaces take the gradient of the loss as it is.
-        mixed = len(parts) > 1 or parts[0].share != 1.0
+        alone = parts[0] if len(parts) == 1 else None
         if mixed:
-            self.capture.open(MIXED, (parts[0].task, parts[0].share) if len(parts) == 1 else None)
+            self.capture.open(MIXED, None if alone is None else (alone.task, alone.share))
         else:
             self.capture.open(parts[0].task)
         self.fused.open(parts)

@@ -362,7 +362,9 @@ class GemsOptimizer(Optimizer):
         rows = MixedRows(self.tasks, task_ids, samples, other_rows, shares, self._intake.saw_loss)
         counts = {task: settings.check_samples(count, self.tasks[task]) for task, count in rows.samples.items()}
         parts = rows.parts(self._intake.fused.device)
-        with self._intake.open(parts, counts, "mixed(...)"), self._intake.watch_rows(rows):
+        # A part of a step is one of a mixed batch, also where all its rows are of one task.
+        mixed = len(parts) > 1 or shares is not None
+        with self._intake.open(parts, counts, "mixed(...)", mixed), self._intake.watch_rows(rows):
             yield rows
 
     def backward(

@@ -27,13 +27,11 @@ class Batch:
         tasks: of every row, its index.
         weights: of every row, u_b.
         totals: by task, U_k over all batches of the step.
-        parts: how many batches the step has.
     """
 
     tasks: list[int]
     weights: list[float]
     totals: dict[int, float]
-    parts: int
 
     @property
     def samples(self) -> dict[int, float]:
@@ -44,10 +42,10 @@ class Batch:
         return {task: max(weight, _LEAST) for task, weight in found.items()}
 
     @property
-    def shares(self) -> dict[int, float] | None:
-        """By task, U_k / sum_j U_j; None for the only batch of a step."""
+    def shares(self) -> dict[int, float]:
+        """By task, U_k / sum_j U_j."""
         total = sum(self.totals.values())
-        return None if self.parts == 1 else {task: weight / total for task, weight in self.totals.items()}
+        return {task: weight / total for task, weight in self.totals.items()}
 
 
 def account(
@@ -79,8 +77,7 @@ def account(
             totals[task] = totals.get(task, 0.0) + unit * count
     totals = {task: max(total, _LEAST) for task, total in totals.items()}
     made = iter(
-        Batch(ids, [unit * count for count in counts], totals, len(found))
-        for (ids, counts), unit in zip(found, units, strict=True)
+        Batch(ids, [unit * count for count in counts], totals) for (ids, counts), unit in zip(found, units, strict=True)
     )
     return [None if rows is None else next(made) for rows in read]
 

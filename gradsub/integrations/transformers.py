@@ -280,10 +280,9 @@ class GemsTrainerMixin:
             assert batch is not None
             name = gems.tasks.__getitem__
             samples = {name(task): weight for task, weight in batch.samples.items()}
-            shares = batch.shares
-            named = None if shares is None else {name(task): share for task, share in shares.items()}
+            shares = {name(task): share for task, share in batch.shares.items()}
             with (
-                gems.mixed(batch.tasks, samples, self.other_rows(inputs, batch.tasks), named) as rows,
+                gems.mixed(batch.tasks, samples, self.other_rows(inputs, batch.tasks), shares) as rows,
                 self._hearing(model, rows, inputs.get("labels"), batch),
             ):
                 yield
@@ -404,6 +403,8 @@ class GemsReportCallback(TrainerCallback):
         if gems is None:
             raise ValueError("GemsReportCallback wants a GemsOptimizer in the Trainer; see GemsFactory")
         found = _scalars(gems.report())
+        if not found:
+            return
         # A subclass's log() adds what it has measured, which it does to the entry of the loss.
         Trainer.log(self.trainer, {f"{self.prefix}{name}": value for name, value in found.items()})
 
