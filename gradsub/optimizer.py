@@ -217,7 +217,8 @@ class GemsOptimizer(Optimizer):
             model,
             target_modules,
             master_weights,
-            capture,
+            # Without a task there is nothing to tell apart: autograd's own gradient is all there is.
+            capture if self.tasks else "generic",
             refresh,
             protection,
             anchor,

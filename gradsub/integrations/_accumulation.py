@@ -89,7 +89,7 @@ def _read(entry: Any, tasks: Sequence[str], column: str) -> tuple[list[int], lis
     ids = [task for task, _ in listed if task is not None and task != -1]
     counts = [count for _, count in listed if count is not None and count == count]
     if len(tasks) <= 1:
-        return [0 if not ids else task_index(ids[0], tasks)] * len(counts) if tasks else [], counts if tasks else []
+        return ([0] * len(counts), counts) if tasks else ([], [])  # whatever else a column of that name may mean
     if not ids:
         raise ValueError(
             f"the rows have no column {column!r}, which names their tasks, and tasks={tuple(tasks)} are several: add "
