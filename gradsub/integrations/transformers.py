@@ -383,11 +383,14 @@ class GemsReportCallback(TrainerCallback):
         trainer: the Trainer, for ``trainer.add_callback(GemsReportCallback(trainer))``; None: a Trainer with
             `GemsTrainerMixin` that gets it in ``callbacks=[GemsReportCallback()]`` enters itself.
         prefix: of all names.
+        leak: whether it is measured how much of the bases lies in what the null space protects; the protected
+            directions come to the device for it. Spare it where these are large and logging is frequent.
     """
 
-    def __init__(self, trainer: Any = None, prefix: str = "gems/") -> None:
+    def __init__(self, trainer: Any = None, prefix: str = "gems/", leak: bool = True) -> None:
         self.trainer = trainer
         self.prefix = prefix
+        self.leak = leak
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         """Log the report beside the Trainer's loss.
@@ -402,21 +405,8 @@ class GemsReportCallback(TrainerCallback):
         gems = find_gems(rest.get("optimizer"))
         if gems is None:
             raise ValueError("GemsReportCallback wants a GemsOptimizer in the Trainer; see GemsFactory")
-        found = _scalars(gems.report())
+        found = gems.report(angles=False, leak=self.leak).scalars()
         if not found:
             return
         # A subclass's log() adds what it has measured, which it does to the entry of the loss.
         Trainer.log(self.trainer, {f"{self.prefix}{name}": value for name, value in found.items()})
-
-
-def _scalars(report: Any) -> dict[str, float]:
-    """Flat numbers of a report: means over the layers."""
-    if hasattr(report, "scalars"):
-        return dict(report.scalars())
-    sums: dict[str, list[float]] = {}
-    for layer in report.layers:
-        for task, gate in layer.gates.items():
-            sums.setdefault(f"gate/{task}", []).append(gate)
-        for pair, cosine in layer.cosines.items():
-            sums.setdefault(f"cosine/{'|'.join(pair)}", []).append(cosine)
-    return {name: sum(found) / len(found) for name, found in sums.items()}

@@ -110,7 +110,7 @@ def test_a_report_is_logged_as_flat_scalars(tmp_path: Path) -> None:
     entries = [entry for entry in trainer.state.log_history if any(key.startswith("g/") for key in entry)]
     assert [entry["step"] for entry in entries] == [2, 4]
     for entry in entries:
-        assert {"g/gate/search", "g/gate/rec", "g/cosine/search|rec"} <= entry.keys()
+        assert {"g/gate/search", "g/gate/rec", "g/cosine/search|rec", "g/loss/search", "g/loss/rec"} <= entry.keys()
         assert all(isinstance(value, (int, float)) and math.isfinite(value) for value in entry.values())
         assert entry["g/gate/search"] + entry["g/gate/rec"] == pytest.approx(1.0)
     lost = GemsReportCallback()
