@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._gradients import observe_gradients, own_loss
 from gradsub.null_space._protection import Protection, extend, leading, protect
 from gradsub.null_space._ranks import Deal, Turns, gather
+from gradsub.null_space._scratch import Scratch
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
@@ -44,16 +46,16 @@ class NullSpace:
     dW (m x n) inside it satisfies dW K = 0 for ``side="input"``: the layer answers every protected input as before; and
     K^T dW = 0 for ``side="output"``: no input can move the protected part of the output.
 
-    The statistics of a layer are its covariance, a float64 sum (8 d^2 bytes) that is exact but for the rounding of its
-    products, which are float32 where ``energy`` is at most 0.999, d at least 256 and the features no float64; or, where
-    ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The sketch knows its own error: its
-    covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum of all but the k largest
-    eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the budget. Batches may come
-    in any order and any division: exact statistics differ by rounding only, sketches by the bound. A sketch errs
-    towards protection: ``energy`` counts against the exact tr(C), and ``threshold`` takes every direction that may
-    reach it. Where it cannot hold enough directions, it warns once and protects all it holds. Its certificate of the
-    energy is loose unless the budget holds several times as many rows as there are directions to protect: where that
-    is no saving over 8 d^2 bytes, prefer exact statistics, which are faster to collect as well.
+    The statistics of a layer are its covariance, half of a symmetric float64 sum (little more than 4 d^2 bytes) that is
+    exact but for the rounding of its products, which are float32 where ``energy`` is at most 0.999, d at least 256 and
+    the features no float64; or, where ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The
+    sketch knows its own error: its covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum
+    of all but the k largest eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the
+    budget. Batches may come in any order and any division: exact statistics differ by rounding only, sketches by the
+    bound. A sketch errs towards protection: ``energy`` counts against the exact tr(C), and ``threshold`` takes every
+    direction that may reach it. Where it cannot hold enough directions, it warns once and protects all it holds. Its
+    certificate of the energy is loose unless the budget holds several times as many rows as there are directions to
+    protect: where that is no saving over 4 d^2 bytes, prefer exact statistics, which are faster to collect as well.
 
     Norm weights and biases have null spaces as well, of the gradients that general-domain data has for them:
     `collect_gradients`.
@@ -122,6 +124,7 @@ class NullSpace:
         *,
         normalize: bool = False,
         layers_at_once: int | None = None,
+        out: str | os.PathLike[str] | None = None,
         shard: bool = True,
         process_group: Any = None,
     ) -> NullSpace:
@@ -148,6 +151,12 @@ class NullSpace:
                 many as groups of layers, ``batches`` must be there for each, and nothing can be added to these layers.
                 Layers with the same input share their directions only within a group: choose a multiple of the
                 layers in a block. None: all of them.
+            out: a safetensors file that the protected directions are put into, in their smaller form, and that this
+                null space reads from then on: it is mapped into memory. Each layer's directions leave the memory as
+                they are found, and their statistics too. So with ``layers_at_once=1``, building takes the memory of one
+                layer, however many there are. Temporary files next to it take the same room until it is complete; what
+                interrupts the building leaves an earlier file as it was. `load` reads it. On several ranks each one
+                writes it. None: the directions stay in memory, and `save` writes them.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
@@ -160,23 +169,37 @@ class NullSpace:
                 layer is named); ``layers_at_once`` is no positive integer, or ``batches`` can be run through only
                 once; or ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
+            OSError: ``out`` cannot be written.
+            ImportError: ``out`` is given, and safetensors is not installed.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+            >>> batches = [torch.eye(4)[:2]]
+            >>> null_space = NullSpace(energy=1.0).collect(model, batches)
+            >>> {name: null_space.basis(name).shape for name in null_space}
+            {'0': torch.Size([4, 2]), '1': torch.Size([3, 2])}
         """
         layers = select_layers(model, target_modules)
         names = list(layers)
         if layers_at_once is not None:
             _check_groups(layers_at_once, batches)
-        for start in range(0, len(names), layers_at_once or len(names)):
-            group = {name: layers[name] for name in names[start:][:layers_at_once]}
-            self._gathered(
-                model,
-                batches,
-                shard,
-                process_group,
-                partial(NullSpace._collect, model=model, layers=group, normalize=normalize),
-            )
-            if layers_at_once is not None:
-                self._drop_statistics(group)
-        self._check_seen(names)
+        with nullcontext() if out is None else Scratch(out) as scratch:
+            for start in range(0, len(names), layers_at_once or len(names)):
+                group = {name: layers[name] for name in names[start:][:layers_at_once]}
+                self._gathered(
+                    model,
+                    batches,
+                    shard,
+                    process_group,
+                    partial(NullSpace._collect, model=model, layers=group, normalize=normalize),
+                )
+                if layers_at_once is not None or scratch is not None:
+                    self._condense(group, scratch)
+            self._check_seen(names)
+            if out is not None:
+                self._move_into(out, names)
         return self
 
     def collect_gradients(
@@ -199,8 +222,8 @@ class NullSpace:
 
         The model runs in evaluation mode; modes, ``requires_grad`` and ``.grad`` are as before afterwards. Vectors are
         collected whether they require gradients or not. If anything fails, nothing is added. A vector's statistics are
-        its own (8 d^2 bytes, or ``layer_memory_budget``), and for one batch at a time two rows (d) for every position
-        are held for each vector.
+        its own (4 d^2 to 8 d^2 bytes, or ``layer_memory_budget``), and for one batch at a time two rows (d) for every
+        position are held for each vector.
 
         Args:
             model: the model whose vectors are protected; all that scale or shift their module's features on the last
@@ -671,10 +694,28 @@ class NullSpace:
             found.by_name.update((name, directions) for name in found.by_name if self._shared.by_name[name] is each)
         return found
 
-    def _drop_statistics(self, names: Iterable[str]) -> None:
-        part = NullSpace(**self._settings())
-        part._shared.by_name = {name: self._shared.by_name[name] for name in names if name in self}
-        self._shared.by_name.update(part._directions().by_name)
+    def _condense(self, names: Iterable[str], scratch: Scratch | None) -> None:
+        """Keep the directions alone, of one layer after the other, so that its statistics make room for the next."""
+        names = [name for name in names if name in self]
+        for name in names:
+            statistics = self._shared.by_name[name]
+            if isinstance(statistics, Directions):
+                continue
+            directions = Directions(self._protection(name), statistics.energy(), statistics.count)
+            if scratch is not None:
+                directions = directions.moved(scratch.put)
+            for twin in [twin for twin in names if self._shared.by_name[twin] is statistics]:
+                self._shared.by_name[twin] = directions
+                self._protected[twin] = directions.protection
+
+    def _move_into(self, path: str | os.PathLike[str], names: Iterable[str]) -> None:
+        """Write all directions to a file, and read those of ``names`` from it from now on."""
+        self.save(path, statistics=False)
+        _, written = read(path, "cpu")
+        for name in names:
+            if name in self:
+                self._shared.by_name[name] = written.by_name[name]
+                self._protected.pop(name, None)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NullSpace:

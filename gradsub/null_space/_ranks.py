@@ -111,8 +111,7 @@ def gather(
             "dealt": dealt,
             "layers": {name: firsts[id(statistics)] for name, statistics in mine.by_name.items()},
             "states": {
-                name: {**each.state(), "shape": tuple(each.tensor.shape), "dtype": each.tensor.dtype}
-                for name, each in distinct.items()
+                name: {**each.state(), "shape": each.shape, "dtype": each.dtype} for name, each in distinct.items()
             },
         }
     )
@@ -147,11 +146,13 @@ def _merged(
         raise RuntimeError(f"the ranks have different statistics of {name!r}: {sorted(kinds)}")
     first = next(iter(states.values()))
     if first["kind"] == Covariance.kind:
-        total = (
-            torch.zeros(first["shape"], dtype=first["dtype"], device=device) if mine is None else mine.tensor.clone()
-        )
-        ranks.sum_([total])
-        return Covariance(total, sum(state["count"] for state in states.values()))
+        single = all(state["single"] for state in states.values())
+        total = Covariance.empty(first["shape"][0], device, single, first["dtype"])
+        if mine is not None:
+            total.merge(mine)
+        ranks.sum_(total.blocks)
+        total.count = sum(state["count"] for state in states.values())
+        return total
     sketch: Statistics | None = None
     for rank, state in states.items():
         own = mine is not None and rank == ranks.index

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Tensors in temporary files, mapped into memory: what of them is in use is read, and nothing has to stay.
+
+    Mapped tensors outlive the files' names, which go when the scratch is left.
+
+    Args:
+        beside: the file that is made with it; the temporary ones lie in a folder next to it.
+    """
+
+    def __init__(self, beside: str | os.PathLike[str]) -> None:
+        target = Path(os.path.realpath(beside))
+        # On Windows the files of tensors that are still mapped cannot be deleted.
+        self._made = tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
+        )
+        self.folder = Path(self._made.name)
+        self._count = 0
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The same numbers on the CPU, in a file; changes of them stay in memory."""
+        if tensor.numel() == 0:
+            return tensor.cpu()
+        path = self.folder / f"{self._count}.numbers"
+        self._count += 1
+        with path.open("wb") as file:
+            file.write(tensor.detach().cpu().contiguous().numpy().data)
+        mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype, device="cpu")
+        return mapped.view(tensor.shape)
+
+    def __enter__(self) -> Scratch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._made.cleanup()
