@@ -45,7 +45,10 @@ def write(path: str | os.PathLike[str], settings: dict[str, Any], shared: Shared
         # One after the other: whole matrices are made of what is kept, and all of them would take as much again.
         tensors = {key: _stored(statistics, scratch) for key, statistics in distinct.items()}
         written = scratch.folder / target.name
-        files.save_file(tensors, str(written), metadata)
+        try:
+            files.save_file(tensors, str(written), metadata)
+        except files.SafetensorError as error:  # also where the disk is full
+            raise OSError(f"path={os.fspath(path)!r} cannot be written ({error}): make room there") from error
         with written.open("rb+") as file:
             os.fsync(file.fileno())  # or a crash of the machine could leave the new name without the content
         written.replace(target)

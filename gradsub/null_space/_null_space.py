@@ -683,6 +683,7 @@ class NullSpace:
 
         Raises:
             ImportError: safetensors is not installed.
+            OSError: the file cannot be written.
         """
         write(path, self._settings(), self._shared if statistics else self._directions())
 
@@ -690,9 +691,15 @@ class NullSpace:
         found = SharedStatistics()
         found.by_name, found.versions = dict(self._shared.by_name), dict(self._shared.versions)
         for first, each in self._shared.distinct().items():
-            directions = Directions(self._protection(first), each.energy(), each.count)
+            directions = self._directions_of(first)
             found.by_name.update((name, directions) for name in found.by_name if self._shared.by_name[name] is each)
         return found
+
+    def _directions_of(self, name: str) -> Directions:
+        statistics = self._shared.by_name[name]
+        if isinstance(statistics, Directions):
+            return statistics
+        return Directions(self._protection(name), statistics.energy(), statistics.count)
 
     def _condense(self, names: Iterable[str], scratch: Scratch | None) -> None:
         """Keep the directions alone, of one layer after the other, so that its statistics make room for the next."""
@@ -701,7 +708,7 @@ class NullSpace:
             statistics = self._shared.by_name[name]
             if isinstance(statistics, Directions):
                 continue
-            directions = Directions(self._protection(name), statistics.energy(), statistics.count)
+            directions = self._directions_of(name)
             if scratch is not None:
                 directions = directions.moved(scratch.put)
             for twin in [twin for twin in names if self._shared.by_name[twin] is statistics]:

@@ -33,8 +33,12 @@ class Scratch:
             return tensor.cpu()
         path = self.folder / f"{self._count}.numbers"
         self._count += 1
-        with path.open("wb") as file:
-            file.write(tensor.detach().cpu().contiguous().numpy().data)
+        try:
+            with path.open("wb") as file:
+                file.write(tensor.detach().cpu().contiguous().numpy().data)
+        except OSError as error:
+            message = f"{error.strerror} (a layer's directions or statistics, {tensor.nbytes} bytes): make room there"
+            raise OSError(error.errno, message, str(path)) from error
         mapped = torch.from_file(str(path), shared=False, size=tensor.numel(), dtype=tensor.dtype, device="cpu")
         return mapped.view(tensor.shape)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from gradsub import GemsOptimizer
+from gradsub import GemsOptimizer, NullSpace
 
-from ..data import Batch, join
+from ..data import Batch, join, make_batches
 from ..models import mean_loss, trained_weights
 from ..problem import Problem
+from ..protection import ENERGY, fit
 from ._training import Method, Training, adamw
 
 GENERIC = "generic"
@@ -48,17 +51,19 @@ class Mixed(Training):
 
 
 class Gems(Method):
-    """Args: how gradients are captured; the side of the bases; whether one pass serves all tasks."""
+    """Args: how gradients are captured; the side of the bases; whether one pass serves all tasks; a null space."""
 
     warm_up_steps = 6
     refreshes = "cycle"
 
-    def __init__(self, capture: str, side: str = "input", mixed: bool = False) -> None:
+    def __init__(self, capture: str, side: str = "input", mixed: bool = False, protected: bool = False) -> None:
         self._capture = capture
         self._side = side
         self._mixed = mixed
+        self._protected = protected
         passes = "one pass for all tasks" if mixed else "a pass a task"
-        self.summary = f"GemsOptimizer(AdamW), capture {capture}, side {side}, {passes}"
+        null_space = f", with a null space of energy {ENERGY}" if protected else ""
+        self.summary = f"GemsOptimizer(AdamW), capture {capture}, side {side}, {passes}{null_space}"
 
     def unavailable(self) -> str | None:
         if self._capture != GENERIC and not _has_capture():
@@ -75,9 +80,16 @@ class Gems(Method):
             update_proj_gap=problem.update_proj_gap,
             side=self._side,
             model=model,
+            null_space=self._null_space(model, problem) if self._protected else None,
             **({"capture": self._capture} if _has_capture() else {}),
         )
         return (Mixed if self._mixed else TaskByTask)(model, optimizer)
+
+    def _null_space(self, model: nn.Module, problem: Problem) -> NullSpace:
+        few = replace(problem, tokens=2 * problem.sequence_length, tasks=1)  # a row of either kind of model
+        config: Any = model.config
+        (batch,) = make_batches(few, config.vocab_size, config.is_encoder_decoder)
+        return fit(model, batch.inputs, self._side, problem.seed)
 
 
 def _has_capture() -> bool:
