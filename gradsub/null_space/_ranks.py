@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics
 
+Result = TypeVar("Result")
 _DIFFERENT = (
     "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, or shard=False "
     "if every rank has batches of its own"
@@ -136,6 +137,29 @@ def gather(
     found.by_name = {name: merged[first] for name, first in layers.items()}
     found.versions = dict.fromkeys(layers, 1)
     return found
+
+
+def on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
+    """What ``action`` returns here, once no rank failed: one that has no room on its disk must not keep others waiting.
+
+    Raises:
+        RuntimeError: it failed on another rank.
+    """
+    if ranks.size == 1:
+        return action()
+    found: list[Result] = []
+    failure = None
+    try:
+        found.append(action())
+    except Exception as error:
+        failure = error
+    messages = ranks.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} could not write its part: {message}")
+    return found[0]
 
 
 def _merged(
