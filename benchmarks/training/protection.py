@@ -27,8 +27,8 @@ SHARES: Final = (
 )
 
 
-def fit(model: nn.Module, inputs: Mapping[str, Tensor], side: str, seed: int) -> NullSpace:
-    """A null space that protects `SHARES` of every layer's directions, mapped into memory from a file.
+def fit(model: nn.Module, inputs: Mapping[str, Tensor], side: str, seed: int) -> tuple[NullSpace, int]:
+    """A null space that protects `SHARES` of every layer's directions, mapped into memory, and the bytes of its file.
 
     The features have random orthonormal directions, of which the share holds just ``ENERGY``. Layers that receive one
     tensor when the model is called with ``inputs`` have the same features.
@@ -49,7 +49,7 @@ def fit(model: nn.Module, inputs: Mapping[str, Tensor], side: str, seed: int) ->
             else:
                 null_space.update(group[0], features)
         null_space.save(path, statistics=False)
-        return NullSpace.load(path)
+        return NullSpace.load(path), path.stat().st_size
 
 
 def _share(name: str) -> float:

@@ -93,7 +93,7 @@ def _case(config: Config, case: Case, result: Result) -> str:
         "state, MiB",
         "held, MiB",
         "peak, MiB",
-        *(["/ no null space"] if protected else []),
+        *(["/ no null space", "mapped, MiB"] if protected else []),
     ]
     rows = []
     for key in result.keys:
@@ -114,11 +114,7 @@ def _case(config: Config, case: Case, result: Result) -> str:
                 _mebibytes(result.entry("steps", key)["state_bytes"]),  # type: ignore[index]
                 _mebibytes(result.held_above_parameters(key)),
                 _mebibytes(result.peak_above_parameters(key)),
-                *(
-                    [_quotient(result.peak_above_parameters(key), result.peak_above_parameters(without))]
-                    if protected
-                    else []
-                ),
+                *(_protection(result, key, without) if protected else []),
             ]
         )
     tasks = ", ".join(map(str, case.tasks))
@@ -127,8 +123,7 @@ def _case(config: Config, case: Case, result: Result) -> str:
     title = f"## {case.model}: {case.tokens} tokens, rank {case.rank}, tasks {tasks}"
     note = (
         f"{rounds} rounds; load average when it began: {load}. Ratios: median [quartiles] within rounds. Held (between "
-        "steps) and peak (during a step): memory above the parameters. A null space is mapped from a file and counts "
-        "as far as it is copied."
+        "steps) and peak (during a step): memory above the parameters, without the file of a null space that is mapped."
     )
     return f"{title}\n\n{note}\n\n{_table(header, rows)}"
 
@@ -148,8 +143,11 @@ def _ratio(ratio: Ratio | None) -> str:
     return "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
-def _quotient(own: int | None, other: int | None) -> str:
-    return "" if own is None or not other else f"{own / other:.3f}"
+def _protection(result: Result, key: Key, without: Key) -> list[str]:
+    own, other = result.peak_above_parameters(key), result.peak_above_parameters(without)
+    if own is None or other is None:
+        return ["", ""]
+    return [f"{own / other:.3f}", _mebibytes(result.entry("memory", key)["mapped_bytes"])]  # type: ignore[index]
 
 
 def _mebibytes(count: int | None) -> str:

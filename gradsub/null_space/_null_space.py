@@ -181,7 +181,9 @@ class NullSpace:
         if layers_at_once is not None:
             check_groups(layers_at_once, batches)
         ranks = Ranks(process_group)
-        with nullcontext() if out is None else on_every_rank(ranks, lambda: Scratch(out)) as scratch:
+        with nullcontext() if out is None else Scratch(out) as scratch:
+            if scratch is not None:
+                on_every_rank(ranks, lambda: scratch.folder)  # before hours of work
             for start in range(0, len(names), layers_at_once or len(names)):
                 group = {name: layers[name] for name in names[start:][:layers_at_once]}
                 observed = partial(collect_features, model=model, layers=group, side=self.side, normalize=normalize)

@@ -19,13 +19,23 @@ class Scratch:
     """
 
     def __init__(self, beside: str | os.PathLike[str]) -> None:
-        target = Path(os.path.realpath(beside))
-        # On Windows the files of tensors that are still mapped cannot be deleted.
-        self._made = tempfile.TemporaryDirectory(
-            prefix=f".{target.name}.", dir=target.parent, ignore_cleanup_errors=True
-        )
-        self.folder = Path(self._made.name)
+        self._target = Path(os.path.realpath(beside))
+        self._made: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
+
+    @property
+    def folder(self) -> Path:
+        """Made when it is first asked for.
+
+        Raises:
+            OSError: there is no room for it, or no folder to put it into.
+        """
+        if self._made is None:
+            # On Windows the files of tensors that are still mapped cannot be deleted.
+            self._made = tempfile.TemporaryDirectory(
+                prefix=f".{self._target.name}.", dir=self._target.parent, ignore_cleanup_errors=True
+            )
+        return Path(self._made.name)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The same numbers on the CPU, in a file; changes of them stay in memory."""
@@ -48,4 +58,5 @@ class Scratch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._made.cleanup()
+        if self._made is not None:
+            self._made.cleanup()

@@ -73,6 +73,7 @@ class Gems(Method):
         return None
 
     def build(self, model: nn.Module, problem: Problem) -> Training:
+        null_space, mapped = self._null_space(model, problem) if self._protected else (None, 0)
         optimizer = GemsOptimizer(
             adamw(trained_weights(model), problem),
             tasks=problem.task_names,
@@ -80,12 +81,12 @@ class Gems(Method):
             update_proj_gap=problem.update_proj_gap,
             side=self._side,
             model=model,
-            null_space=self._null_space(model, problem) if self._protected else None,
+            null_space=null_space,
             **({"capture": self._capture} if _has_capture() else {}),
         )
-        return (Mixed if self._mixed else TaskByTask)(model, optimizer)
+        return (Mixed if self._mixed else TaskByTask)(model, optimizer, mapped)
 
-    def _null_space(self, model: nn.Module, problem: Problem) -> NullSpace:
+    def _null_space(self, model: nn.Module, problem: Problem) -> tuple[NullSpace, int]:
         few = replace(problem, tokens=2 * problem.sequence_length, tasks=1)  # a row of either kind of model
         config: Any = model.config
         (batch,) = make_batches(few, config.vocab_size, config.is_encoder_decoder)
