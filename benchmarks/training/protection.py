@@ -42,7 +42,7 @@ def fit(model: nn.Module, inputs: Mapping[str, Tensor], side: str, seed: int) ->
         path = Path(folder) / "null_space.safetensors"
         for group in groups:
             shape = layers[group[0]].weight.shape
-            features = _features(shape[1 if side == "input" else 0], _share(group[0]), generator)
+            features = features_of(shape[1 if side == "input" else 0], _share(group[0]), generator)
             if side == "input":
                 with _each_layer_alone(model, [layers[name] for name in group]):
                     null_space.collect(model, [features], group)
@@ -56,7 +56,7 @@ def _share(name: str) -> float:
     return next(share for pattern, share in SHARES if re.search(pattern, name))
 
 
-def _features(width: int, share: float, generator: torch.Generator) -> Tensor:
+def features_of(width: int, share: float, generator: torch.Generator) -> Tensor:
     """Rows (d x d) whose covariance has two eigenvalues; the directions of the larger one hold just `ENERGY`."""
     protected = round(share * width)
     # One direction fewer would hold too little, by about as much as all hold too much.
