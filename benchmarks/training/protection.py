@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import tempfile
@@ -31,25 +32,34 @@ def fit(model: nn.Module, inputs: Mapping[str, Tensor], side: str, seed: int) ->
     """A null space that protects `SHARES` of every layer's directions, mapped into memory, and the bytes of its file.
 
     The features have random orthonormal directions, of which the share holds just ``ENERGY``. Layers that receive one
-    tensor when the model is called with ``inputs`` have the same features.
+    tensor when the model is called with ``inputs`` have the same features. The methods of a process share the file.
     """
     layers = trained_layers(model)
     groups = _by_input(model, layers, inputs) if side == "input" else [[name] for name in layers]
-    generator = torch.Generator().manual_seed(seed)
-    null_space = NullSpace(side=side, energy=ENERGY)
-    # The name of the file may go: what is mapped stays.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "null_space.safetensors"
-        for group in groups:
-            shape = layers[group[0]].weight.shape
-            features = features_of(shape[1 if side == "input" else 0], _share(group[0]), generator)
+    widths = tuple(layers[group[0]].weight.shape[1 if side == "input" else 0] for group in groups)
+    key = (tuple(map(tuple, groups)), widths, side, seed)
+    path = Path(_folder().name) / f"{len(_FILES)}.safetensors"
+    if key not in _FILES:
+        null_space = NullSpace(side=side, energy=ENERGY)
+        generator = torch.Generator().manual_seed(seed)
+        for group, width in zip(groups, widths, strict=True):
+            features = features_of(width, _share(group[0]), generator)
             if side == "input":
                 with _each_layer_alone(model, [layers[name] for name in group]):
                     null_space.collect(model, [features], group)
             else:
                 null_space.update(group[0], features)
         null_space.save(path, statistics=False)
-        return NullSpace.load(path), path.stat().st_size
+        _FILES[key] = path
+    return NullSpace.load(_FILES[key]), _FILES[key].stat().st_size
+
+
+_FILES: Final[dict[tuple[object, ...], Path]] = {}
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
 
 def _share(name: str) -> float:
