@@ -86,14 +86,14 @@ def _case(config: Config, case: Case, result: Result) -> str:
         "step, s",
         *(f"/ {name}" for name in references),
         *([f"/ itself at {base}"] if several else []),
-        *(["/ no null space"] if protected else []),
+        *(["step / no null space"] if protected else []),
         "cold start",
         "refresh, worst",
         "refresh, mean",
         "state, MiB",
         "held, MiB",
         "peak, MiB",
-        *(["/ no null space", "mapped, MiB"] if protected else []),
+        *(["peak / no null space", "mapped, MiB"] if protected else []),
     ]
     rows = []
     for key in result.keys:

@@ -15,15 +15,23 @@ from ..data import Batch, join, make_batches
 from ..models import mean_loss, trained_weights
 from ..problem import Problem
 from ..protection import ENERGY, fit
-from ._training import Method, Training, adamw
+from ._training import Method, Training, adamw, tensor_bytes
 
 GENERIC = "generic"
 
 
-class TaskByTask(Training):
-    """A forward and a backward pass a task, inside ``optimizer.task``."""
+class GemsTraining(Training):
+    """Counts as state what is on the device between refreshes, so not the protected directions."""
 
     optimizer: GemsOptimizer
+
+    def state_bytes(self) -> int:
+        states = self.optimizer.state.values()
+        return tensor_bytes([{k: v for k, v in state.items() if k not in ("protected", "free")} for state in states])
+
+
+class TaskByTask(GemsTraining):
+    """A forward and a backward pass a task, inside ``optimizer.task``."""
 
     def step(self, batches: Sequence[Batch]) -> float:
         total = 0.0
@@ -37,7 +45,7 @@ class TaskByTask(Training):
         return total / len(batches)
 
 
-class Mixed(Training):
+class Mixed(GemsTraining):
     """One forward and one backward pass of all tasks' rows, inside ``optimizer.mixed``."""
 
     def step(self, batches: Sequence[Batch]) -> float:
