@@ -146,12 +146,12 @@ class NullSpace:
                 many as groups of layers, ``batches`` must be there for each, and nothing can be added to these layers.
                 Layers with the same input share their directions only within a group: choose a multiple of the
                 layers in a block. None: all of them.
-            out: a safetensors file that the protected directions are put into, in their smaller form, and that this
-                null space reads from then on: it is mapped into memory. Each layer's directions leave the memory as
-                they are found, and their statistics too. So with ``layers_at_once=1``, building takes the memory of one
-                layer, however many there are. Temporary files next to it take the same room until it is complete; what
-                interrupts the building leaves an earlier file as it was. `load` reads it. On several ranks each one
-                writes it. None: the directions stay in memory, and `save` writes them.
+            out: a safetensors file for the protected directions of all layers, in their smaller form. The layers
+                collected here are mapped from it afterwards, and nothing can be added to them. Each layer's directions
+                leave the memory as they are found, and its statistics too. So with ``layers_at_once=1``, building takes
+                the memory of one layer, however many there are. Temporary files next to it take the same room until it
+                is complete. Whatever interrupts the building leaves an earlier file as it was. On several ranks each
+                one writes it. None: the directions stay in memory, and `save` writes them.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
