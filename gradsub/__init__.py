@@ -6,6 +6,7 @@ project, lift) -> `inner` (the wrapped optimizer) -> `null_space` (constraint) -
 
 from importlib.metadata import version as _version
 
+from gradsub._unprotected import freeze_unprotected
 from gradsub.gates import Gate, GateInputs, HypergradientGate
 from gradsub.null_space import NullSpace
 from gradsub.optimizer import GemsOptimizer, NonFiniteError
@@ -23,6 +24,7 @@ __all__ = [
     "ParameterSummary",
     "Report",
     "Summary",
+    "freeze_unprotected",
     "linalg",
 ]
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from gradsub._effective import carries_protection, depends_on_parameters, is_bias, own_weight, stands_for
+from gradsub._effective import (
+    adapts_as_told,
+    carries_protection,
+    depends_on_parameters,
+    is_bias,
+    own_weight,
+    stands_for,
+)
 from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters
 
 
@@ -19,7 +26,7 @@ class Coverage:
         held: the weights and vectors that are moved inside of their null space alone.
         names: what reports call a parameter.
         targeted: the layers that ``target_modules`` names. What of these requires a gradient is expected to move, also
-            where the base optimizer does not have it; of others what it has.
+            where the base optimizer does not have it; of others what it has. What is frozen does not.
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class Coverage:
             return None
         if weight in self._held and not _carries(module, input_side):
             return f"the forward pass of {type(module).__name__} computes with something else than its weight"
-        return self._added(name, module)
+        return self._added(name, module, input_side)
 
     def _loose_by_name(self, name: str) -> str | None:
         """The same where only the base optimizer's names are known."""
@@ -94,19 +101,50 @@ class Coverage:
             return f"its weight is computed from {' and '.join(sources[:3])}"
         return "its weight is computed from parameters elsewhere" if depends_on_parameters(module) else None
 
-    def _added(self, name: str, layer: nn.Module) -> str | None:
+    def _added(self, name: str, layer: nn.Module, input_side: bool) -> str | None:
         """Why the module in which the layer stands moves what the layer does not."""
-        outer = name.rpartition(".")[0]
-        while outer and type(self._layers[outer]).forward is nn.Module.forward:
-            outer = outer.rpartition(".")[0]  # a list or dictionary of modules
+        outer = self._around(name)
         if not outer:
             return None  # the whole model stands in nobody's place
         moving = self._moving(self._layers[outer], name in self._targeted)
         others = [key for key, parameter in moving.items() if not self._inside(parameter, layer)]
-        frozen = own_weight(layer) not in self._held
-        if not others or not stands_for(self._layers[outer], layer, frozen):
+        weight = own_weight(layer)
+        frozen = weight not in self._held or not weight.requires_grad
+        inside = self._held_inside(self._layers[outer], layer) if frozen and not others else {}
+        if not (others or inside) or not stands_for(self._layers[outer], layer, frozen):
             return None
-        return f"the module around it answers for it, with {' and '.join(others[:3])}"
+        if others:
+            return f"the module around it answers for it, with {' and '.join(others[:3])}"
+        if adapts_as_told(self._layers[outer], inside, input_side):
+            return None
+        return f"the module around it ({type(self._layers[outer]).__name__}) answers with more than what is held in it"
+
+    def _held_inside(self, outer: nn.Module, layer: nn.Module) -> dict[nn.Module, bool]:
+        """The other layers of a module that move in their null spaces, and whether their weights are transposed."""
+        found = {}
+        for module in outer.modules():
+            weight = own_weight(module) if is_linear(module) and module is not layer else None
+            if weight is not None and weight in self._held and weight.requires_grad:
+                found[module] = is_transposed(module)
+        return found
+
+    def _around(self, name: str) -> str:
+        """The module that calls the layer; empty if that is the model."""
+        outer = name.rpartition(".")[0]
+        while outer and type(self._layers[outer]).forward is nn.Module.forward:
+            outer = outer.rpartition(".")[0]  # a list or dictionary of modules
+        return outer
+
+    def adapter(self, name: str) -> str | None:
+        """The module in which a layer adapts a frozen one, as LoRA's factors do; None if it is no adapter."""
+        outer = self._around(name) if name in self._layers else ""
+        if not outer:
+            return None
+        for module in self._layers[outer].modules():
+            weight = own_weight(module) if is_linear(module) else None
+            if weight is not None and not weight.requires_grad and stands_for(self._layers[outer], module, True):
+                return outer
+        return None
 
     def _inside(self, parameter: Tensor, module: nn.Module) -> bool:
         return any(own is parameter for own in module.parameters())
@@ -120,7 +158,7 @@ class Coverage:
         }
 
     def _moves(self, parameter: Tensor, targeted: bool) -> bool:
-        return parameter in self._given or (targeted and parameter.requires_grad)
+        return parameter.requires_grad and (targeted or parameter in self._given)
 
 
 def _parameter_names(name: str) -> tuple[str, ...]:

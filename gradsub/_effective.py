@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -66,6 +67,60 @@ def carries_protection(module: nn.Module, input_side: bool, transposed: bool) ->
         )
     moved, most = ((y - before if input_side else (y - before) @ k).norm() for y in (after, free))
     return bool(moved <= _TOLERANCE * most)
+
+
+def adapts_as_told(outer: nn.Module, held: Mapping[nn.Module, bool], input_side: bool) -> bool:
+    """Whether a module answers protected inputs as before when the layers in it move in the null spaces of theirs.
+
+    LoRA's does: B A x stays if A moves off x and B off A x. DoRA's does not, which divides by the norm of W + B A.
+
+    Args:
+        outer: the module.
+        held: its layers that move, and whether their weight is ``in_features x out_features``.
+        input_side: whether inputs are protected, or outputs.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    weights = {layer: weight for layer in held if (weight := own_weight(layer)) is not None}
+    like = next(iter(weights.values()))
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
+
+    inputs: dict[nn.Module, Tensor] = {}
+    handles = [layer.register_forward_hook(lambda layer, given, _: inputs.update({layer: given[0]})) for layer in held]
+    kept = {layer: weight.detach().clone() for layer, weight in weights.items()}
+    devices = [like.device] if like.is_cuda else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluating(outer):
+            width = next(layer.in_features for layer in outer.modules() if isinstance(layer, nn.Linear))
+            x = noise(1 if input_side else _ROWS, width)
+            before = outer(x)
+            out = F.normalize(noise(before.shape[-1]), dim=0)
+            answers = []
+            for obeys in (True, False):
+                for layer, transposed in held.items():
+                    W = kept[layer].mT if transposed else kept[layer]
+                    change = noise(*W.shape) * 0.5 / W.shape[1] ** 0.5
+                    if obeys and input_side:
+                        k = F.normalize(inputs[layer].reshape(-1, W.shape[1])[0], dim=0)
+                        change = change - torch.outer(change @ k, k)
+                    elif obeys:
+                        k = out if W.shape[0] == len(out) else F.normalize(noise(W.shape[0]), dim=0)
+                        change = change - torch.outer(k, k @ change)
+                    weights[layer].copy_((W + change).mT if transposed else W + change)
+                answers.append(outer(x) - before)
+                for layer, W in kept.items():
+                    weights[layer].copy_(W)
+        moved, most = ((y if input_side else y @ out).norm() for y in answers)
+        return bool(moved <= _TOLERANCE * most)
+    except Exception:
+        return False  # it takes or returns something else
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for layer, W in kept.items():
+                weights[layer].copy_(W)
 
 
 def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -12,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradsub._finite import find_nonfinite
+from gradsub._missed import Missed
 from gradsub.capture import (
     MIXED,
     Captured,
+    ClippingWatcher,
     FusedCapture,
     GenericCapture,
     LossWatcher,
@@ -38,9 +39,12 @@ class Intake:
         bank: the bases that gradients are projected on.
         exchange: sums over ranks.
         name: what errors call a parameter.
+        tasks: whether there are any.
     """
 
-    def __init__(self, bank: SubspaceBank, exchange: Exchange, name: Callable[[Tensor], str]) -> None:
+    def __init__(
+        self, bank: SubspaceBank, exchange: Exchange, name: Callable[[Tensor], str], tasks: bool = True
+    ) -> None:
         self._bank = bank
         self._exchange = exchange
         self._unscaling = Unscaling()
@@ -53,7 +57,8 @@ class Intake:
         self._clipped = False
         self._open: str | None = None
         self._cleared = 0
-        self._warned = False
+        self._missed = Missed(tasks)
+        self._clipping = ClippingWatcher(self._saw_clipping)
 
     @property
     def gradients(self) -> Mapping[int, dict[Tensor, Captured]]:
@@ -102,6 +107,7 @@ class Intake:
             self._open = None
             arrived = self.capture.close()
             if arrived:
+                self._clipping.listen()
                 for task, count in samples.items():
                     self.samples[task] = self.samples.get(task, 0.0) + count
                 self.mixed_samples += sum(samples.values()) if len(parts) > 1 else 0.0
@@ -243,18 +249,20 @@ class Intake:
             if parameter.grad is not None:
                 self.capture.check_dense(parameter, parameter.grad)
 
-    def check_strays(self) -> None:
-        """At a step: warn once if a task was closed without a gradient, and one of no task came after it."""
-        # Not at zero_grad, which may stand between the two.
-        strayed, self._outside.emptied, self._outside.strayed = self._outside.strayed, None, None
-        if strayed is not None and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"{strayed} was closed before any backward pass, and then a gradient arrived outside of "
-                "it: that belongs to no task, so no gate weighs it and the task's subspace never sees it. Call "
-                "backward() inside the block of its task",
-                stacklevel=5,
-            )
+    def _saw_clipping(self, parameters: Sequence[Tensor]) -> None:
+        """Torch's own clipping is called with these."""
+        captured = [held for held in self.gradients.values() if any(p in held for p in parameters)]
+        self._missed.clipping = self._missed.clipping or bool(captured)
+
+    def say_missed(self) -> None:
+        """At a step: warn once of each kind of gradient that went another way than its user may think."""
+        # Not at zero_grad, which may stand between a block and a gradient after it.
+        missed, outside = self._missed, self._outside
+        missed.say_strayed(outside.strayed)
+        missed.say_unclipped(self._clipped)
+        missed.say_untasked(bool(self.gradients), outside.arrived, outside.emptied)
+        outside.emptied = outside.strayed = None
+        outside.arrived = False
 
     def check_closed(self, what: str) -> None:
         """Raise a RuntimeError inside of a task, whose samples are not counted before its block is closed.
@@ -272,7 +280,8 @@ class Intake:
         """Forget all that has come in, also of an open block."""
         self._cleared += 1
         self._unscaling.reset()
-        self._clipped = False
+        self._clipped = self._missed.clipping = False
+        self._clipping.rest()
         self.capture.clear()
         self.fused.clear()
         self._bank.forget_directions()
@@ -288,6 +297,7 @@ class _Outside:
     Attributes:
         emptied: how errors call a block of this step that was closed without a gradient, or None.
         strayed: the same, once a gradient has arrived after it.
+        arrived: whether any has.
     """
 
     def __init__(self, unscaling: Unscaling, exchange: Exchange) -> None:
@@ -295,9 +305,11 @@ class _Outside:
         self._exchange = exchange
         self.emptied: str | None = None
         self.strayed: str | None = None
+        self.arrived = False
 
     def __call__(self, parameter: Tensor) -> None:
         if self._unscaling.skipped:
             self._exchange.reset()  # what the ranks had summed is of a step that a scaler has left out
         self._exchange.check_open()
+        self.arrived = True
         self.strayed = self.emptied

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from gradsub._coverage import Coverage
-from gradsub._effective import own_weight
+from gradsub._effective import is_bias, own_weight
+from gradsub._fit import Fit
 from gradsub._left_out import LeftOut, left_out, smaller_side
 from gradsub._placement import Placement
+from gradsub._unprotected import embeds_alone, known_everywhere, uses_of
 from gradsub.capture import can_fuse
-from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
+from gradsub.layers import ALL_LINEAR, is_linear, is_transposed, named_layers, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer, Protected, Shards, is_distributed, local, shards_of
 
@@ -24,10 +27,16 @@ _NOT_WORTH_FUSING = 1 << 12
 _NOT_WORTH_SKETCHING = 1 << 16
 # How many names a warning lists of what is not protected.
 _NAMED = 12
+_FREE = (
+    "null_space has nothing for {names}, {share} of the trained weights: their updates are not constrained, and what "
+    "it protects elsewhere can be lost through them. Before you build the base optimizer, freeze them with\n"
+    "    {call}\n"
+    "or protect norms and biases with null_space.collect_gradients(model, batches); what is meant to move freely gets "
+    "a group with subspace=False"
+)
 _SAID = {
     "plain": "{} is protected by null_space but takes the plain inner step, which does not obey it: leave "
     "subspace=True for it, target it, or freeze it",
-    "unprotected": "null_space has nothing for {}: their updates are not constrained",
     "no freedom": "null_space protects all {}: it cannot learn",
     "no direction": "null_space protects no direction of {}: its criterion asks for none, or its features were zero. A "
     "threshold is in squared units of the features (for vectors, of gradients); energy has no units",
@@ -85,6 +94,7 @@ class Layout:
         self._placement = Placement(protection)
         self._anchor = anchor
         self._null_space = null_space
+        self._fit = Fit(null_space)
         self._model = model
         self._target_modules = target_modules
         self._targets: dict[Tensor, _Target] | None = None
@@ -101,6 +111,10 @@ class Layout:
         self._warned: set[str] = set()
         self._shards: Shards | None = None
         self._vectors: set[Tensor] = set()
+        self._uses = {} if model is None else uses_of(model)
+        self._told: set[Tensor] = set()
+        self._stuck: dict[str, bool] = {}
+        self._frozen: list[Tensor] = []
         if model is not None:
             self._targets, self._computed = _targets(model, target_modules)
             for name, parameter in named_parameters(model):
@@ -138,17 +152,34 @@ class Layout:
                 if protecting and parameter.ndim == 1:
                     self._add_vector(parameter, protecting)
                 elif protecting:
-                    plain.append(self.name(parameter))
                     self._reported.update(protecting)
+                    if parameter.requires_grad:
+                        plain.append(self.name(parameter))
+                        self._told.add(parameter)
+                elif self.resting(parameter) is not None:
+                    self._held.add(parameter)
                 continue
             if too_small:
                 full_rank.append(self.name(parameter))
             layers.append(self._layer(parameter, group, index, protecting))
         self._warn_full_rank(full_rank, group["rank"])
         self._said["plain"] += plain
-        if self._null_space is not None:
-            self._said["unprotected"] += [layer.name for layer in layers if layer.protected is None]
         return layers
+
+    def resting(self, parameter: Tensor) -> Tensor | None:
+        """Of an embedding of which some rows rest: which ones move (V, of truth values)."""
+        rows = {} if self._null_space is None else self._null_space._free_rows
+        uses = self._uses.get(parameter, ())
+        if not rows or parameter.ndim != 2 or not (embeds_alone(uses) or self._model is None):
+            return None
+        called = [self.name(parameter), *(f"{name}.{use.key}" for use in uses for name in use.names)]
+        free = next((rows[name] for name in called if name in rows), None)
+        if free is not None and len(free) != len(parameter):
+            raise ValueError(
+                f"null_space remembers new_tokens of {len(free)} rows for {self.name(parameter)}, which has "
+                f"{len(parameter)}: call freeze_unprotected again after the embedding was resized"
+            )
+        return free
 
     def _add_vector(self, parameter: Tensor, protecting: list[str]) -> None:
         self._reported.update(protecting)
@@ -180,7 +211,9 @@ class Layout:
         """Whether a parameter is one to decompose, if it is large enough."""
         if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
             return False
-        return self._targets is None or parameter in self._targets
+        if self._targets is None:
+            return self.resting(parameter) is None
+        return parameter in self._targets
 
     def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
         target = (self._targets or {}).get(parameter)
@@ -203,8 +236,10 @@ class Layout:
             return layer
         layer.protected = self.keep(self._smaller(protecting, parameter, layer.dimension, layer.dtype), parameter)
         self._note_extremes(layer.name, layer.dimension, layer.dimension - layer.free)
+        self._stuck[layer.name] = not layer.free
         self._held.add(parameter)
         self._seen[layer.parameter] = self._versions(protecting)
+        self._fit.look(layer, protecting)
         return layer
 
     def widths(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
@@ -394,8 +429,12 @@ class Layout:
                 f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
                 "pass the model= on which it was collected, or build the base optimizer from named_parameters()"
             )
+        coverage = self._coverage()
+        self._check_adapters(coverage)
         self._warn_protection()
-        self._warn_loose(self._null_space)
+        self._fit.say(stacklevel=4)
+        self._warn_loose(self._null_space, coverage)
+        self._warn_free([parameter for parameter in self._given if self._moves_freely(parameter)], stacklevel=4)
 
     def _knows(self, name: str) -> bool:
         return self._null_space is not None and name in self._null_space
@@ -452,7 +491,7 @@ class Layout:
 
     def why_not_protected(self, parameter: Tensor) -> str | None:
         """Why a parameter's updates may go anywhere, in a few words; None if they may not, or nothing is protected."""
-        if self._null_space is None or parameter in self._held:
+        if self._null_space is None or parameter in self._held or self.resting(parameter) is not None:
             return None
         knows = self._protecting(parameter)
         return (
@@ -485,9 +524,26 @@ class Layout:
         targeted = [*self._computed, *(name for target in (self._targets or {}).values() for name in target.names)]
         return Coverage(self._model, self._given, self._held, self._names, targeted)
 
-    def _warn_loose(self, null_space: NullSpace) -> None:
+    def _check_adapters(self, coverage: Coverage) -> None:
+        """Raise if no adapter can have any effect: B A x of a frozen layer's x, where B may move along no A x."""
+        if not any(self._stuck.values()):
+            return
+        adapters: dict[str, bool] = {}
+        for name, stuck in self._stuck.items():
+            outer = coverage.adapter(name)
+            if outer is not None:
+                adapters[outer] = adapters.get(outer, False) or stuck
+        if adapters and all(adapters.values()):
+            stuck_layers = [name for name, stuck in self._stuck.items() if stuck]
+            raise ValueError(
+                f"null_space protects all directions of {some(stuck_layers)}, so the adapters of "
+                f"{some(list(adapters))} would never move: general text uses every direction between the factors of so "
+                "small a rank. Train the layers themselves, whose updates are of low rank already (the model before "
+                "get_peft_model, or after merge_and_unload); or raise the adapters' rank, or lower energy"
+            )
+
+    def _warn_loose(self, null_space: NullSpace, coverage: Coverage) -> None:
         """Name what the null space knows, but something moves that does not obey it."""
-        coverage = self._coverage()
         found: dict[str, list[str]] = defaultdict(list)
         for name in null_space:
             reason = None if name in self._reported else coverage.loose(name, self._side == "input")
@@ -502,6 +558,48 @@ class Layout:
                 UserWarning,
                 stacklevel=5,
             )
+
+    def _moves_freely(self, parameter: Tensor) -> bool:
+        """Whether nothing holds a parameter of the base optimizer, nobody has said so yet, and that is not meant."""
+        if parameter in self._told or not self._given[parameter] or not parameter.numel():
+            return False
+        if parameter in self._held:
+            uses = self._uses.get(parameter, ())
+            return parameter.ndim > 1 and not embeds_alone(uses) and not known_everywhere(uses, self._knows)
+        name = self.name(parameter)
+        if not parameter.requires_grad:
+            return True  # of which nobody speaks before it trains
+        if name in self._left_out:
+            return False
+        above = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
+        # Of these it is told why nothing holds the layer; biases are not looked at there.
+        return not any(self._knows(layer) and not is_bias(name[len(layer) + 1 :]) for layer in above)
+
+    def _warn_free(self, free: list[Tensor], stacklevel: int) -> None:
+        """Name what trains and is not held, with its share; what is frozen now is remembered."""
+        self._frozen += [parameter for parameter in free if not parameter.requires_grad]
+        training = [parameter for parameter in free if parameter.requires_grad]
+        self._told.update(free)
+        plain = [parameter for parameter in training if parameter not in self._held and self.knows(parameter)]
+        if plain:
+            names = some([self.name(parameter) for parameter in plain], _NAMED)
+            warnings.warn(_SAID["plain"].format(names), UserWarning, stacklevel=stacklevel + 1)
+        training = [parameter for parameter in training if all(parameter is not other for other in plain)]
+        if not training:
+            return
+        trained = sum(parameter.numel() for parameter in self._given if parameter.requires_grad)
+        share = sum(parameter.numel() for parameter in training) / trained
+        more = "" if self._target_modules == ALL_LINEAR else f", {self._target_modules!r}"
+        call = f"gradsub.freeze_unprotected(model, null_space{more})"
+        names = some([self.name(parameter) for parameter in training], _NAMED)
+        message = _FREE.format(names=names, share=f"{share:.1%}", call=call)
+        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
+
+    def check_unfrozen(self) -> None:
+        """Before a step: name what was frozen when it was looked at, trains by now, and is not held."""
+        if any(parameter.requires_grad for parameter in self._frozen):
+            frozen, self._frozen = self._frozen, []
+            self._warn_free(frozen, stacklevel=5)
 
     def _note_extremes(self, name: str, dimension: int, count: int) -> None:
         if count >= dimension:

@@ -38,8 +38,8 @@ _MATRICES = (
 )
 _OUTSIDE = (
     "{names} ({share} of the trained weights) are matrices of the base optimizer that model= does not have: they are "
-    "not decomposed and take the plain inner step. Pass a model that has them, or give their group subspace=False if "
-    "that is meant"
+    "not decomposed, take the plain inner step and are not protected by any null space. Pass a model that has them, or "
+    "give their group subspace=False if that is meant"
 )
 _NOTHING = (
     "none of the layers that target_modules names ({names}) has its weight among the base optimizer's parameters: "

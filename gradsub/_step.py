@@ -13,6 +13,7 @@ from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
 from gradsub._probe import Traits
 from gradsub._reporting import Measurements
+from gradsub._resting import RestingRows
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
 from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Projected, mix, project_block
@@ -78,6 +79,7 @@ class Stepper:
         self._as_stacks: list[bool] = []
         self.state: State = {}
         self.vectors = ProtectedVectors()
+        self.rows = RestingRows()
 
     @property
     def sums(self) -> bool:
@@ -463,7 +465,7 @@ class Stepper:
         starts = self._starts(projected) if self._inner.relative else {}
         outside = self._mix_plain(groups, gradients, weights)
         try:
-            with self.vectors.held(self._layout):
+            with self.vectors.held(self._layout), self.rows.held():
                 return self._inner.step(groups, proxied, starts)
         finally:
             for parameter, gradient in outside.items():

@@ -88,7 +88,8 @@ class GemsOptimizer(Optimizer):
             one (that of a task whose gradient is absent or zero when that one changes: from its next gradient on).
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
         null_space: the protected directions; None protects nothing. A layer that it knows, but whose product changes
-            by anything else than a decomposed weight, is named by a warning with the reason.
+            by anything else than a decomposed weight, is named by a warning with the reason. So is, with its share of
+            the trained weights, whatever else trains and is not held: `freeze_unprotected` freezes it.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
             ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh, of which a vector that
@@ -130,14 +131,15 @@ class GemsOptimizer(Optimizer):
             ``model`` with its ``DistributedDataParallel`` around it, and that sends no gradients inside of `task`.
 
     A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
-    to keep its matrices whole.
+    to keep its matrices whole, which also says that they are meant to move outside of ``null_space``.
 
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, needs a closure, or takes steps that depend on
             where the parameter stands or started (it is tried out on a small matrix); a parameter is complex; ``model``
-            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side; a
-            weight is sharded otherwise than by rows, or ``base`` looks at whole matrices where each rank has some rows.
+            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side, or
+            leaves no adapter (LoRA) a direction to move along; a weight is sharded otherwise than by rows, or ``base``
+            looks at whole matrices where each rank has some rows.
 
     Example:
         >>> import torch
@@ -237,7 +239,7 @@ class GemsOptimizer(Optimizer):
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
-        self._intake = Intake(self._bank, self._exchange, self._layout.name)
+        self._intake = Intake(self._bank, self._exchange, self._layout.name, bool(self.tasks))
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
         self._check_group_count(base, probes, [layers for layers, _ in found])
@@ -409,6 +411,7 @@ class GemsOptimizer(Optimizer):
         """
         self._intake.check_closed("step()")
         self._check_unedited()
+        self._layout.check_unfrozen()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -418,7 +421,7 @@ class GemsOptimizer(Optimizer):
         self._inner.check_options(self.param_groups)
         self._follow_conversions()
         self._intake.check_dense(self._stepper.layers)
-        self._intake.check_strays()
+        self._intake.say_missed()
         if not self._unscaled():
             return result
         self._intake.reduce(merge=self._stepper.sums)
@@ -641,6 +644,7 @@ class GemsOptimizer(Optimizer):
         self._stepper.plain.extend(plain)
         for parameter in plain:
             self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
+            self._stepper.rows.hold(parameter, self._layout.resting(parameter))
         self._inner.add_group(_base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:

@@ -20,6 +20,8 @@ from .models import trained_layers
 
 ENERGY: Final = 0.97
 
+_TIMES: Final = 5  # fewer tokens would be too few for so many directions, of which an optimizer warns
+
 # What SmolLM2 has of protected directions at that energy, with normalised tokens of 44 thousand: (pattern, share).
 SHARES: Final = (
     (r"(gate_proj|up_proj|wi)$", 0.77),
@@ -67,7 +69,7 @@ def _share(name: str) -> float:
 
 
 def features_of(width: int, share: float, generator: torch.Generator) -> Tensor:
-    """Rows (d x d) whose covariance has two eigenvalues; the directions of the larger one hold just `ENERGY`."""
+    """Rows (5 d x d) whose covariance has two eigenvalues; the directions of the larger one hold just `ENERGY`."""
     protected = round(share * width)
     # One direction fewer would hold too little, by about as much as all hold too much.
     held = min(ENERGY * (1 + 0.5 / protected), (1 + ENERGY) / 2)
@@ -77,7 +79,7 @@ def features_of(width: int, share: float, generator: torch.Generator) -> Tensor:
     for _ in range(3):  # reflections: as random as needed, and cheaper than a decomposition
         v = nn.functional.normalize(torch.randn(width, generator=generator), dim=0)
         rows -= 2 * torch.outer(rows @ v, v)
-    return rows
+    return rows.repeat(_TIMES, 1)
 
 
 def _by_input(model: nn.Module, layers: Mapping[str, nn.Linear], inputs: Mapping[str, Tensor]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._clip import clip_captured, scale_captured, scale_norms
+from gradsub.capture._clipping import ClippingWatcher
 from gradsub.capture._fused import FusedCapture, Part, can_fuse
 from gradsub.capture._generic import MIXED, GenericCapture
 from gradsub.capture._losses import LossWatcher, watch_through
@@ -12,6 +13,7 @@ from gradsub.capture._scaled import Unscaling, leaves, scaler_reading, scaler_st
 __all__ = [
     "MIXED",
     "Captured",
+    "ClippingWatcher",
     "FusedCapture",
     "GenericCapture",
     "LossWatcher",

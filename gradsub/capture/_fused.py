@@ -150,7 +150,11 @@ class FusedForward:
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
             return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
         if len(opened) > 1 or opened[0].segments is None:
-            return affine(x, weight, bias, self.transposed)
+            # Autograd's own gradient is taken, which would arrive as one of no task if the block were closed by then.
+            y = affine(x, weight, bias, self.transposed)
+            for slot in opened:
+                y.register_hook(_Belongs(slot))  # type: ignore[no-untyped-call]
+            return y
         return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -163,6 +167,17 @@ class FusedForward:
             "torch.jit.script cannot read the forward pass of a layer that an optimizer captures: script a "
             "copy.deepcopy of the model, or the model after optimizer.close()"
         )
+
+
+class _Belongs:
+    """A hook on a layer's output that lets its gradient come while the task of its forward pass is open alone."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot, self._tasks = slot, slot.tasks
+
+    def __call__(self, gradient: Tensor) -> None:
+        for task in self._tasks:
+            self._slot.check_open(task)
 
 
 class _Opened:

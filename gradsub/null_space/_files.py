@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._directions import Directions
+from gradsub.null_space._fitted_on import FittedOn, belongs
 from gradsub.null_space._scratch import Scratch
 from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._sketch import Sketch
@@ -25,7 +26,9 @@ class DamagedError(ValueError):
     """What is wrong with a file, without its name."""
 
 
-def write(path: str | os.PathLike[str], settings: dict[str, Any], shared: SharedStatistics) -> None:
+def write(
+    path: str | os.PathLike[str], settings: dict[str, Any], shared: SharedStatistics, fitted_on: FittedOn
+) -> None:
     """Every distinct accumulator once, as a tensor with its numbers in the header, and which layer holds which.
 
     The file is written beside ``path`` and renamed, so that whatever interrupts it leaves the earlier file whole.
@@ -44,6 +47,7 @@ def write(path: str | os.PathLike[str], settings: dict[str, Any], shared: Shared
     with Scratch(target) as scratch:
         # One after the other: whole matrices are made of what is kept, and all of them would take as much again.
         tensors = {key: _stored(statistics, scratch) for key, statistics in distinct.items()}
+        tensors.update(fitted_on.tensors(shared.by_name))
         written = scratch.folder / target.name
         try:
             files.save_file(tensors, str(written), metadata)
@@ -59,8 +63,8 @@ def _stored(statistics: Statistics, scratch: Scratch) -> Tensor:
     return scratch.put(statistics.tensor) if kept is None else kept
 
 
-def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], SharedStatistics]:
-    """The settings and the statistics that `write` was given.
+def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], SharedStatistics, FittedOn]:
+    """What `write` was given.
 
     Raises:
         DamagedError: the file is not what `write` makes, or its statistics are none of real features.
@@ -73,7 +77,7 @@ def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict
         raise DamagedError(f"is empty, truncated or no safetensors file ({error})") from error
 
 
-def _read(file: Any) -> tuple[dict[str, Any], SharedStatistics]:
+def _read(file: Any) -> tuple[dict[str, Any], SharedStatistics, FittedOn]:
     metadata = file.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise DamagedError("is no file of NullSpace.save")
@@ -81,8 +85,9 @@ def _read(file: Any) -> tuple[dict[str, Any], SharedStatistics]:
     for state in states.values():
         _check_kind(state)  # first: a newer version's file may differ in all the rest
     settings, layers, versions = (_mapping(metadata, part) for part in ("settings", "layers", "versions"))
-    if set(file.keys()) != set(states):
-        different = sorted(set(file.keys()) ^ set(states))
+    keys = {key for key in file.keys() if not belongs(key)}  # noqa: SIM118
+    if keys != set(states):
+        different = sorted(keys ^ set(states))
         raise DamagedError(f"has statistics without their numbers, or the other way round: {different[:4]}")
     if set(layers.values()) != set(states) or set(versions) != set(layers):
         raise DamagedError(f"does not say which layers hold which statistics: {sorted(layers)[:4]}")
@@ -90,7 +95,10 @@ def _read(file: Any) -> tuple[dict[str, Any], SharedStatistics]:
     distinct = {key: _restored(key, state, file.get_tensor(key)) for key, state in states.items()}
     shared.by_name = {name: distinct[key] for name, key in layers.items()}
     shared.versions = {name: _whole_number(name, "version", version) for name, version in versions.items()}
-    return settings, shared
+    try:
+        return settings, shared, FittedOn.of(file, layers)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
 
 
 def _mapping(metadata: Mapping[str, str], part: str) -> dict[str, Any]:

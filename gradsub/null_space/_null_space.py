@@ -15,6 +15,7 @@ from gradsub.null_space._collecting import check_groups, check_seen, collect_fea
 from gradsub.null_space._content import Content
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import DamagedError, read, write
+from gradsub.null_space._fitted_on import FittedOn
 from gradsub.null_space._gradients import own_loss
 from gradsub.null_space._protection import Protection, extend
 from gradsub.null_space._ranks import on_every_rank
@@ -110,6 +111,8 @@ class NullSpace:
         self.layer_memory_budget = layer_memory_budget
         self._content = Content(self.criterion, layer_memory_budget)
         self._unseen: set[str] = set()
+        self.fitted_on = FittedOn()
+        self._free_rows: dict[str, Tensor] = {}  # of embeddings whose other rows rest, see freeze_unprotected
 
     def collect(
         self,
@@ -191,6 +194,7 @@ class NullSpace:
                 if layers_at_once is not None or scratch is not None:
                     on_every_rank(ranks, partial(self._content.condense, group, scratch))
             check_seen(self._content, names, self._unseen)
+            self.fitted_on.note({name: module for name, module in layers.items() if name in self}, self.side)
             if out is not None:
                 on_every_rank(ranks, partial(self._move_into, out, names))
         return self
@@ -284,6 +288,7 @@ class NullSpace:
         if different:
             raise ValueError(f"the settings of other differ (here, there): {different}: collect both alike")
         self._content.merge(other._content)
+        self.fitted_on.adopt(other.fitted_on)
         return self
 
     def basis(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -412,6 +417,10 @@ class NullSpace:
         """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""
         return self._statistics(name).error
 
+    def tokens(self, name: str) -> int:
+        """How many rows of features the layer's statistics are made of."""
+        return self._statistics(name).count
+
     def version(self, name: str) -> int:
         """How often the layer's statistics have grown: who keeps a basis compares this to learn that it is old."""
         self._statistics(name)
@@ -491,12 +500,13 @@ class NullSpace:
             ImportError: safetensors is not installed.
             OSError: the file cannot be written.
         """
-        write(path, self._settings(), self._shared if statistics else self._content.directions())
+        shared = self._shared if statistics else self._content.directions()
+        write(path, self._settings(), shared, self.fitted_on)
 
     def _move_into(self, path: str | os.PathLike[str], names: Iterable[str]) -> None:
         """Write all directions to a file, and read those of ``names`` from it from now on."""
         self.save(path, statistics=False)
-        _, written = read(path, "cpu")
+        _, written, _ = read(path, "cpu")
         self._content.replace({name: written.by_name[name] for name in names if name in self})
 
     @classmethod
@@ -516,9 +526,9 @@ class NullSpace:
                 layer.
         """
         try:
-            settings, shared = read(path, device)
+            settings, shared, fitted_on = read(path, device)
             loaded = cls._of(settings)
         except DamagedError as error:
             raise ValueError(f"path={os.fspath(path)!r} {error}") from error
-        loaded._content.shared = shared
+        loaded._content.shared, loaded.fitted_on = shared, fitted_on
         return loaded

@@ -164,7 +164,8 @@ def test_a_group_added_later_trains_like_one_from_the_start(device, with_null_sp
         model[2].requires_grad_(not late)
         optimizer = gems(model, base=base, null_space=null_space)
         if late:
-            model[2].requires_grad_(True)
+            model[2].weight.requires_grad_(True)
+            model[2].bias.requires_grad_(not with_null_space)  # which does not hold it
             optimizer.add_param_group({**groups[1], "rank": 4})
         assert optimizer.param_groups[1]["betas"] == (0.9, 0.999)
         train(model, optimizer, 4)

@@ -79,7 +79,7 @@ def test_after_steps_training_goes_on(device, base, refresh, capture):
 def test_low_precision_after_steps(device, master_weights):
     model = model_of(device)
     null_space = null_space_of(model)
-    optimizer = gems(model, null_space=null_space, master_weights=master_weights)
+    optimizer = gems(model, null_space=null_space, master_weights=master_weights, free=True)
     train(model, optimizer, 4)
     model.bfloat16()
     start = [model[0].weight.detach().float().clone()]
@@ -91,7 +91,7 @@ def test_low_precision_after_steps(device, master_weights):
     if master_weights:
         assert leak(state["master"] - start[0], null_space.basis("0"), "input") < 1e-5
     fresh = model_of(device).bfloat16()
-    again = gems(fresh, null_space=null_space, master_weights=master_weights)
+    again = gems(fresh, null_space=null_space, master_weights=master_weights, free=True)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     fresh.load_state_dict(model.state_dict())
     for network, each in ((model, optimizer), (fresh, again)):

@@ -196,7 +196,7 @@ def test_another_models_widths_are_refused_with_the_layers_name(tmp_path, share,
 def test_what_a_file_holds_is_not_copied_on_a_cpu(tmp_path):
     width = 300  # wide enough for directions in float32
     model = nn.Sequential(nn.Linear(width, 8, bias=False))
-    x = torch.randn(900, width) * torch.arange(1, width + 1) ** -0.3
+    x = torch.randn(3000, width) * torch.arange(1, width + 1) ** -0.3
     for energy in (0.6, 0.97):
         null_space = NullSpace(energy=energy).collect(model, [x], out=tmp_path / "null.safetensors")
         base = torch.optim.AdamW(model.parameters())

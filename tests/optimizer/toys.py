@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -60,10 +61,27 @@ def train(model: nn.Module, optimizer: GemsOptimizer, steps: int, start: int = 0
 
 
 def gems(model: nn.Module, /, **options: Any) -> GemsOptimizer:
-    """GemsOptimizer around AdamW unless ``base`` says otherwise, on the model's named layers."""
+    """GemsOptimizer around AdamW unless ``base`` says otherwise, on the model's named layers.
+
+    With a null space, the biases that it does not hold are frozen, as a user would do; or, with ``free=True``, they
+    move, of which no warning is wanted.
+    """
+    free = options.pop("free", False)
+    if (null_space := options.get("null_space")) is not None and not free:
+        freeze_free_vectors(model, null_space)
     base = options.pop("base", None) or torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     options = {"tasks": TASKS, "rank": 4, "update_proj_gap": 3, "model": model, "capture": CAPTURE, **options}
-    return GemsOptimizer(base, **options)
+    with warnings.catch_warnings():
+        if free:
+            warnings.filterwarnings("ignore", "null_space has nothing for")
+        return GemsOptimizer(base, **options)
+
+
+def freeze_free_vectors(model: nn.Module, null_space: NullSpace) -> None:
+    """Freeze the vectors that nothing holds in the null space."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 and name.removesuffix(".weight") not in null_space:
+            parameter.requires_grad_(False)
 
 
 def weights_of(model: nn.Module) -> list[Tensor]:
