@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradsub import GemsOptimizer
+from gradsub import GemsOptimizer, NullSpace
 
 from .alternate import OURS, alternate
 from .settings import CONFIG
+from .training.protection import ENERGY, features_of
 
 STEP = CONFIG["step"]
 TASKS = ("search", "rec")
@@ -44,10 +45,13 @@ def _weights_and_data() -> tuple[nn.Sequential, dict[str, tuple[Tensor, Tensor]]
     return model, data
 
 
-def _gradsub(gap: int) -> Contender:
+def _gradsub(gap: int, protected: float = 0.0) -> Contender:
     model, data = _weights_and_data()
+    null_space = _null_space(model, protected) if protected else None
     base = torch.optim.AdamW(model.parameters(), lr=STEP["lr"], weight_decay=STEP["weight_decay"])
-    optimizer = GemsOptimizer(base, tasks=TASKS, rank=STEP["rank"], update_proj_gap=gap, model=model)
+    optimizer = GemsOptimizer(
+        base, tasks=TASKS, rank=STEP["rank"], update_proj_gap=gap, model=model, null_space=null_space
+    )
 
     def backward() -> None:
         for task, (x, y) in data.items():
@@ -55,6 +59,19 @@ def _gradsub(gap: int) -> Contender:
                 nn.functional.mse_loss(model(x), y).backward()
 
     return Contender(backward, _step_and_clear(optimizer))
+
+
+def _protected(gap: int) -> Contender:
+    return _gradsub(gap, STEP["protected"])
+
+
+def _null_space(model: nn.Sequential, share: float) -> NullSpace:
+    null_space = NullSpace(energy=ENERGY)
+    generator = torch.Generator().manual_seed(0)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            null_space.update(name, features_of(layer.in_features, share, generator))
+    return null_space
 
 
 def _plain(model: nn.Module, data: dict[str, tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer) -> Contender:
@@ -97,6 +114,7 @@ def _galore(gap: int) -> Contender:
 
 MAKERS: dict[str, Callable[[int], Contender]] = {
     OURS: _gradsub,
+    f"gradsub, null space of energy {ENERGY}": _protected,
     "torch AdamW": _adamw,
     "galore-torch": _galore,
 }

@@ -49,7 +49,8 @@ class Target:
     """At most this ratio: to another method (``against``), or to the method itself with ``against_tasks`` tasks.
 
     The measure ``"step"`` is an ordinary step's time, ``"peak"`` the memory at its peak above the parameters, and
-    ``"refresh"`` the slowest step of a refresh cycle over the method's own ordinary step.
+    ``"refresh"`` the slowest step of a refresh cycle over the method's own ordinary step. It holds for every model
+    unless it names one.
     """
 
     measure: str
@@ -58,6 +59,7 @@ class Target:
     against: str | None = None
     tasks: int | None = None
     against_tasks: int | None = None
+    model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,7 @@ def _check(config: Config) -> None:
     _check_among("measure", (target.measure for target in config.targets), MEASURES)
     _check_among("method", (target.method for target in config.targets), METHODS)
     _check_among("against", (target.against for target in config.targets if target.against), METHODS)
+    _check_among("targets' model", (target.model for target in config.targets if target.model), config.models)
     names = [case.name for case in config.cases]
     if not names:
         raise ValueError("cases is empty: there is nothing to measure")

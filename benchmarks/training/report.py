@@ -9,7 +9,7 @@ from typing import Final
 from .config import Case, Config
 from .contenders import Key
 from .derived import Ratio, Result
-from .methods import METHODS
+from .methods import METHODS, PROTECTED
 from .plots import draw_plots
 from .results import read_results
 from .targets import check_targets
@@ -79,23 +79,27 @@ def _case(config: Config, case: Case, result: Result) -> str:
     references = [name for name in REFERENCES if name in case.methods]
     base = min(case.tasks, key=lambda tasks: abs(tasks - config.centre.tasks))
     several = len(case.tasks) > 1
+    protected = any(key.method in PROTECTED for key in result.keys)
     header = [
         "method",
         *(["tasks"] if several else []),
         "step, s",
         *(f"/ {name}" for name in references),
         *([f"/ itself at {base}"] if several else []),
+        *(["step / no null space"] if protected else []),
         "cold start",
         "refresh, worst",
         "refresh, mean",
         "state, MiB",
         "held, MiB",
         "peak, MiB",
+        *(["peak / no null space", "mapped, MiB"] if protected else []),
     ]
     rows = []
     for key in result.keys:
         refresh = result.refresh_ratio(key)
         cold = result.cold_ratio(key)
+        without = Key(PROTECTED.get(key.method, ""), key.tasks)
         rows.append(
             [
                 f"`{key.method}`",
@@ -103,12 +107,14 @@ def _case(config: Config, case: Case, result: Result) -> str:
                 f"{result.step_seconds(key):.3f}",
                 *(_ratio(result.step_ratio(key, Key(name, key.tasks))) for name in references),
                 *([_ratio(result.step_ratio(key, Key(key.method, base)))] if several else []),
+                *([_ratio(result.step_ratio(key, without))] if protected else []),
                 f"{cold:.2f}" if cold else "",
                 f"{refresh.worst:.2f}" if refresh else "",
                 f"{refresh.mean:.2f}" if refresh else "",
                 _mebibytes(result.entry("steps", key)["state_bytes"]),  # type: ignore[index]
                 _mebibytes(result.held_above_parameters(key)),
                 _mebibytes(result.peak_above_parameters(key)),
+                *(_protection(result, key, without) if protected else []),
             ]
         )
     tasks = ", ".join(map(str, case.tasks))
@@ -117,7 +123,7 @@ def _case(config: Config, case: Case, result: Result) -> str:
     title = f"## {case.model}: {case.tokens} tokens, rank {case.rank}, tasks {tasks}"
     note = (
         f"{rounds} rounds; load average when it began: {load}. Ratios: median [quartiles] within rounds. Held (between "
-        "steps) and peak (during a step): memory above the parameters."
+        "steps) and peak (during a step): memory above the parameters, without the file of a null space that is mapped."
     )
     return f"{title}\n\n{note}\n\n{_table(header, rows)}"
 
@@ -135,6 +141,13 @@ def _used(cases: list[Case]) -> list[str]:
 
 def _ratio(ratio: Ratio | None) -> str:
     return "" if ratio is None else f"{ratio.median:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def _protection(result: Result, key: Key, without: Key) -> list[str]:
+    own, other = result.peak_above_parameters(key), result.peak_above_parameters(without)
+    if own is None or other is None:
+        return ["", ""]
+    return [f"{own / other:.3f}", _mebibytes(result.entry("memory", key)["mapped_bytes"])]  # type: ignore[index]
 
 
 def _mebibytes(count: int | None) -> str:

@@ -47,7 +47,8 @@ def check_targets(config: Config, results: Mapping[str, Result]) -> Iterator[Out
     """Every target for every model that has a case at the centre."""
     for model in config.models:
         cases = [case for case in config.cases if _is_central(case, model, config)]
-        for target in config.targets if cases else ():
+        own = [target for target in config.targets if target.model in (None, model)]
+        for target in own if cases else ():
             yield _check(config, target, model, {case: results[case.name] for case in cases if case.name in results})
 
 

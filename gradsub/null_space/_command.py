@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=4, help="sequences of one forward pass (default: %(default)s)")
     add("--target-modules", default="all-linear", help="'all-linear' or a regular expression (default: %(default)s)")
     add("--layer-memory-budget", type=int, help="bytes of one layer's statistics (default: exact statistics)")
-    add("--layers-at-once", type=int, help="so many layers in one pass over the text, to save memory")
+    add("--layers-at-once", type=int, help="so many layers in one pass over the text: memory is that of these alone")
     add("--device", default="cpu", help="where the model runs (default: %(default)s)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model's weights")
     add(
@@ -94,13 +94,19 @@ def _collect(chosen: argparse.Namespace) -> None:
     tokens = len(windows) * len(windows[0])
     print(f"{tokens} tokens to fit on, {len(held_out) * len(held_out[0])} held out", flush=True)
 
-    def add(into: NullSpace, some: Sequence[Tensor], what: str, at_once: int | None = None) -> NullSpace:
+    def add(into: NullSpace, some: Sequence[Tensor], what: str, **options: Any) -> NullSpace:
         batches = _Batches(model, some, chosen.batch, chosen.device, what)
-        return into.collect(model, batches, chosen.target_modules, normalize=chosen.normalize, layers_at_once=at_once)
+        return into.collect(model, batches, chosen.target_modules, normalize=chosen.normalize, **options)
 
     if chosen.layers_at_once is not None:
-        add(null_space, windows, "collecting", chosen.layers_at_once)
-        print("what is left free of fresh text is not measured with --layers-at-once")
+        add(null_space, windows, "collecting", layers_at_once=chosen.layers_at_once, out=chosen.out)
+        shares, names = {}, list(null_space)
+        for start in range(0, len(names), chosen.layers_at_once):
+            others = NullSpace(chosen.side)
+            batches = _Batches(model, held_out, chosen.batch, chosen.device, "held-out text")
+            others.collect(model, batches, names[start:][: chosen.layers_at_once], normalize=chosen.normalize)
+            shares.update(null_space.residual_energy(others))
+        _say([(tokens, sum(shares.values()) / len(shares))], shares)
     else:
         others = add(NullSpace(chosen.side), held_out, "held-out text")
         measured: list[tuple[int, float]] = []
@@ -110,19 +116,19 @@ def _collect(chosen: argparse.Namespace) -> None:
             start = divisor
             shares = null_space.residual_energy(others)
             measured.append((divisor * len(windows[0]), sum(shares.values()) / len(shares)))
+        _say(measured, shares)
         own = [1.0 - null_space._protection(name).energy for name in null_space]
-        _say(measured, shares, max(0.0, sum(own) / len(own)))
-    null_space.save(chosen.out, statistics=chosen.statistics)
+        print(Trend.of(measured, max(0.0, sum(own) / len(own))).sentence())
+        null_space.save(chosen.out, statistics=chosen.statistics)
     free = [1.0 - null_space.protected_fraction(name) for name in null_space]
     print(f"{chosen.out}: {len(free)} layers, {sum(free) / len(free):.1%} of their directions are free to train")
 
 
-def _say(measured: Sequence[tuple[int, float]], shares: dict[str, float], floor: float) -> None:
+def _say(measured: Sequence[tuple[int, float]], shares: dict[str, float]) -> None:
     for tokens, share in measured:
         print(f"{tokens:>9} tokens leave {share:.2%} of fresh text's energy free")
     worst = max(shares, key=lambda name: shares[name])
     print(f"most is left in {worst}: {shares[worst]:.2%}")
-    print(Trend.of(measured, floor).sentence())
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ _COLUMNS = 192  # of one block of products; narrower ones are slow on a CPU
 
 
 class Covariance:
-    """The exact statistics: X^T X as one d x d sum in the accumulation dtype, so accumulators merge by addition.
+    """The exact statistics: X^T X as one sum in the accumulation dtype, so accumulators merge by addition.
 
-    Only blocks on and above the diagonal are computed; the others are their mirror image, made when they are asked for.
+    X^T X is symmetric: only blocks of its rows from the diagonal on are kept, .53 of the numbers where d is large,
+    .67 where it is 576. The whole is made when it is asked for.
 
     Args:
-        total: X^T X (d x d).
+        blocks: those of `_ranges`: rows ``start`` to ``stop``, columns from ``start`` on.
         count: the rows of X.
         single: whether products of at most 1,024 float32 rows and eigenvectors are computed in float32. The products
             differ from those of float64 by about 1e-7 of sqrt(C_ii C_jj) each.
@@ -30,16 +32,21 @@ class Covariance:
     kind = "exact"
     error = 0.0
 
-    def __init__(self, total: Tensor, count: int, single: bool = False) -> None:
-        self._total = total
-        self._whole = True
+    def __init__(self, blocks: list[Tensor], count: int, single: bool = False) -> None:
+        self._blocks = blocks
         self.count = count
         self.single = single
 
     @classmethod
-    def empty(cls, dimension: int, device: torch.device, single: bool = False) -> Covariance:
-        total = torch.zeros(dimension, dimension, dtype=accumulation_dtype(device), device=device)
-        return cls(total, 0, single)
+    def empty(
+        cls, dimension: int, device: torch.device, single: bool = False, dtype: torch.dtype | None = None
+    ) -> Covariance:
+        dtype = accumulation_dtype(device) if dtype is None else dtype
+        blocks = [
+            torch.zeros(stop - start, dimension - start, dtype=dtype, device=device)
+            for start, stop in _ranges(dimension)
+        ]
+        return cls(blocks, 0, single)
 
     @classmethod
     def restore(cls, tensor: Tensor, state: dict[str, Any]) -> Covariance:
@@ -49,31 +56,42 @@ class Covariance:
         single = state.get("single", False)  # earlier files say nothing: theirs is float64
         if type(single) is not bool:
             raise ValueError(f"single={single!r} is neither true nor false")
-        return cls(tensor, state["count"], single)
+        # Views: a mapped file stays where it is until something is added.
+        return cls([tensor[start:stop, start:] for start, stop in _ranges(len(tensor))], state["count"], single)
 
     @property
     def dimension(self) -> int:
-        return self._total.shape[0]
+        return self._blocks[0].shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.dimension, self.dimension
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._blocks[0].dtype
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The sums themselves, to be changed in place by who makes them of several accumulators."""
+        return self._blocks
 
     @property
     def nbytes(self) -> int:
-        return self._total.nbytes
-
-    @property
-    def total(self) -> Tensor:
-        if not self._whole:
-            for start, stop in self._blocks():
-                self._total[stop:, start:stop] = self._total[start:stop, stop:].mT
-            self._whole = True
-        return self._total
+        return sum(block.nbytes for block in self._blocks)
 
     @property
     def tensor(self) -> Tensor:
-        return self.total
+        """X^T X (d x d), a copy."""
+        total = self._blocks[0].new_empty(self.shape)
+        for (start, stop), block in self._ranged():
+            total[start:stop, start:] = block
+            total[stop:, start:stop] = block[:, stop - start :].mT
+        return total
 
     def add(self, rows: Tensor) -> None:
         if not self.single or rows.dtype == torch.float64:
-            self._add(rows.to(self._total.dtype))
+            self._add(rows.to(self.dtype))
         else:
             # float32 products under autocast or TF32 would be wrong by 1e-3.
             with full_precision(rows.device):
@@ -89,47 +107,46 @@ class Covariance:
             self._add(rows / largest, largest**2)
 
     def _add(self, rows: Tensor, scale: float = 1.0) -> None:
-        rows = rows.to(self._total.device)
-        self._whole = False
-        for start, stop in self._blocks():
-            self._total[start:stop, start:].add_(rows[:, start:stop].mT @ rows[:, start:], alpha=scale)
+        rows = rows.to(self._blocks[0].device)
+        for (start, stop), block in self._ranged():
+            block.add_(rows[:, start:stop].mT @ rows[:, start:], alpha=scale)
 
-    def _blocks(self) -> list[tuple[int, int]]:
-        width = max(_COLUMNS, self.dimension // 16)
-        return [(start, min(start + width, self.dimension)) for start in range(0, self.dimension, width)]
+    def _ranged(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
+        return zip(_ranges(self.dimension), self._blocks, strict=True)
 
     def merge(self, other: Statistics) -> None:
         assert isinstance(other, Covariance)
-        self._total = self.total.add_(other.total.to(self._total))
+        for mine, theirs in zip(self._blocks, other._blocks, strict=True):
+            mine.add_(theirs.to(mine))
         self.count += other.count
 
     def copy(self) -> Covariance:
-        return Covariance(self.total.clone(), self.count, self.single)
+        return Covariance([block.clone() for block in self._blocks], self.count, self.single)
 
     def spectrum(self, quick: bool = False) -> Spectrum:
-        with full_precision(self._total.device):
+        with full_precision(self._blocks[0].device):
             return self._spectrum(quick)
 
     def _spectrum(self, quick: bool) -> Spectrum:
-        dtype = torch.float32 if quick and self.single else self._total.dtype
-        energy = float(self._total.trace()) / max(self.count, 1)
-        resolution = self.dimension * torch.finfo(self._total.dtype).eps
+        dtype = torch.float32 if quick and self.single else self.dtype
+        energy = self.energy()
+        resolution = self.dimension * torch.finfo(self.dtype).eps
         if self.dimension >= NARROWEST_SINGLE and 0 < self.count <= self.dimension // 4:
             values, vectors = self._of_few_rows()
         else:
             # Divided by the trace, because float32 has no room for squares of huge or tiny features.
             unit = max(self.count, 1) * (energy or 1.0)
-            scaled = torch.empty_like(self._total, dtype=dtype)
-            for start, stop in self._blocks():
-                scaled[start:stop] = self._total[start:stop] / unit
+            scaled = self._blocks[0].new_zeros(self.shape, dtype=dtype)
+            for (start, stop), block in self._ranged():
+                scaled[start:stop, start:] = block / unit
             values, vectors = torch.linalg.eigh(scaled.mT)  # reads the lower half, which is whole there
-            values = values.to(self._total.dtype) * (energy or 1.0)
+            values = values.to(self.dtype) * (energy or 1.0)
         values = values.flip(0).clamp_min(0.0)
         return Spectrum(values, vectors.flip(1), energy, 0.0, resolution)
 
     def _of_few_rows(self) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors inside the range of a sum of few outer products, from an N x N matrix."""
-        C = self.total / max(self.count, 1)
+        C = self.tensor.div_(max(self.count, 1))
         generator = torch.Generator(device="cpu").manual_seed(0)
         start = torch.randn(self.dimension, self.count, dtype=C.dtype, device="cpu", generator=generator).to(C.device)
         # The second pass makes columns orthonormal in directions that are weak beside the first ones.
@@ -139,12 +156,23 @@ class Covariance:
 
     def energy(self, basis: Tensor | None = None) -> float:
         if basis is None:
-            return float(self._total.trace()) / max(self.count, 1)
-        K = basis.to(self._total)
-        return float((K * (self.total @ K)).sum()) / max(self.count, 1)
+            parts = [block.diagonal().sum() for block in self._blocks]
+        else:
+            # tr(K^T C K): each block beside the diagonal stands for its mirror image, too.
+            K, parts = basis.to(self._blocks[0]), []
+            for (start, stop), block in self._ranged():
+                parts.append((K[start:stop] * (block[:, : stop - start] @ K[start:stop])).sum())
+                parts.append(2.0 * (K[start:stop] * (block[:, stop - start :] @ K[stop:])).sum())
+        return float(torch.stack(parts).sum()) / max(self.count, 1)
 
     def state(self) -> dict[str, Any]:
         return {"kind": self.kind, "count": self.count, "single": self.single}
+
+
+def _ranges(dimension: int) -> list[tuple[int, int]]:
+    """The first row of every block, and the one behind its last."""
+    width = max(_COLUMNS, dimension // 16)
+    return [(start, min(start + width, dimension)) for start in range(0, dimension, width)]
 
 
 def _check_moment(total: Tensor) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from gradsub.linalg._arithmetic import full_precision
 from gradsub.null_space._protection import Protection, complement_of
 from gradsub.null_space._statistics import Spectrum, Statistics
 
-_LOOSE = 1e-3  # for sums of standard normal numbers that orthonormal columns leave as they are, but for rounding
+_LOOSE = 5e-5  # for sums of standard normal numbers that orthonormal columns leave as they are; rounding is below 3e-6
 
 
 class Directions:
@@ -22,15 +23,23 @@ class Directions:
         protection: what the statistics came to.
         total: tr(C).
         count: the tokens seen.
+        stored: `tensor`, where ``protection`` is a view of it, as in a mapped file.
     """
 
     kind = "directions"
     error = 0.0
 
-    def __init__(self, protection: Protection, total: float, count: int) -> None:
+    def __init__(self, protection: Protection, total: float, count: int, stored: Tensor | None = None) -> None:
         self.protection = protection
         self.count = count
+        self.stored = stored
         self._total = total
+
+    def moved(self, put: Callable[[Tensor], Tensor]) -> Directions:
+        """The same as views of what ``put`` makes of `tensor`."""
+        stored, mine = put(self.tensor), self.protection
+        found = Protection(stored[1:].mT, mine.count, mine.eigenvalues.to(stored.device), mine.energy, mine.missed)
+        return Directions(found, self._total, self.count, stored)
 
     @classmethod
     def restore(cls, tensor: Tensor, state: dict[str, Any]) -> Directions:
@@ -50,7 +59,7 @@ class Directions:
         if held.shape[1] != min(count, tensor.shape[1] - count):
             raise ValueError(f"{held.shape[1]} columns for {count} protected directions of {tensor.shape[1]}")
         _check_orthonormal(held)
-        return cls(Protection(held, count, tensor[0].double(), float(share)), float(total), state["count"])
+        return cls(Protection(held, count, tensor[0].double(), float(share)), float(total), state["count"], tensor)
 
     @property
     def dimension(self) -> int:
@@ -63,8 +72,19 @@ class Directions:
     @property
     def tensor(self) -> Tensor:
         """The eigenvalues in the first row, the columns that are held in the others."""
+        if self.stored is not None:
+            return self.stored
         held = self.protection.held
         return torch.cat([self.protection.eigenvalues[None].to(held), held.mT])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        dimension, columns = self.protection.held.shape
+        return 1 + columns, dimension
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.protection.held.dtype
 
     def add(self, rows: Tensor) -> None:
         raise ValueError(
@@ -92,6 +112,9 @@ class Directions:
         if basis is None:
             return self._total
         raise ValueError("held_out holds directions alone: save it with statistics=True")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "stored": None}  # or pickles would hold the same numbers twice
 
     def state(self) -> dict[str, Any]:
         protection = self.protection

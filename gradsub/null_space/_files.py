@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,10 @@ from torch import Tensor
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._directions import Directions
 from gradsub.null_space._fitted_on import FittedOn, belongs
+from gradsub.null_space._scratch import Scratch
 from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._sketch import Sketch
+from gradsub.null_space._statistics import Statistics
 
 FORMAT = "gradsub.NullSpace"
 Kind = Covariance | Sketch | Directions
@@ -41,16 +42,25 @@ def write(
         "layers": json.dumps({name: keys[id(statistics)] for name, statistics in shared.by_name.items()}),
         "versions": json.dumps(shared.versions),
     }
-    tensors = {key: statistics.tensor.contiguous() for key, statistics in distinct.items()}
-    tensors.update(fitted_on.tensors(shared.by_name))
     files = _safetensors()
     target = Path(os.path.realpath(path))  # a link stays one
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-        written = Path(folder) / target.name
-        files.save_file(tensors, str(written), metadata)
+    with Scratch(target) as scratch:
+        # One after the other: whole matrices are made of what is kept, and all of them would take as much again.
+        tensors = {key: _stored(statistics, scratch) for key, statistics in distinct.items()}
+        tensors.update(fitted_on.tensors(shared.by_name))
+        written = scratch.folder / target.name
+        try:
+            files.save_file(tensors, str(written), metadata)
+        except files.SafetensorError as error:  # also where the disk is full
+            raise OSError(f"path={os.fspath(path)!r} cannot be written ({error}): make room there") from error
         with written.open("rb+") as file:
             os.fsync(file.fileno())  # or a crash of the machine could leave the new name without the content
         written.replace(target)
+
+
+def _stored(statistics: Statistics, scratch: Scratch) -> Tensor:
+    kept = statistics.stored if isinstance(statistics, Directions) else None
+    return scratch.put(statistics.tensor) if kept is None else kept
 
 
 def read(path: str | os.PathLike[str], device: torch.device | str) -> tuple[dict[str, Any], SharedStatistics, FittedOn]:

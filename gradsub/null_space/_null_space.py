@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,23 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from gradsub.distributed import Ranks
-from gradsub.layers import ALL_LINEAR, select_layers, some
-from gradsub.null_space._collect import observe_features, unit_rows
-from gradsub.null_space._covariance import NARROWEST_SINGLE, Covariance
+from gradsub.layers import ALL_LINEAR, select_layers
+from gradsub.null_space._collecting import check_groups, check_seen, collect_features, collect_gradients, gathered
+from gradsub.null_space._content import Content
 from gradsub.null_space._criterion import Criterion
-from gradsub.null_space._directions import Directions
 from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._fitted_on import FittedOn
-from gradsub.null_space._gradients import observe_gradients, own_loss
-from gradsub.null_space._protection import Protection, extend, leading, protect
-from gradsub.null_space._ranks import Deal, Turns, gather
-from gradsub.null_space._shared import SharedStatistics, Steps
-from gradsub.null_space._sketch import Sketch
-from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
+from gradsub.null_space._gradients import own_loss
+from gradsub.null_space._protection import Protection, extend
+from gradsub.null_space._ranks import on_every_rank
+from gradsub.null_space._residual import residual_shares
+from gradsub.null_space._scratch import Scratch
+from gradsub.null_space._shared import SharedStatistics
+from gradsub.null_space._statistics import Statistics
 from gradsub.null_space._table import Row, render
 
 SIDES = ("input", "output")
-_NO_BATCH = "batches is empty: collect needs at least one batch of general-domain data"
 
 
 def check_side(side: str) -> str:
@@ -45,16 +44,16 @@ class NullSpace:
     dW (m x n) inside it satisfies dW K = 0 for ``side="input"``: the layer answers every protected input as before; and
     K^T dW = 0 for ``side="output"``: no input can move the protected part of the output.
 
-    The statistics of a layer are its covariance, a float64 sum (8 d^2 bytes) that is exact but for the rounding of its
-    products, which are float32 where ``energy`` is at most 0.999, d at least 256 and the features no float64; or, where
-    ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The sketch knows its own error: its
-    covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum of all but the k largest
-    eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the budget. Batches may come
-    in any order and any division: exact statistics differ by rounding only, sketches by the bound. A sketch errs
-    towards protection: ``energy`` counts against the exact tr(C), and ``threshold`` takes every direction that may
-    reach it. Where it cannot hold enough directions, it warns once and protects all it holds. Its certificate of the
-    energy is loose unless the budget holds several times as many rows as there are directions to protect: where that
-    is no saving over 8 d^2 bytes, prefer exact statistics, which are faster to collect as well.
+    The statistics of a layer are its covariance, half of a symmetric float64 sum (little more than 4 d^2 bytes) that is
+    exact but for the rounding of its products, which are float32 where ``energy`` is at most 0.999, d at least 256 and
+    the features no float64; or, where ``layer_memory_budget`` does not allow that, a Frequent Directions sketch. The
+    sketch knows its own error: its covariance Ĉ obeys 0 <= C - Ĉ <= `error_bound` I, and the bound is at most the sum
+    of all but the k largest eigenvalues of C, divided by l + 1 - k, for every k <= l, half the rows that fit into the
+    budget. Batches may come in any order and any division: exact statistics differ by rounding only, sketches by the
+    bound. A sketch errs towards protection: ``energy`` counts against the exact tr(C), and ``threshold`` takes every
+    direction that may reach it. Where it cannot hold enough directions, it warns once and protects all it holds. Its
+    certificate of the energy is loose unless the budget holds several times as many rows as there are directions to
+    protect: where that is no saving over 4 d^2 bytes, prefer exact statistics, which are faster to collect as well.
 
     Norm weights and biases have null spaces as well, of the gradients that general-domain data has for them:
     `collect_gradients`.
@@ -110,9 +109,7 @@ class NullSpace:
                 "statistics of every layer"
             )
         self.layer_memory_budget = layer_memory_budget
-        self._shared = SharedStatistics()
-        self._protected: dict[str, Protection] = {}
-        self._warned: set[str] = set()
+        self._content = Content(self.criterion, layer_memory_budget)
         self._unseen: set[str] = set()
         self.fitted_on = FittedOn()
         self._free_rows: dict[str, Tensor] = {}  # of embeddings whose other rows rest, see freeze_unprotected
@@ -125,6 +122,7 @@ class NullSpace:
         *,
         normalize: bool = False,
         layers_at_once: int | None = None,
+        out: str | os.PathLike[str] | None = None,
         shard: bool = True,
         process_group: Any = None,
     ) -> NullSpace:
@@ -151,6 +149,12 @@ class NullSpace:
                 many as groups of layers, ``batches`` must be there for each, and nothing can be added to these layers.
                 Layers with the same input share their directions only within a group: choose a multiple of the
                 layers in a block. None: all of them.
+            out: a safetensors file for the protected directions of all layers, in their smaller form. The layers
+                collected here are mapped from it afterwards, and nothing can be added to them. Each layer's directions
+                leave the memory as they are found, and its statistics too. So with ``layers_at_once=1``, building takes
+                the memory of one layer, however many there are. Temporary files next to it take the same room until it
+                is complete. Whatever interrupts the building leaves an earlier file as it was. On several ranks each
+                one writes it. None: the directions stay in memory, and `save` writes them.
             shard: on several ranks, whether they were given the same batches, of which rank r runs every one whose
                 position is r modulo their number; False: every rank has batches of its own and runs all of them.
             process_group: the ranks; None: the default group, once torch.distributed is initialised.
@@ -163,24 +167,36 @@ class NullSpace:
                 layer is named); ``layers_at_once`` is no positive integer, or ``batches`` can be run through only
                 once; or ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
+            OSError: ``out`` cannot be written.
+            ImportError: ``out`` is given, and safetensors is not installed.
+
+        Example:
+            >>> import torch
+            >>> from gradsub import NullSpace
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+            >>> batches = [torch.eye(4)[:2]]
+            >>> null_space = NullSpace(energy=1.0).collect(model, batches)
+            >>> {name: null_space.basis(name).shape for name in null_space}
+            {'0': torch.Size([4, 2]), '1': torch.Size([3, 2])}
         """
         layers = select_layers(model, target_modules)
         names = list(layers)
         if layers_at_once is not None:
-            _check_groups(layers_at_once, batches)
-        for start in range(0, len(names), layers_at_once or len(names)):
-            group = {name: layers[name] for name in names[start:][:layers_at_once]}
-            self._gathered(
-                model,
-                batches,
-                shard,
-                process_group,
-                partial(NullSpace._collect, model=model, layers=group, normalize=normalize),
-            )
-            if layers_at_once is not None:
-                self._drop_statistics(group)
-        self._check_seen(names)
-        self.fitted_on.note({name: module for name, module in layers.items() if name in self}, self.side)
+            check_groups(layers_at_once, batches)
+        ranks = Ranks(process_group)
+        with nullcontext() if out is None else Scratch(out) as scratch:
+            if scratch is not None:
+                on_every_rank(ranks, lambda: scratch.folder)  # before hours of work
+            for start in range(0, len(names), layers_at_once or len(names)):
+                group = {name: layers[name] for name in names[start:][:layers_at_once]}
+                observed = partial(collect_features, model=model, layers=group, side=self.side, normalize=normalize)
+                gathered(self._content, model, batches, ranks, shard, observed)
+                if layers_at_once is not None or scratch is not None:
+                    on_every_rank(ranks, partial(self._content.condense, group, scratch))
+            check_seen(self._content, names, self._unseen)
+            self.fitted_on.note({name: module for name, module in layers.items() if name in self}, self.side)
+            if out is not None:
+                on_every_rank(ranks, partial(self._move_into, out, names))
         return self
 
     def collect_gradients(
@@ -203,8 +219,8 @@ class NullSpace:
 
         The model runs in evaluation mode; modes, ``requires_grad`` and ``.grad`` are as before afterwards. Vectors are
         collected whether they require gradients or not. If anything fails, nothing is added. A vector's statistics are
-        its own (8 d^2 bytes, or ``layer_memory_budget``), and for one batch at a time two rows (d) for every position
-        are held for each vector.
+        its own (4 d^2 to 8 d^2 bytes, or ``layer_memory_budget``), and for one batch at a time two rows (d) for every
+        position are held for each vector.
 
         Args:
             model: the model whose vectors are protected; all that scale or shift their module's features on the last
@@ -237,95 +253,9 @@ class NullSpace:
 
         Source: projecting updates off gradients of what is to be kept is OGD (arXiv 1910.07104).
         """
-        return self._gathered(
-            model, batches, shard, process_group, lambda into, dealt: into._collect_gradients(model, dealt, loss)
-        )
-
-    def _gathered(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        shard: bool,
-        process_group: Any,
-        collect: Callable[[NullSpace, Iterable[tuple[Any, bool]]], int],
-    ) -> NullSpace:
-        """Let ``collect`` fill a null space from batches, on every rank with its part; itself with all of it."""
-        ranks = Ranks(process_group)
-        if ranks.size == 1:
-            if not collect(self, ((batch, True) for batch in batches)):
-                raise ValueError(_NO_BATCH)
-            return self
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        deal = Deal(ranks, batches, device) if shard else None
-        increment, failure = NullSpace(**self._settings()), None
-        try:
-            collect(increment, ((batch, True) for batch in batches) if deal is None else deal)
-        except Exception as error:
-            failure = error
-        increment._shared = gather(ranks, increment._shared, device, None if deal is None else deal.count, failure)
-        if not len(increment):
-            raise ValueError(_NO_BATCH)
-        return self.merge(increment)
-
-    def _collect(
-        self,
-        batches: Iterable[tuple[Any, bool]],
-        model: nn.Module,
-        layers: Mapping[str, nn.Module],
-        normalize: bool,
-    ) -> int:
-        """Run the batches and take in those that count; how many ran."""
-        latest: tuple[Tensor, Tensor, Steps] | None = None
-        turns = Turns(batches)
-
-        def observe(name: str, features: Tensor) -> None:
-            nonlocal latest
-            if not turns.counts:
-                return
-            if latest is None or latest[0] is not features:
-                latest = features, unit_rows(features) if normalize else features, []
-            self._add(name, *latest[1:])
-
-        return observe_features(model, layers, turns, self.side, observe)
-
-    def _check_seen(self, names: list[str]) -> None:
-        """Name the layers that no features have reached so far, once; raise a ValueError if none did."""
-        unseen = [name for name in names if name not in self]
-        if len(unseen) == len(names):
-            raise ValueError(
-                f"none of the targeted layers ({some(names)}) saw any features: the model does not call them, or all "
-                "positions are masked; choose other target_modules, or pass other batches"
-            )
-        new = [name for name in unseen if name not in self._unseen]
-        self._unseen.update(new)
-        if new:
-            warnings.warn(
-                f"{some(new, 12)} saw no features, so nothing of them is protected: the model goes around them (as "
-                "torch's attention does around its out_proj), or no token was sent there; pass more batches, freeze "
-                "them, or leave them out of target_modules",
-                stacklevel=3,
-            )
-
-    def _collect_gradients(
-        self, model: nn.Module, batches: Iterable[tuple[Any, bool]], loss: Callable[[nn.Module, Any], Tensor] | None
-    ) -> int:
-        turns = Turns(batches)
-        increment = NullSpace(**self._settings())
-
-        def observe(name: str, gradients: Tensor) -> None:
-            if turns.counts:
-                increment._add(name, gradients, [])
-
-        count, left_out = observe_gradients(model, turns, loss or own_loss, observe)
-        increment._shared.drop(left_out)
-        if left_out:
-            listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(left_out.items()))
-            warnings.warn(
-                f"no gradients are collected for {listed}. Nothing protects these; freeze them if they are to stay",
-                stacklevel=5,
-            )
-        self.merge(increment)
-        return count
+        observed = partial(collect_gradients, model=model, loss=loss or own_loss)
+        gathered(self._content, model, batches, Ranks(process_group), shard, observed)
+        return self
 
     def update(self, name: str, features: Tensor) -> None:
         """Add features (N x d) of the layer ``name``; leading dimensions are flattened.
@@ -339,7 +269,7 @@ class NullSpace:
         """
         if features.ndim < 2 or features.numel() == 0:
             raise ValueError(f"features of {name!r} must be (N, d) and not empty, found {tuple(features.shape)}")
-        self._add(name, features.detach().reshape(-1, features.shape[-1]), [])
+        self._content.add(name, features.detach().reshape(-1, features.shape[-1]), [])
 
     def merge(self, other: NullSpace) -> NullSpace:
         """Add all that another null space has seen, as if its features had come here; ``other`` stays as it is.
@@ -357,50 +287,9 @@ class NullSpace:
         different = {key: (value, others[key]) for key, value in settings.items() if others[key] != value}
         if different:
             raise ValueError(f"the settings of other differ (here, there): {different}: collect both alike")
-        sources = dict(other._shared.by_name)
-        for name, theirs in sources.items():
-            mine = self._shared.by_name.get(name, theirs)
-            if (mine.dimension, mine.kind) != (theirs.dimension, theirs.kind):
-                raise ValueError(
-                    f"other has {theirs.kind} statistics of width {theirs.dimension} for {name!r}, this null space "
-                    f"{mine.kind} ones of width {mine.dimension}: collect both on the same model"
-                )
-        final = [name for name, each in sources.items() if name in self and isinstance(each, Directions)]
-        if final:
-            raise ValueError(f"{some(final)} hold directions alone, to which nothing can be added: collect anew")
-        steps: dict[int, Steps] = {id(source): [] for source in sources.values()}
-        with torch.inference_mode(False), torch.no_grad():
-            for name, source in sources.items():
-                self._shared.advance(name, steps[id(source)], source.copy, partial(_merge, source))
-                self._protected.pop(name, None)
+        self._content.merge(other._content)
         self.fitted_on.adopt(other.fitted_on)
         return self
-
-    def _add(self, name: str, rows: Tensor, steps: Steps) -> None:
-        def first() -> Statistics:
-            statistics = self._empty(_checked(name, rows))
-            statistics.add(rows)
-            return statistics
-
-        def more(statistics: Statistics) -> None:
-            if statistics.dimension != rows.shape[1]:
-                raise ValueError(
-                    f"features of {name!r} have width {rows.shape[1]}, but the layer had {statistics.dimension} before"
-                    ": pass features of the same layer and side"
-                )
-            statistics.add(_checked(name, rows))
-
-        # Statistics that begin in inference mode could not be added to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._shared.advance(name, steps, first, more)
-        self._protected.pop(name, None)
-
-    def _empty(self, rows: Tensor) -> Statistics:
-        budget, dimension, device = self.layer_memory_budget, rows.shape[1], rows.device
-        if budget is None or dimension**2 * accumulation_dtype(device).itemsize <= budget:
-            narrow = rows.dtype == torch.float64 or dimension < NARROWEST_SINGLE
-            return Covariance.empty(dimension, device, single=self.criterion.coarse and not narrow)
-        return Sketch.within(budget, dimension, rows.dtype, device)
 
     def basis(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The protected directions K (d x k) of the layer ``name``: orthonormal columns, strongest first.
@@ -418,16 +307,7 @@ class NullSpace:
         Raises:
             KeyError: nothing was collected for the layer; the message lists the layers there are.
         """
-        statistics, protection = self._statistics(name), self._protected_as(name)
-        found = None if protection is None else protection.basis(dtype)
-        if found is not None:
-            return found
-        with torch.inference_mode(False), torch.no_grad():
-            if isinstance(statistics, Directions):
-                return statistics.protection.give(statistics.basis().to(dtype))
-            protection, spectrum = self._decompose(name, statistics)
-            held = protection.basis(dtype)
-            return protection.give(leading(spectrum, protection.count).to(dtype)) if held is None else held
+        return self._content.basis(name, dtype)
 
     def complement(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The free directions (d x (d - k)) of the layer ``name``: orthonormal columns, orthogonal to `basis`.
@@ -531,30 +411,7 @@ class NullSpace:
         """
         if held_out.side != self.side:
             raise ValueError(f"held_out.side={held_out.side!r} must be {self.side!r}, as here: collect it again")
-        names = [name for name in self if name in held_out]
-        if not names:
-            raise ValueError(f"held_out knows {sorted(held_out)}, none of the layers here: {sorted(self)}")
-        shares: dict[tuple[int, int], float] = {}  # layers that share their statistics are looked at once
-        keys = {name: (id(self._statistics(name)), id(held_out._statistics(name))) for name in names}
-        for name, key in keys.items():
-            if key not in shares:
-                shares[key] = self._residual(name, held_out._statistics(name))
-        return {name: shares[key] for name, key in keys.items()}
-
-    def _residual(self, name: str, held_out: Statistics) -> float:
-        protection = self._protection(name)
-        if held_out.dimension != protection.dimension:
-            raise ValueError(
-                f"held_out has {held_out.dimension} features for {name!r}, here there are {protection.dimension}: "
-                "collect it from the same model"
-            )
-        whole = held_out.energy()
-        if not whole:
-            return 0.0
-        # A sketch's energy in a subspace is a lower bound: only K's gives an upper bound of what is left.
-        if protection.complementary and not held_out.error:
-            return min(1.0, max(0.0, held_out.energy(protection.held) / whole))
-        return min(1.0, max(0.0, 1.0 - held_out.energy(self.basis(name, protection.held.dtype)) / whole))
+        return residual_shares(self._content, held_out._content)
 
     def error_bound(self, name: str) -> float:
         """How far the layer's covariance may be off, as a spectral norm in squared feature units; 0 if exact."""
@@ -591,43 +448,15 @@ class NullSpace:
             rows.append(Row(name, found.dimension, found.count, found.energy, statistics.kind, statistics.count))
         return render(rows, sum(statistics.nbytes for statistics in self._shared.distinct().values()))
 
-    def _statistics(self, name: str) -> Statistics:
-        if name not in self._shared.by_name:
-            raise KeyError(f"no features were collected for {name!r}; there are {sorted(self._shared.by_name)}")
-        return self._shared.by_name[name]
+    @property
+    def _shared(self) -> SharedStatistics:
+        return self._content.shared
 
-    def _protected_as(self, name: str) -> Protection | None:
-        """What is known of the layer, or of one with the same statistics."""
-        statistics = self._statistics(name)
-        if name not in self._protected:
-            if isinstance(statistics, Directions):
-                self._protected[name] = statistics.protection
-            twin = next((twin for twin in self._protected if self._shared.by_name[twin] is statistics), None)
-            if twin is not None:
-                self._protected[name] = self._protected[twin]
-        return self._protected.get(name)
+    def _statistics(self, name: str) -> Statistics:
+        return self._content.statistics(name)
 
     def _protection(self, name: str) -> Protection:
-        found = self._protected_as(name)
-        if found is not None:
-            return found
-        with torch.inference_mode(False), torch.no_grad():
-            return self._decompose(name, self._statistics(name))[0]
-
-    def _decompose(self, name: str, statistics: Statistics) -> tuple[Protection, Spectrum]:
-        protection, spectrum = protect(statistics, self.criterion)
-        # Layers that share statistics share what follows from them, and have one tensor of directions.
-        for twin in [twin for twin in self._shared.by_name if self._shared.by_name[twin] is statistics]:
-            protection = self._protected.setdefault(twin, protection)
-        if protection.missed is not None and name not in self._warned:
-            self._warned.add(name)
-            warnings.warn(
-                f"layer_memory_budget={self.layer_memory_budget}: the sketch of {name!r} is too small for "
-                f"{protection.missed}; it protects {protection.count} of {statistics.dimension} directions. "
-                "Raise the budget",
-                stacklevel=4,
-            )
-        return protection, spectrum
+        return self._content.protection(name)
 
     @classmethod
     def _of(cls, settings: dict[str, Any]) -> NullSpace:
@@ -669,21 +498,16 @@ class NullSpace:
 
         Raises:
             ImportError: safetensors is not installed.
+            OSError: the file cannot be written.
         """
-        write(path, self._settings(), self._shared if statistics else self._directions(), self.fitted_on)
+        shared = self._shared if statistics else self._content.directions()
+        write(path, self._settings(), shared, self.fitted_on)
 
-    def _directions(self) -> SharedStatistics:
-        found = SharedStatistics()
-        found.by_name, found.versions = dict(self._shared.by_name), dict(self._shared.versions)
-        for first, each in self._shared.distinct().items():
-            directions = Directions(self._protection(first), each.energy(), each.count)
-            found.by_name.update((name, directions) for name in found.by_name if self._shared.by_name[name] is each)
-        return found
-
-    def _drop_statistics(self, names: Iterable[str]) -> None:
-        part = NullSpace(**self._settings())
-        part._shared.by_name = {name: self._shared.by_name[name] for name in names if name in self}
-        self._shared.by_name.update(part._directions().by_name)
+    def _move_into(self, path: str | os.PathLike[str], names: Iterable[str]) -> None:
+        """Write all directions to a file, and read those of ``names`` from it from now on."""
+        self.save(path, statistics=False)
+        _, written, _ = read(path, "cpu")
+        self._content.replace({name: written.by_name[name] for name in names if name in self})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> NullSpace:
@@ -706,29 +530,5 @@ class NullSpace:
             loaded = cls._of(settings)
         except DamagedError as error:
             raise ValueError(f"path={os.fspath(path)!r} {error}") from error
-        loaded._shared, loaded.fitted_on = shared, fitted_on
+        loaded._content.shared, loaded.fitted_on = shared, fitted_on
         return loaded
-
-
-def _check_groups(layers_at_once: int, batches: Iterable[Any]) -> None:
-    if type(layers_at_once) is not int or layers_at_once < 1:
-        raise ValueError(f"layers_at_once={layers_at_once!r} must be a positive integer, or None for all layers")
-    if iter(batches) is batches:
-        raise ValueError(
-            f"batches are a {type(batches).__name__}, which can be run through once, and layers_at_once="
-            f"{layers_at_once} runs them for every group of layers: pass a list"
-        )
-
-
-def _merge(source: Statistics, held: Statistics) -> None:
-    held.merge(source)
-
-
-def _checked(name: str, features: Tensor) -> Tensor:
-    if features.is_complex():
-        raise ValueError(f"features of {name!r} are complex: only real features are supported")
-    # Both are NaN where an entry is; ten times as fast on a CPU as a look at each entry.
-    low, high = features.aminmax()
-    if not bool(torch.isfinite(torch.stack([low, high])).all()):
-        raise ValueError(f"features of {name!r} hold NaN or Inf: check the model and the batch before collecting")
-    return features

@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._sketch import Sketch
 from gradsub.null_space._statistics import Statistics
 
+Result = TypeVar("Result")
 _DIFFERENT = (
     "batches differ between the ranks: pass the same ones on every rank, of which each runs its part, or shard=False "
     "if every rank has batches of its own"
@@ -111,8 +112,7 @@ def gather(
             "dealt": dealt,
             "layers": {name: firsts[id(statistics)] for name, statistics in mine.by_name.items()},
             "states": {
-                name: {**each.state(), "shape": tuple(each.tensor.shape), "dtype": each.tensor.dtype}
-                for name, each in distinct.items()
+                name: {**each.state(), "shape": each.shape, "dtype": each.dtype} for name, each in distinct.items()
             },
         }
     )
@@ -139,6 +139,29 @@ def gather(
     return found
 
 
+def on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
+    """What ``action`` returns here, once no rank failed: one that has no room on its disk must not keep others waiting.
+
+    Raises:
+        RuntimeError: it failed on another rank.
+    """
+    if ranks.size == 1:
+        return action()
+    found: list[Result] = []
+    failure = None
+    try:
+        found.append(action())
+    except Exception as error:
+        failure = error
+    messages = ranks.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"rank {rank} could not write its part: {message}")
+    return found[0]
+
+
 def _merged(
     ranks: Ranks, name: str, mine: Statistics | None, states: Mapping[int, dict[str, Any]], device: torch.device
 ) -> Statistics:
@@ -147,11 +170,13 @@ def _merged(
         raise RuntimeError(f"the ranks have different statistics of {name!r}: {sorted(kinds)}")
     first = next(iter(states.values()))
     if first["kind"] == Covariance.kind:
-        total = (
-            torch.zeros(first["shape"], dtype=first["dtype"], device=device) if mine is None else mine.tensor.clone()
-        )
-        ranks.sum_([total])
-        return Covariance(total, sum(state["count"] for state in states.values()))
+        single = all(state["single"] for state in states.values())
+        total = Covariance.empty(first["shape"][0], device, single, first["dtype"])
+        if mine is not None:
+            total.merge(mine)
+        ranks.sum_(total.blocks)
+        total.count = sum(state["count"] for state in states.values())
+        return total
     sketch: Statistics | None = None
     for rank, state in states.items():
         own = mine is not None and rank == ranks.index

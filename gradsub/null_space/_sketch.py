@@ -77,6 +77,14 @@ class Sketch:
     def tensor(self) -> Tensor:
         return self._buffer[: self._filled].clone()
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._filled, self.dimension
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._buffer.dtype
+
     def add(self, rows: Tensor) -> None:
         rows = rows.to(self._buffer)
         energy = float(torch.linalg.vector_norm(rows, dtype=accumulation_dtype(rows.device)).square())

@@ -61,7 +61,15 @@ class Statistics(Protocol):
 
     @property
     def tensor(self) -> Tensor:
-        """All there is to save beside `state`."""
+        """All there is to save beside `state`; made when it is asked for."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of `tensor`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `tensor`."""
 
     def add(self, rows: Tensor) -> None:
         """Take in features (N x d)."""

@@ -15,8 +15,11 @@ from benchmarks.training.contenders import Key
 from benchmarks.training.data import join, make_batches
 from benchmarks.training.derived import Result
 from benchmarks.training.memory import trace
+from benchmarks.training.methods import METHODS, PROTECTED
 from benchmarks.training.methods._training import tensor_bytes
+from benchmarks.training.models import build_model, trained_layers
 from benchmarks.training.problem import Problem
+from benchmarks.training.protection import SHARES, fit
 from benchmarks.training.targets import check_targets
 
 OURS, PEER = Key("gems-fused", 2), Key("adamw", 2)
@@ -116,3 +119,36 @@ def test_the_commands_are_documented() -> None:
     text = (CONFIGS.parent / "README.md").read_text()
     assert all(f"`{name}`" in text for name in ("run", "report", "profile"))
     assert "report | profile" in inspect.getdoc(cli)
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(("name", "inputs"), [("t5", 2 * 4 + 2 * 6 + 1), ("llama", 2 * 4)])
+def test_null_spaces_have_the_shares_and_layers_with_one_input_one_of_them(name: str, inputs: int, side: str) -> None:
+    config = load(CONFIGS / "quick.yaml")
+    model = build_model(config.models[name], 0)
+    (batch,) = make_batches(Problem(32, 4, 1, sequence_length=16), model.config.vocab_size, name == "t5")
+    null_space, size = fit(model, batch.inputs, side, seed=0)
+    layers = trained_layers(model)
+    assert set(null_space) == set(layers)
+    wanted = [share for _, share in SHARES]
+    for layer, module in layers.items():
+        width = module.weight.shape[1 if side == "input" else 0]
+        nearest = min(abs(null_space.protected_fraction(layer) - share) for share in wanted)
+        assert null_space.basis(layer).shape[0] == width
+        assert nearest <= 0.5 / width + 1e-9
+    distinct = null_space._shared.distinct().values()
+    assert len(distinct) == (inputs if side == "input" else len(layers))
+    assert sum(each.stored.nbytes for each in distinct) < size < 2**20
+    assert "forward" not in vars(model)  # what fitting borrowed is given back
+
+
+def test_what_is_measured_with_a_null_space_is_measured_without() -> None:
+    assert len(PROTECTED) == 4
+    assert set(PROTECTED.values()) <= set(METHODS)
+    for path in CONFIGS.glob("*.yaml"):
+        for case in load(path).cases:
+            for listed in (case.methods, case.memory):
+                assert all(PROTECTED[name] in listed for name in listed if name in PROTECTED), (path, case.name)
+    for name in ("full", "centre"):  # and the other way round
+        for case in load(CONFIGS / f"{name}.yaml").cases:
+            assert {*PROTECTED.values()} & {*case.methods} == {PROTECTED[m] for m in case.methods if m in PROTECTED}

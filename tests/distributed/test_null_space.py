@@ -65,6 +65,29 @@ def test_sketches_are_the_same_on_every_rank_and_within_their_bound(tmp_path: Pa
     assert bool((top - held <= 2 * found[0]["0.bound"] + 1e-9).all())
 
 
+def _to_a_file(rank: int, folder: Path) -> tuple[dict[str, Tensor], str]:
+    path = folder / "null.safetensors"
+    built = NullSpace(energy=0.9).collect(_model(), _batches(5), layers_at_once=1, out=path)
+    found = _content(built)
+    assert all(torch.equal(value, found[name]) for name, value in _content(NullSpace.load(path)).items())
+    elsewhere = folder / ("missing" if rank == 1 else ".") / "other.safetensors"
+    with pytest.raises((OSError, RuntimeError)) as raised:
+        NullSpace(energy=0.9).collect(_model(), _batches(5), out=elsewhere)
+    return found, str(raised.value)
+
+
+def test_all_ranks_build_to_a_file_or_none_does(tmp_path: Path) -> None:
+    (tmp_path / "made").mkdir()
+    found = launch(_to_a_file, 2, tmp_path, tmp_path / "made")
+    alone = NullSpace(energy=0.9).collect(_model(), _batches(5))
+    for name in alone:
+        K = alone.basis(name, torch.float64)
+        assert all(torch.allclose(each[name] @ each[name].mT, K @ K.mT, atol=1e-9) for each, _ in found)
+    assert "rank 1 could not write its part" in found[0][1]
+    assert "missing" in found[1][1]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["null.safetensors"]
+
+
 def _squares(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).square().sum()
 

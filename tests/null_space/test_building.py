@@ -51,9 +51,9 @@ def test_products_of_float32_differ_by_rounding_only(width, rows, exponent, deca
     assert statistics.single
     C = exact(x)
     sizes = C.diagonal().sqrt()
-    off = (statistics.total / len(x) - C) / (sizes[:, None] * sizes).clamp_min(1e-300)
+    off = (statistics.tensor / len(x) - C) / (sizes[:, None] * sizes).clamp_min(1e-300)
     assert float(off.abs().max()) < 2e-6
-    assert torch.equal(statistics.total, statistics.total.mT)
+    assert torch.equal(statistics.tensor, statistics.tensor.mT)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.97, 0.999])
@@ -111,7 +111,7 @@ def test_settings_of_the_caller_do_not_reach_the_products(device, context):
             inside.basis("layer")
     finally:
         torch.set_float32_matmul_precision(before)
-    assert torch.equal(plain._statistics("layer").total, inside._statistics("layer").total)
+    assert torch.equal(plain._statistics("layer").tensor, inside._statistics("layer").tensor)
     assert torch.equal(plain.basis("layer"), inside.basis("layer"))
 
 

@@ -107,8 +107,15 @@ def test_it_collects_what_the_library_collects(tmp_path, llama):
 def test_any_layout_of_text_and_groups_of_layers(tmp_path, llama, separator, capsys):
     text = written(tmp_path / "text.txt", separator=separator)
     assert run(llama, text, tmp_path / "null.safetensors", "--layers-at-once", "7", "--tokens", "640") == 0
-    assert "640 tokens" in capsys.readouterr().out
+    in_groups = capsys.readouterr().out
+    assert "640 tokens to fit on" in in_groups
     assert len(NullSpace.load(tmp_path / "null.safetensors")) == 14
+    # What all of the tokens leave of fresh text is the same number, whatever the groups.
+    assert run(llama, text, tmp_path / "whole.safetensors", "--tokens", "640") == 0
+    whole = capsys.readouterr().out
+    said = [line for line in in_groups.splitlines() if "640 tokens leave" in line or "most is left in" in line]
+    assert len(said) == 2
+    assert all(line in whole for line in said)
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,21 @@ def test_numbers_of_directions_that_cannot_be_are_refused(tmp_path, numbers):
     save_file(tensors, path, metadata | {"statistics": json.dumps(states)})
     with pytest.raises(ValueError, match=r"'few'"):
         NullSpace.load(path)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.97])
+def test_columns_that_are_a_little_off_are_refused_too(tmp_path, energy):
+    """A column that is longer by 1e-4 would leak as much of every update."""
+    path = tmp_path / "null.safetensors"
+    null_space = NullSpace(energy=energy)
+    null_space.update("layer", torch.randn(2000, 300) * torch.arange(1, 301) ** -0.2)
+    null_space.save(path, statistics=False)
+    NullSpace.load(path)
+    with safe_open(path, framework="pt") as file:
+        metadata, tensor = file.metadata(), file.get_tensor("layer").clone()
+    for factor in (1 + 1e-4, 1 - 1e-4):
+        off = tensor.clone()
+        off[7] *= factor
+        save_file({"layer": off}, path, metadata)
+        with pytest.raises(ValueError, match=r"'layer'.*orthonormal"):
+            NullSpace.load(path)

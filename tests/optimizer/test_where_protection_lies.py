@@ -144,6 +144,67 @@ def test_a_checkpoint_that_holds_all_protected_directions_goes_on_in_the_smaller
     assert anchored.state[again.q.weight]["anchor"].shape == (WIDTH, K.shape[1])
 
 
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+def test_growth_beyond_the_half_changes_the_form_and_gives_nothing_up(refresh, where, device):
+    model = Two().to(device)
+    Q = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(2))).Q.to(device)
+    null_space = NullSpace(energy=1.0)
+    for name in "qk":
+        null_space.update(name, Q[:, :6].mT)
+    base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    optimizer = GemsOptimizer(
+        base,
+        tasks=("a",),
+        rank=4,
+        model=model,
+        null_space=null_space,
+        update_proj_gap=3,
+        protection=where,
+        refresh=refresh,
+    )
+    start = model.q.weight.detach().clone()
+    train(model, optimizer, 6)
+    for name in "qk":
+        null_space.update(name, Q[:, 6:19].mT)
+    train(model, optimizer, 4, start=6)
+    grown = model.q.weight.detach().clone()
+    train(model, optimizer, 9, start=10)
+    assert optimizer.state[model.q.weight]["free"].shape == (WIDTH, 5)
+    assert directions(optimizer, model.q.weight).device.type == ("cpu" if where == "host" else device.type)
+    end = model.q.weight.detach()
+    assert ((end - start) @ Q[:, :6]).norm() < 3e-6 * (end - start).norm()
+    assert ((end - grown) @ Q[:, 6:19]).norm() < 3e-6 * (end - grown).norm()
+    assert (end - grown).norm() > 0.01 * grown.norm()
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_another_models_widths_are_refused_with_the_layers_name(tmp_path, share, mapped):
+    model = Two()
+    null_space = NullSpace(max_rank=round(share * WIDTH))
+    null_space.update("q", torch.randn(100, WIDTH))
+    null_space.update("k", torch.randn(100, WIDTH + 1))
+    if mapped:
+        null_space.save(tmp_path / "null.safetensors", statistics=False)
+        null_space = NullSpace.load(tmp_path / "null.safetensors")
+    base = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match=rf"directions of length {WIDTH + 1} for 'k'.*has {WIDTH}"):
+        GemsOptimizer(base, tasks=("a",), rank=4, model=model, null_space=null_space)
+
+
+def test_what_a_file_holds_is_not_copied_on_a_cpu(tmp_path):
+    width = 300  # wide enough for directions in float32
+    model = nn.Sequential(nn.Linear(width, 8, bias=False))
+    x = torch.randn(3000, width) * torch.arange(1, width + 1) ** -0.3
+    for energy in (0.6, 0.97):
+        null_space = NullSpace(energy=energy).collect(model, [x], out=tmp_path / "null.safetensors")
+        base = torch.optim.AdamW(model.parameters())
+        optimizer = GemsOptimizer(base, tasks=("a",), rank=4, model=model, null_space=null_space)
+        held = directions(optimizer, model[0].weight)
+        assert held.untyped_storage().data_ptr() == null_space._statistics("0").stored.untyped_storage().data_ptr()
+
+
 def test_what_nobody_holds_any_more_is_forgotten():
     placement, cpu = Placement("auto"), torch.device("cpu")
     first = placement.keep(torch.eye(4)[:, :2].clone(), cpu)

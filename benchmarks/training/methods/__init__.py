@@ -11,7 +11,7 @@ from .plain import AdamWMethod, LoraMethod
 from .projecting_conflicts import PytorchOptimizerPCGrad
 from .three_pass import ThreePass
 
-__all__ = ["METHODS", "Method", "Training"]
+__all__ = ["METHODS", "PROTECTED", "Method", "Training"]
 
 METHODS: Final[dict[str, Method]] = {
     "floor": Floor(),
@@ -27,7 +27,14 @@ METHODS: Final[dict[str, Method]] = {
     "pytorch-optimizer-pcgrad": PytorchOptimizerPCGrad(),
     "three-pass": ThreePass(),
     "gems-generic": Gems("generic"),
+    "gems-generic-null": Gems("generic", protected=True),
     "gems-fused": Gems("fused"),
+    "gems-fused-null": Gems("fused", protected=True),
     "gems-fused-output": Gems("fused", side="output"),
+    "gems-fused-output-null": Gems("fused", side="output", protected=True),
     "gems-mixed": Gems("fused", mixed=True),
+    "gems-mixed-null": Gems("fused", mixed=True, protected=True),
 }
+
+PROTECTED: Final = {name: name.removesuffix("-null") for name in METHODS if name.endswith("-null")}
+"""Methods with a null space, and the same one without."""

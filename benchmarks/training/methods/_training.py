@@ -21,11 +21,13 @@ class Training(ABC):
     Args:
         model: the model, which only this training uses.
         optimizer: what steps; None if nothing does.
+        mapped_bytes: of files that are mapped into memory, which the system reads when they are used.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any = None, mapped_bytes: int = 0) -> None:
         self.model = model
         self.optimizer = optimizer
+        self.mapped_bytes = mapped_bytes
 
     @abstractmethod
     def step(self, batches: Sequence[Batch]) -> float:

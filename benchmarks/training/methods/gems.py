@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from gradsub import GemsOptimizer
+from gradsub import GemsOptimizer, NullSpace
 
-from ..data import Batch, join
+from ..data import Batch, join, make_batches
 from ..models import mean_loss, trained_weights
 from ..problem import Problem
-from ._training import Method, Training, adamw
+from ..protection import ENERGY, fit
+from ._training import Method, Training, adamw, tensor_bytes
 
 GENERIC = "generic"
 
 
-class TaskByTask(Training):
-    """A forward and a backward pass a task, inside ``optimizer.task``."""
+class GemsTraining(Training):
+    """Counts as state what is on the device between refreshes, so not the protected directions."""
 
     optimizer: GemsOptimizer
+
+    def state_bytes(self) -> int:
+        states = self.optimizer.state.values()
+        return tensor_bytes([{k: v for k, v in state.items() if k not in ("protected", "free")} for state in states])
+
+
+class TaskByTask(GemsTraining):
+    """A forward and a backward pass a task, inside ``optimizer.task``."""
 
     def step(self, batches: Sequence[Batch]) -> float:
         total = 0.0
@@ -34,7 +45,7 @@ class TaskByTask(Training):
         return total / len(batches)
 
 
-class Mixed(Training):
+class Mixed(GemsTraining):
     """One forward and one backward pass of all tasks' rows, inside ``optimizer.mixed``."""
 
     def step(self, batches: Sequence[Batch]) -> float:
@@ -48,17 +59,19 @@ class Mixed(Training):
 
 
 class Gems(Method):
-    """Args: how gradients are captured; the side of the bases; whether one pass serves all tasks."""
+    """Args: how gradients are captured; the side of the bases; whether one pass serves all tasks; a null space."""
 
     warm_up_steps = 6
     refreshes = "cycle"
 
-    def __init__(self, capture: str, side: str = "input", mixed: bool = False) -> None:
+    def __init__(self, capture: str, side: str = "input", mixed: bool = False, protected: bool = False) -> None:
         self._capture = capture
         self._side = side
         self._mixed = mixed
+        self._protected = protected
         passes = "one pass for all tasks" if mixed else "a pass a task"
-        self.summary = f"GemsOptimizer(AdamW), capture {capture}, side {side}, {passes}"
+        null_space = f", with a null space of energy {ENERGY}" if protected else ""
+        self.summary = f"GemsOptimizer(AdamW), capture {capture}, side {side}, {passes}{null_space}"
 
     def unavailable(self) -> str | None:
         if self._capture != GENERIC and not _has_capture():
@@ -68,6 +81,7 @@ class Gems(Method):
         return None
 
     def build(self, model: nn.Module, problem: Problem) -> Training:
+        null_space, mapped = self._null_space(model, problem) if self._protected else (None, 0)
         optimizer = GemsOptimizer(
             adamw(trained_weights(model), problem),
             tasks=problem.task_names,
@@ -75,9 +89,16 @@ class Gems(Method):
             update_proj_gap=problem.update_proj_gap,
             side=self._side,
             model=model,
+            null_space=null_space,
             **({"capture": self._capture} if _has_capture() else {}),
         )
-        return (Mixed if self._mixed else TaskByTask)(model, optimizer)
+        return (Mixed if self._mixed else TaskByTask)(model, optimizer, mapped)
+
+    def _null_space(self, model: nn.Module, problem: Problem) -> tuple[NullSpace, int]:
+        few = replace(problem, tokens=2 * problem.sequence_length, tasks=1)  # a row of either kind of model
+        config: Any = model.config
+        (batch,) = make_batches(few, config.vocab_size, config.is_encoder_decoder)
+        return fit(model, batch.inputs, self._side, problem.seed)
 
 
 def _has_capture() -> bool:

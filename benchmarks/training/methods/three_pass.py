@@ -7,7 +7,7 @@ R = U^T G, and
     W <- W + U_0 d_0 + sum_k g_k U_k d_k
 
 with gates g_k = 0.4 * share of the loss + 0.4 * share of the gradient norm + 0.2 * share of the samples. The null
-space, which the publication puts in front of it, is left out: no method here has one.
+space, which the publication puts in front of it, is left out.
 """
 
 from __future__ import annotations
