@@ -529,10 +529,10 @@ class Stepper:
             states = [self.state[layer.parameter] for layer in block.layers]
             shrink = decoupled_shrinkage(self._inner.traits[block.group], group)
             collect_decay(block, states, shrink)
-            for row, layer in enumerate(block.layers):
-                if layer.protected is not None and self._bank.at_place(layer, group["update_proj_gap"]):
-                    decay(layer, states[row])
-                    hold_protected(layer, states[row], min(int(states[row]["step"]), group["update_proj_gap"]))
+            gap = group["update_proj_gap"]
+            for row in self._bank.at_place(block, gap):
+                decay(block.layers[row], states[row])
+                hold_protected(block.layers[row], states[row], min(int(block.array("step")[row]), gap))
             taken = {
                 subspace: self._stacked(block, subspace, steps) for subspace in (SHARED, *(k + 1 for k in found.own))
             }

@@ -161,16 +161,24 @@ def decay(layer: Layer, state: State) -> None:
     most c times the sum of the norms of the updates since: decay and updates of one gap, multiplied.
     """
     pending = state[PENDING_DECAY]
-    if layer.protected is None or (pending.device.type == "cpu" and float(pending) == 0.0):
+    on_host = pending.device.type == "cpu"
+    share = float(layer.block.array(PENDING_DECAY)[layer.row]) if on_host else pending
+    if layer.protected is None or (on_host and share == 0.0):
         return
     weight = _precise(layer, state)
     # Of the weight as it is: somebody else may have written it since.
     protected = layer.protected.to(weight.device)
-    free = layer.lift(layer.total(layer.project(weight, protected.directions)), protected.directions)
-    if not protected.complement:
-        free = weight - free
-    _write(layer, weight.sub_(free.mul_(float(pending) if pending.device.type == "cpu" else pending)))
-    pending.zero_()
+    directions, complement = protected.directions, protected.complement
+    inside = layer.total(layer.project(weight, directions))
+    if on_host:
+        left, right = (inside, directions.mT) if layer.axis == 1 else (layer.near(directions), inside)
+        weight.addmm_(left, right, beta=1.0 if complement else 1 - share, alpha=-share if complement else share)
+        layer.block.array(PENDING_DECAY)[layer.row] = 0.0
+    else:
+        free = layer.lift(inside, directions)
+        weight.sub_((free if complement else weight - free).mul_(share))
+        pending.zero_()
+    _write(layer, weight)
 
 
 def hold_protected(layer: Layer, state: State, steps: int) -> None:

@@ -87,7 +87,12 @@ def magnitude(A: Tensor) -> Tensor:
     return torch.exp2(exponent)
 
 
+def product(A: Tensor, B: Tensor) -> Tensor:
+    """A B, of stacks of matrices in one operation: ``@`` asks for five around it, since it broadcasts."""
+    return torch.bmm(A, B) if A.ndim == B.ndim == 3 and len(A) == len(B) else A @ B
+
+
 def multiply(A: Tensor, X: Tensor) -> Tensor:
     """A X for a thin X, in the order in which the larger factor is read along its rows."""
     # (X^T A^T)^T saves a quarter of the time where A is a transposed view, as in A^T Q.
-    return A @ X if A.stride(-1) == 1 else (X.mT @ A.mT).mT
+    return product(A, X) if A.stride(-1) == 1 else product(X.mT, A.mT).mT

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._arithmetic import widen
+from ._arithmetic import product, widen
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Outside:
     def project(self, X: Tensor) -> Tensor:
         """The part of X (..., d, c) in the space."""
         if self.within is not None:
-            X = self.within @ (self.within.mT @ X)
-        return X if self.against is None else X - self.against @ (self.against.mT @ X)
+            X = product(self.within, product(self.within.mT, X))
+        return X if self.against is None else X - product(self.against, product(self.against.mT, X))
 
     def widened(self, dtype: torch.dtype) -> Outside:
         """In float32 at least, and in ``dtype`` if that is wider."""

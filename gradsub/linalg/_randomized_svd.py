@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._arithmetic import full_precision, multiply, widen
+from ._arithmetic import full_precision, multiply, product, widen
 from ._checks import check_count, check_finite_through, check_format
 from ._range_finder import exact_is_cheaper, exact_svd, sketch
 from ._thin import thin_svd
@@ -124,4 +124,4 @@ def _tall_svd(
     Y, unit = sketch(A, size, power_iterations, generator)
     Q = torch.linalg.qr(Y).Q
     V, S, U = thin_svd(multiply(A.mT, Q / unit))
-    return Q @ U, S * unit.squeeze(-1), V
+    return product(Q, U), S * unit.squeeze(-1), V

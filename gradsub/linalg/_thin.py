@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._arithmetic import product
+
 
 def positive_qr(Y: Tensor) -> Tensor:
     """Orthonormal Q of Y = Q R with diag(R) >= 0: column j of Q points the way column j of Y does."""
@@ -18,7 +20,7 @@ def independent_qr(Y: Tensor) -> Tensor:
         return positive_qr(Y)
     wide = Y.double()
     for _ in range(2):
-        wide = torch.matmul(wide, _inverse(_factor(wide)))
+        wide = product(wide, _inverse(_factor(wide)))
     return wide.to(Y.dtype)
 
 
@@ -36,20 +38,20 @@ def dominant_eigenvectors(gramian: Tensor, start: Tensor, iterations: int) -> Te
     if not _widens(gramian):
         Z = torch.linalg.qr(start).Q
         for _ in range(iterations):
-            Z = torch.linalg.qr(gramian @ Z).Q
+            Z = torch.linalg.qr(product(gramian, Z)).Q
         return Z
     wide = gramian.double()
     Z = _rotated(start.double())
     for _ in range(iterations):
-        Z = _rotated(wide @ Z)
+        Z = _rotated(product(wide, Z))
     return Z.to(gramian.dtype)
 
 
 def _rotated(Z: Tensor) -> Tensor:
     """The columns made orthonormal, as far as they are independent: close to the eigenvectors they nearly are."""
     norms = torch.linalg.vector_norm(Z, dim=-2, keepdim=True)
-    Z = Z / torch.where(norms == 0, 1, norms)
-    return Z @ _inverse(_factor(Z))
+    Z = Z / norms.masked_fill(norms == 0, 1)
+    return product(Z, _inverse(_factor(Z)))
 
 
 def added_by_each(Y: Tensor) -> Tensor:
@@ -71,18 +73,17 @@ def _widens(Y: Tensor) -> bool:
 
 def _factor(wide: Tensor) -> Tensor:
     """R, upper triangular with a positive diagonal, of Y^T Y = R^T R; entries below its rounding error are kept."""
-    gramian = wide.mT @ wide
+    gramian = product(wide.mT, wide)
     diagonal = gramian.diagonal(dim1=-2, dim2=-1)
     shift = torch.finfo(wide.dtype).eps * 4 * gramian.shape[-1] * diagonal.amax(-1, keepdim=True)
-    shift = shift.clamp_min(1e-200)  # of a matrix of zeros: R must have an inverse
-    gramian = gramian + torch.diag_embed(shift.expand_as(diagonal))
+    diagonal += shift.clamp_min(1e-200)  # of a matrix of zeros: R must have an inverse
     R: Tensor = torch.linalg.cholesky_ex(gramian, upper=True).L
     return R
 
 
 def _inverse(R: Tensor) -> Tensor:
     identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
-    inverse: Tensor = torch.linalg.solve_triangular(R, identity.expand_as(R), upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
     return inverse
 
 
@@ -96,4 +97,4 @@ def thin_svd(Y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     finite = torch.isfinite(R).all(-1, keepdim=True).all(-2, keepdim=True)
     U, S, Vh = torch.linalg.svd(torch.where(finite, R, 0))
     poison = torch.where(finite, 0.0, torch.nan).to(S.dtype)
-    return Q @ (U + poison), S + poison.squeeze(-1), Vh.mT + poison
+    return product(Q, U + poison), S + poison.squeeze(-1), Vh.mT + poison

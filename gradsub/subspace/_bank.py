@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,7 +15,7 @@ from gradsub.linalg._outside import Outside
 from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
 from gradsub.subspace._block import Block, pieces
 from gradsub.subspace._layer import Layer
-from gradsub.subspace._protected import side_by_side
+from gradsub.subspace._protected import Protected, side_by_side
 from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place, own_place
 from gradsub.subspace._verdicts import Verdicts
 
@@ -81,19 +82,20 @@ class SubspaceBank:
         block.add("singular_values", (sum(first.widths),))
         block.add("sketches", (subspaces,), dtype=torch.int64, device="cpu")
         block.add("usable", (subspaces,), dtype=torch.bool, fill=True)
-        for subspace in range(subspaces):
-            for rows, kept in self._alike(block, range(len(block)), subspace):
+        for piece in self._pieces(block, range(len(block))):
+            for subspace in range(subspaces):
+                kept = piece.kept[subspace]
                 if not kept:
                     continue
                 generator = self._generator(block, subspace, 0)
                 random = gaussian(first.dimension, kept, like=block.stacks["basis"], generator=generator)
-                new = block.basis(subspace, rows).new_zeros(len(rows), first.dimension, first.widths[subspace])
+                new = block.stacks["basis"].new_zeros(len(piece.rows), first.dimension, first.widths[subspace])
                 new[:, :, :kept] = _orthonormalize_unchecked(
-                    random.expand(len(rows), -1, -1),
-                    against=self._forbidden(block, rows, subspace),
+                    random.expand(len(piece.rows), -1, -1),
+                    against=self._forbidden(block, piece, piece.rows, subspace),
                     generator=generator,
                 )
-                self._write(block, rows, subspace, new)
+                self._write(block, piece.rows, subspace, new)
 
     def basis(self, layer: Layer, subspace: int) -> Tensor:
         """The subspace's basis (d x r), a view."""
@@ -115,11 +117,12 @@ class SubspaceBank:
         due = (step >= places[:, SHARED]) | (step >= places[:, task + 1])
         return due if due.any() else None
 
-    def at_place(self, layer: Layer, gap: int) -> bool:
-        """Whether this step is the layer's first, or the one in ``gap`` steps in which its bases are due."""
-        step = int(layer.block.array("step")[layer.row])
-        place = own_place(gap, self._turn(layer.block)) if layer.sketched else 0
-        return step == 0 or step % gap == place
+    def at_place(self, block: Block, gap: int) -> Sequence[int]:
+        """The rows for which this step is the first, or the one in ``gap`` steps in which their bases are due."""
+        steps = block.array("step")
+        place = own_place(gap, self._turn(block)) if block.first.sketched else 0
+        found: Sequence[int] = ((steps == 0) | (steps % gap == place)).nonzero()[0].tolist()
+        return found
 
     def _turn(self, block: Block) -> int:
         return 0 if self._together else block.turn
@@ -223,15 +226,18 @@ class SubspaceBank:
             changed: told what changed.
         """
         due, steps, places = self.due(block), block.array("step"), block.array("next_refresh")
-        for subspace in sorted(gradients):
-            for some, kept in self._alike(block, [row for row in rows if due[row, subspace]], subspace):
-                step = int(steps[some[0]])
+        for piece in self._pieces(block, [row for row in rows if due[row, sorted(gradients)].any()]):
+            for subspace in sorted(gradients):
+                some = [row for row in piece.rows if due[row, subspace]]
+                if not some:
+                    continue
+                step, kept = int(steps[some[0]]), piece.kept[subspace]
                 gradient = gradients[subspace]
                 found = dominant_basis(
                     gradient if len(some) == len(rows) else gradient[_places(rows, some)],
                     block.first.widths[subspace],
                     block.first.axis,
-                    self._forbidden(block, some, subspace),
+                    self._forbidden(block, piece, some, subspace),
                     kept,
                     self._generator(block, subspace, step),
                     self._may_vanish(subspace) or not kept,
@@ -278,19 +284,20 @@ class SubspaceBank:
     ) -> None:
         due = self.due(block)
         found = {s: [row for row in rows if due[row, s]] for s, (rows, _) in sketches.items()}
-        shared = found.get(SHARED, [])
-        for subspace in sorted({*found, *range(len(block.first.widths))} if shared else found):
-            rows = found.get(subspace, [])
-            if rows:
-                every, Y = sketches[subspace]
-                Y = Y if len(rows) == len(every) else Y[_places(every, rows)]
-                self._renew(block, rows, subspace, Y, changed, judged=True)
-            if subspace != SHARED and self._orthogonalize == "shared_first":
+        follow = set(found.get(SHARED, ())) if self._orthogonalize == "shared_first" else set()
+        for piece in self._pieces(block, sorted({row for rows in found.values() for row in rows})):
+            for subspace in range(len(block.first.widths)):
+                here = set(found.get(subspace, ()))
+                rows = [row for row in piece.rows if row in here]
+                if rows:
+                    every, Y = sketches[subspace]
+                    Y = Y if len(rows) == len(every) else Y[_places(every, rows)]
+                    self._renew(block, piece, rows, subspace, Y, changed, judged=True)
                 # A task without a sketch keeps what the new shared basis leaves of its own.
-                left = [row for row in shared if row not in set(rows)]
+                left = [row for row in piece.rows if row in follow - here] if subspace != SHARED else []
                 if left:
                     Y = block.basis(subspace, left).clone()
-                    self._renew(block, left, subspace, Y, changed, judged=False)
+                    self._renew(block, piece, left, subspace, Y, changed, judged=False)
         steps, places, taken = (block.array(key) for key in ("step", "next_refresh", "sketches"))
         for subspace, rows in found.items():
             for row in rows:
@@ -302,23 +309,29 @@ class SubspaceBank:
             self._verdicts.expect(block)
 
     def _renew(
-        self, block: Block, rows: Sequence[int], subspace: int, Y: Tensor, changed: BasesChanged, judged: bool
+        self,
+        block: Block,
+        piece: _Piece,
+        rows: Sequence[int],
+        subspace: int,
+        Y: Tensor,
+        changed: BasesChanged,
+        judged: bool,
     ) -> None:
-        taken = block.array("sketches")
+        taken, kept = block.array("sketches"), piece.kept[subspace]
         columns = block.first.columns(subspace)
-        for some, kept in self._alike(block, rows, subspace, lambda row: int(taken[row, subspace])):
-            if not kept:
-                continue
+        for count in sorted({int(taken[row, subspace]) for row in rows}) if kept else ():
+            some = [row for row in rows if taken[row, subspace] == count]
             every = len(some) == len(block)
             old = block.basis(subspace, some)
             values = block.stacks["singular_values"][:, columns.start : columns.start + kept]
-            values = values if every else values[list(some)]
-            count, step = int(taken[some[0], subspace]), int(block.array("step")[some[0]])
+            values = values if every else values[some]
+            step = int(block.array("step")[some[0]])
             fresh, strengths, usable = sketched_basis(
                 Y if len(some) == len(rows) else Y[_places(rows, some)],
                 old[:, :, :kept] * values[:, None] if count else None,
                 kept,
-                self._forbidden(block, some, subspace),
+                self._forbidden(block, piece, some, subspace),
                 self._generator(block, subspace, step),
                 self._may_vanish(subspace),
             )
@@ -328,7 +341,7 @@ class SubspaceBank:
             self._write(block, some, subspace, new)
             # What is left of a refresh that began with nothing must not enter the next sketch.
             strengths = torch.where(usable[:, 0], strengths, values if count else 0.0)
-            place: Any = slice(None) if every else list(some)
+            place: Any = slice(None) if every else some
             block.stacks["singular_values"][place, columns.start : columns.start + kept] = strengths
             if judged:
                 block.stacks["usable"][place, subspace] = usable[:, 0, 0]
@@ -344,35 +357,29 @@ class SubspaceBank:
         """Whether a gradient counts of which nothing is left: where another basis has all of it, waiting is in vain."""
         return subspace != SHARED and self._orthogonalize != "none"
 
-    def _alike(
-        self,
-        block: Block,
-        rows: Sequence[int],
-        subspace: int,
-        more: Callable[[int], Hashable] = lambda row: None,
-    ) -> Iterator[tuple[Sequence[int], int]]:
-        """Rows that one operation can refresh, and how many of the columns find room beside what is forbidden."""
-        kinds: dict[tuple[int, Hashable], list[int]] = defaultdict(list)
-        steps, width = block.array("step"), block.first.widths[subspace]
+    def _pieces(self, block: Block, rows: Sequence[int]) -> Iterator[_Piece]:
+        """Rows that one operation can refresh; what they protect travels to the device once for all subspaces."""
+        kinds: dict[tuple[tuple[int, ...], int, bool], list[int]] = defaultdict(list)
+        steps, widths = block.array("step"), block.first.widths
         for row in rows:
-            kept = min(width, self._free(block.layers[row], subspace))
-            protected = block.layers[row].protected
-            form = protected is not None and protected.complement
-            kinds[kept, (int(steps[row]), form, more(row))].append(row)
-        size = block.first.dimension
-        for (kept, _), some in kinds.items():
-            forbidden = max(_columns(block.layers[row]) for row in some)
-            for piece in pieces(some, size * (forbidden + 2 * width), block.device):
-                yield piece, kept
+            layer = block.layers[row]
+            kept = tuple(min(width, self._free(layer, subspace)) for subspace, width in enumerate(widths))
+            form = layer.protected is not None and layer.protected.complement
+            kinds[kept, int(steps[row]), form].append(row)
+        for (kept, *_), some in kinds.items():
+            size = max(_columns(block.layers[row]) for row in some) + 2 * max(widths)
+            for piece in pieces(some, block.first.dimension * size, block.device):
+                protected = [block.layers[row].protected for row in piece]
+                yield _Piece(piece, kept, side_by_side(protected, block.stacks["basis"]))
 
     def _free(self, layer: Layer, subspace: int) -> int:
         if subspace == SHARED or self._orthogonalize == "none":
             return layer.free
         return max(0, layer.free - min(layer.widths[SHARED], layer.free))
 
-    def _forbidden(self, block: Block, rows: Sequence[int], subspace: int) -> Outside | None:
-        """Where the bases of these rows, which hold what is protected in one form, have to stay."""
-        protected = side_by_side([block.layers[row].protected for row in rows], block.stacks["basis"])
+    def _forbidden(self, block: Block, piece: _Piece, rows: Sequence[int], subspace: int) -> Outside | None:
+        """Where the bases of some of the rows of a piece have to stay."""
+        protected = piece.protected_of(rows)
         within = protected.directions if protected is not None and protected.complement else None
         against = protected.directions if protected is not None and not protected.complement else None
         if subspace != SHARED and self._orthogonalize != "none":
@@ -388,6 +395,26 @@ class SubspaceBank:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_directions": {}}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows that one operation can refresh: at the same step, with as much room, and protected in one form.
+
+    Attributes:
+        rows: of a block.
+        kept: by subspace, how many columns of its basis find room beside what is forbidden.
+        protected: what they protect, side by side.
+    """
+
+    rows: Sequence[int]
+    kept: tuple[int, ...]
+    protected: Protected | None
+
+    def protected_of(self, some: Sequence[int]) -> Protected | None:
+        if self.protected is None or len(some) == len(self.rows):
+            return self.protected
+        return Protected(self.protected.directions[_places(self.rows, some)], self.protected.complement)
 
 
 def _columns(layer: Layer) -> int:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from gradsub.linalg._arithmetic import full_precision, largest_magnitude
+from gradsub.linalg._arithmetic import full_precision, largest_magnitude, product
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._outside import Outside, outside_of
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
@@ -19,12 +19,11 @@ _ROUNDING = 32
 def project(matrix: Tensor, basis: Tensor, axis: int) -> Tensor:
     """R = G V (m x r) for axis 1, R = U^T G (r x n) for axis 0; the basis (d x r) is V or U."""
     matrix = matrix.to(basis.dtype)
-    return matrix @ basis if axis == 1 else basis.mT @ matrix
+    return product(matrix, basis) if axis == 1 else product(basis.mT, matrix)
 
 
 def lift(coordinates: Tensor, basis: Tensor, axis: int) -> Tensor:
     """d V^T for axis 1, U d for axis 0: the m x n matrix that has these coordinates in the subspace."""
-    product = torch.bmm if basis.ndim == 3 else torch.mm
     return product(coordinates, basis.mT) if axis == 1 else product(basis, coordinates)
 
 
@@ -134,14 +133,14 @@ def sketched_basis(
             if outside is not None:
                 earlier = outside.project(earlier)
             Y = torch.cat([earlier, Y], dim=-1)
-        gramian = Y.mT @ Y
+        gramian = product(Y.mT, Y)
         columns = min(width, Y.shape[-1])
         start = gramian[..., :columns]
         if earlier is not None:
             # Columns of both: the iteration would never leave the earlier sketch where that has a lower rank, or none.
             start = start + gramian[..., -columns:]
         Z = dominant_eigenvectors(gramian, start, _ITERATIONS)
-        leading = Y @ Z
+        leading = product(Y, Z)
         values = torch.linalg.vector_norm(leading, dim=-2)
         # Not the values: on the Gramian small ones are inexact, and columns are left with parts of those before them.
         new = added_by_each(leading)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsub.linalg._arithmetic import product
+
 MOMENT_RULES = ("rotate", "keep", "reset")
 
 
@@ -39,7 +41,7 @@ def carry_moments(
 
     Source: LDAdam (arXiv 2410.16103) for the rotation; the fill-in of unseen directions is this library's.
     """
-    change = old.mT @ new
+    change = product(old.mT, new)
     squared = change.square()
     unseen = (1.0 - squared.sum(-2)).clamp_min(0.0)
     rank_axis = -1 if axis == 1 else -2
@@ -70,4 +72,4 @@ def carry_moments(
 
 
 def _right(value: Tensor, change: Tensor, axis: int) -> Tensor:
-    return value @ change if axis == 1 else change.mT @ value
+    return product(value, change) if axis == 1 else product(change.mT, value)

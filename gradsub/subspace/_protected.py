@@ -68,7 +68,12 @@ def side_by_side(several: Sequence[Protected | None], like: Tensor) -> Protected
     if not most and not complement:
         return None
     stacked = like.new_zeros(len(several), like.shape[-2], most)
-    for place, each in enumerate(several):
-        if each is not None:
-            stacked[place, :, : each.directions.shape[1]].copy_(each.directions, non_blocking=True)
+    there = [
+        (place, each.directions) for place, each in zip(stacked.unbind(), several, strict=True) if each is not None
+    ]
+    torch._foreach_copy_(
+        [place if directions.shape[1] == most else place[:, : directions.shape[1]] for place, directions in there],
+        [directions for _, directions in there],
+        non_blocking=True,
+    )
     return Protected(stacked, complement)
