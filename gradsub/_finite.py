@@ -3,11 +3,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsub.capture import MIXED, Captured
+from gradsub.capture import MIXED, Gathered
 from gradsub.linalg._arithmetic import widest
 from gradsub.subspace import local
 
@@ -33,7 +34,8 @@ def largest_entry(tensors: Sequence[Tensor]) -> Tensor:
 
 def find_nonfinite(
     losses: Mapping[int, Tensor],
-    gradients: Mapping[int, Mapping[Tensor, Captured]],
+    gathered: Sequence[Gathered],
+    others: Mapping[int, Sequence[Tensor]],
     tasks: Sequence[str],
     outside: Sequence[Tensor],
     in_common: Callable[[Tensor], Tensor],
@@ -42,17 +44,28 @@ def find_nonfinite(
 
     Args:
         losses: by task.
-        gradients: by task.
+        gathered: the gradients of the layers.
+        others: by task, further gradients.
         tasks: their names.
-        outside: further gradients.
+        outside: gradients of no task.
         in_common: sums over the ranks that hold different parts of the gradients.
     """
     flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]
-    whose = {task: f"task {name!r}" for task, name in enumerate(tasks)} | {MIXED: "parameters without subspaces"}
-    flags += [
-        (f"the gradient of {whose[task]}", largest_entry([captured.tensors()[0] for captured in held.values()]))
-        for task, held in gradients.items()
-    ]
+    whose = {task: f"the gradient of task {name!r}" for task, name in enumerate(tasks)}
+    whose[MIXED] = "the gradient of parameters without subspaces"
+    left = {task: list(tensors) for task, tensors in others.items()}
+    units: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    for each in gathered:
+        if each.joint is None:
+            for task, held in each.captured.items():
+                left.setdefault(task, []).extend(captured.tensors()[0] for captured in held)
+        else:
+            unit = each.joint.unit
+            units[tuple(each.captured), unit.device, unit.dtype].append(unit)
+    for (here, *_), found in units.items():
+        largest = torch.cat(found).view(-1, len(here)).amax(0)
+        flags += [(whose[task], one) for task, one in zip(here, largest.unbind(), strict=True)]
+    flags += [(whose[task], largest_entry(tensors)) for task, tensors in sorted(left.items()) if tensors]
     dense = [gradient for gradient in outside if gradient.layout is torch.strided]
     if dense:
         flags.append(("a gradient from outside any task", largest_entry(dense)))
@@ -60,6 +73,6 @@ def find_nonfinite(
         return None
     like = flags[0][1]
     alike = len({(value.device, value.dtype) for _, value in flags}) == 1
-    found = [value if alike else value.to(like.device, widest(like.device)) for _, value in flags]
-    bad = in_common((torch.stack(found) * 0 != 0).to(torch.float32))  # of NaN and Inf alone
+    values = [value if alike else value.to(like.device, widest(like.device)) for _, value in flags]
+    bad = in_common((torch.stack(values) * 0 != 0).to(torch.float32))  # of NaN and Inf alone
     return next((what for (what, _), wrong in zip(flags, bad.tolist(), strict=True) if wrong), None)

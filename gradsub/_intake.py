@@ -17,6 +17,7 @@ from gradsub.capture import (
     Captured,
     ClippingWatcher,
     FusedCapture,
+    Gathered,
     GenericCapture,
     LossWatcher,
     MixedRows,
@@ -239,14 +240,22 @@ class Intake:
             for task, held in self.gradients.items()
         }
 
-    def find_nonfinite(self, tasks: Sequence[str], outside: Sequence[Tensor]) -> str | None:
+    def find_nonfinite(
+        self, tasks: Sequence[str], gathered: Sequence[Gathered], plain: Iterable[Tensor], outside: Sequence[Tensor]
+    ) -> str | None:
         """What is NaN or Inf, in words, or None; waits for the device once.
 
         Args:
             tasks: their names.
+            gathered: the layers' gradients.
+            plain: the parameters that are no layers'.
             outside: gradients that were not captured.
         """
-        return find_nonfinite(self.losses, self.gradients, tasks, outside, self._exchange.in_common)
+        others = {
+            task: [captured.tensors()[0] for each in plain if (captured := held.get(each)) is not None]
+            for task, held in self.gradients.items()
+        }
+        return find_nonfinite(self.losses, gathered, others, tasks, outside, self._exchange.in_common)
 
     def check_dense(self, parameters: Iterable[Tensor]) -> None:
         """Raise if one of the parameters has a sparse gradient from outside any task."""

@@ -9,6 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from gradsub._constants import Constants
 from gradsub._reporting import Measurements
 from gradsub.capture import Projected
 from gradsub.capture._captured import squared_norm
@@ -32,6 +33,7 @@ def measure(
     tasks: int,
     gate: Gate,
     unseen_losses: Callable[[list[int]], None],
+    constants: Constants,
 ) -> Measurements | None:
     """The gates of this step, and what they and a report are computed from; None without a layer or a task.
 
@@ -44,6 +46,7 @@ def measure(
         tasks: K.
         gate: the gate.
         unseen_losses: told of the tasks without a loss, if the gate reads losses.
+        constants: what is on the device already.
 
     Raises:
         ValueError: the gate returned something of another shape than (L, K).
@@ -51,34 +54,36 @@ def measure(
     if not blocks or not tasks:
         return None
     layers = [layer for block in blocks for layer in block.block.layers]
-    zero = torch.zeros((), device=layers[0].parameter.device, dtype=layers[0].dtype)
-    unknown = zero + math.nan
-    wide = zero.to(widest(zero.device))
+    device, dtype = layers[0].parameter.device, layers[0].dtype
+    wide = widest(device)
 
     lengths = [len(block.block) for block in blocks]
-    inside = [_inside(block, tasks) for block in blocks]
+    inside = _inside(blocks, tasks)
     # Numbers of the order of the gradients, whose squares their own format need not have room for.
-    units = torch.cat([unit for unit, _, _ in inside]).view(-1, tasks).to(wide)
+    units = torch.cat([unit for unit, _, _ in inside]).view(-1, tasks).to(device, wide)
     own_norms = torch.cat([norms for _, norms, _ in inside]).view(-1, tasks) * units
     own_norms = _over_shards(blocks, own_norms.square()).sqrt() if _split(blocks) else own_norms
     # A gate sums them; tasks whose sum overflows count as equally large.
-    own_norms = own_norms.clamp_max(torch.finfo(zero.dtype).max / (tasks + 1)).to(zero)
-    present = torch.tensor(
-        [[k in block.own for k in range(tasks)] for block in blocks for _ in block.block.layers],
-        dtype=torch.bool,
-        device="cpu",
-    ).to(zero.device, non_blocking=True)
-    memory = torch.cat([block.block.stacks[GATE_MEMORY].to(zero) for block in blocks])
+    own_norms = own_norms.clamp_max(torch.finfo(dtype).max / (tasks + 1)).to(device, dtype)
+    rows = tuple((len(block.block), tuple(block.own)) for block in blocks)
+    present = constants.send(
+        "present",
+        (rows, tasks),
+        device,
+        torch.bool,
+        lambda: [[k in own for k in range(tasks)] for length, own in rows for _ in range(length)],
+    )
+    memory = torch.cat([block.block.stacks[GATE_MEMORY].to(device, dtype) for block in blocks])
+    unknown = constants.send("unknown", (), device, dtype, lambda: math.nan)
+    counts = tuple(samples.get(k, 0.0) for k in range(tasks))
     seen = torch.stack([losses[k].to(unknown) if k in losses else unknown for k in range(tasks)])
     inputs = GateInputs(
         losses=seen,
         gradient_norms=own_norms,
-        samples=torch.tensor([samples.get(k, 0.0) for k in range(tasks)], dtype=zero.dtype, device="cpu").to(
-            zero.device, non_blocking=True
-        ),
+        samples=constants.send("samples", counts, device, dtype, lambda: counts),
         present=present,
         memory=memory,
-        alignment=_alignments(blocks, tasks).to(zero) if needs_alignment(gate) else None,
+        alignment=_alignments(blocks, tasks).to(device, dtype) if needs_alignment(gate) else None,
     )
     missing = [k for k in range(tasks) if k not in losses and any(k in block.own for block in blocks)]
     if missing:
@@ -89,7 +94,8 @@ def measure(
             f"gate returned shape {tuple(gates.shape)}, expected (layers, tasks) = {tuple(own_norms.shape)}"
         )
     torch._foreach_copy_([block.block.stacks[GATE_MEMORY] for block in blocks], list(torch.split(memory, lengths)))
-    squared_norms, sketched = _squared_norms(blocks, tasks, wide)
+    nothing_known = constants.send("nothing known", (), device, wide, lambda: math.nan)
+    squared_norms, sketched = _squared_norms(blocks, tasks, nothing_known)
     return Measurements(
         layers=layers,
         steps=[block.block.array("step").copy() for block in blocks],
@@ -161,17 +167,32 @@ def _alignments(blocks: Sequence[Projected], tasks: int) -> Tensor:
     return products[..., 0] / norms.where(norms > 0, 1.0)
 
 
-def _inside(found: Projected, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer by layer of each task a unit and the norm in its own subspace in that unit (L K each), and the Gramians in
-    the shared subspaces in these units (L x K x K); zeros where a task is absent.
+def _inside(blocks: Sequence[Projected], tasks: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """By block: layer by layer of each task a unit and the norm in its own subspace in that unit (L K each), and the
+    Gramians in the shared subspaces in these units (L x K x K); zeros where a task is absent.
     """
-    block, size = found.block, len(found.block)
-    if found.joint is None or found.unit is None:
-        like = block.stacks["basis"]
-        return like.new_zeros(size * tasks), like.new_zeros(size * tasks), like.new_zeros(size, tasks, tasks)
-    axis, width = 1 + block.first.axis, block.first.widths[0]
-    unit = found.unit.clamp_min(torch.finfo(found.unit.dtype).tiny)
-    shared, own = torch.split(found.joint / unit, [width, found.joint.shape[axis] - width], axis)
+    there = [(block.block.first, block.joint) for block in blocks if block.joint is not None]
+    if not there:
+        return [_nothing(block, tasks) for block in blocks]
+    units = torch._foreach_clamp_min(
+        [joint.unit for _, joint in there], [torch.finfo(joint.unit.dtype).tiny for _, joint in there]
+    )
+    halves = [
+        torch.split(joint.R, [first.widths[0], joint.R.shape[1 + first.axis] - first.widths[0]], 1 + first.axis)
+        for first, joint in there
+    ]
+    shared, own = (torch._foreach_div([half[which] for half in halves], units) for which in (0, 1))
+    in_units = iter(zip(units, shared, own, strict=True))
+    return [_of_block(block, tasks, *next(in_units)) if block.joint else _nothing(block, tasks) for block in blocks]
+
+
+def _nothing(found: Projected, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
+    size, like = len(found.block), found.block.stacks["basis"]
+    return like.new_zeros(size * tasks), like.new_zeros(size * tasks), like.new_zeros(size, tasks, tasks)
+
+
+def _of_block(found: Projected, tasks: int, unit: Tensor, shared: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    size = len(found.block)
     norms = torch.linalg.vector_norm(own, dim=(1, 2))
     rows = shared.reshape(size, len(found.own), -1)
     gramian, unit = torch.bmm(rows, rows.mT), unit.view(-1)
@@ -187,13 +208,18 @@ def _inside(found: Projected, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
     return spread[0].view(-1), spread[1].view(-1), whole
 
 
-def _squared_norms(blocks: Sequence[Projected], tasks: int, wide: Tensor) -> tuple[Tensor, frozenset[tuple[int, int]]]:
+def _squared_norms(
+    blocks: Sequence[Projected], tasks: int, unknown: Tensor
+) -> tuple[Tensor, frozenset[tuple[int, int]]]:
     """Of the whole gradients (L x K), NaN where unknown; and of which of them it is that of a sketch.
 
     E ||G Omega||^2 = ||G||^2, since the entries of Omega have the variance 1 / c; of a sketch through all directions
     it is no estimate.
     """
-    found = wide.new_full((sum(len(block.block) for block in blocks), tasks), math.nan)
+    every = sum(len(block.block) for block in blocks)
+    if not any(block.squared_norms or block.sketches for block in blocks):
+        return unknown.expand(every, tasks), frozenset()
+    found = unknown.repeat(every, tasks)
     sketched: set[tuple[int, int]] = set()
     start = 0
     for block in blocks:

@@ -25,9 +25,9 @@ def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tenso
     With eps of the basis's format and u of that to which the product rounds its factors, an entry R_ij = G_i V_j has an
     error of up to tau ||G_i||, tau = 32 eps + 2 u / sqrt(d): the columns of V are orthogonal up to some eps, and the
     roundings of d factors add up like a random walk. And G's leading directions, of which V is made, are known up to
-    an error of tau ||G||. So R_ij counts as zero if it is at most tau times the largest entry of row i, or if no entry
-    of column j is more than tau times the largest of all. Whatever is larger stays: in float32 a direction of 1e-5 of
-    the largest one does.
+    an error of tau ||G||. So R_ij counts as zero if it is less than tau times the largest entry of row i, or if all
+    entries of column j are less than tau times the largest of all. Whatever is larger stays: in float32 a direction of
+    1e-5 of the largest one does.
 
     Args:
         R: B gradients in the coordinates of all their subspaces (B x m x r for axis 1, B x r x n for axis 0).
@@ -37,18 +37,19 @@ def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tenso
             nothing at all is told from a small one.
 
     Returns:
-        a number of the order of what is left of each, at most some thousand times smaller (B x 1 x 1), or 0.
+        a number of the order of each of them, at most some thousand times smaller (B x 1 x 1); 0 of zeros, NaN or Inf
+        if an entry is.
     """
     along, across = (-1, -2) if layer.axis == 1 else (-2, -1)
-    unit = max(rounding, rounding_unit(R.dtype, R.device))
-    tau = _BASIS * torch.finfo(R.dtype).eps + 2 * unit / math.sqrt(layer.dimension)
+    rounding = max(rounding, rounding_unit(R.dtype, R.device))
+    tau = _BASIS * torch.finfo(R.dtype).eps + 2 * rounding / math.sqrt(layer.dimension)
     magnitudes = R.abs()
     bounds = magnitudes.amax(along, keepdim=True) * tau
-    least = bounds.amax(across, keepdim=True)
+    unit = least = bounds.amax(across, keepdim=True)
     if squared_norms is not None:
         # The root mean square of the norms of G's rows.
         mean = squared_norms.sqrt() / math.sqrt(layer.codimension)
         least = torch.maximum(least, (tau * mean).to(least).view_as(least))
-    says = (magnitudes > bounds) & (magnitudes.amax(across, keepdim=True) > least)
-    R *= says
-    return least
+    # Said of what goes, not of what stays: NaN and Inf stay.
+    R.masked_fill_((magnitudes < bounds) | (magnitudes.amax(across, keepdim=True) < least), 0)
+    return unit

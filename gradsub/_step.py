@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsub._constants import Constants
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
 from gradsub._probe import Traits
@@ -16,7 +17,7 @@ from gradsub._reporting import Measurements
 from gradsub._resting import RestingRows
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
 from gradsub._vectors import ProtectedVectors
-from gradsub.capture import MIXED, Captured, Projected, mix, project_block
+from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.subspace import SHARED, SKETCHES, Block, Layer, Protected, SubspaceBank, carry_moments, make_blocks
@@ -80,6 +81,7 @@ class Stepper:
         self.state: State = {}
         self.vectors = ProtectedVectors()
         self.rows = RestingRows()
+        self._constants = Constants()
 
     @property
     def sums(self) -> bool:
@@ -237,51 +239,13 @@ class Stepper:
                 if directions and parameter in self.layers:
                     state[key] = self._layout.keep(Protected(state[key], key == FREE), parameter).directions
 
-    def take(
-        self,
-        groups: Groups,
-        gradients: Mapping[int, Mapping[Tensor, Captured]],
-        samples: Mapping[int, float],
-        mixed: float,
-        losses: Mapping[int, Tensor],
-        rounding: float,
-    ) -> Measurements | None:
-        """Take a step.
+    def gather(self, gradients: Mapping[int, Mapping[Tensor, Captured]], rounding: float) -> list[Gathered]:
+        """What the captures left, block by block; nothing is changed, but that layers without gradients get a block.
 
         Args:
-            groups: the optimizer's parameter groups.
-            gradients: by task, what was captured; it is used up.
-            samples: by task.
-            mixed: how many of all samples were rows of mixed batches.
-            losses: by task, where a loss was seen.
+            gradients: by task, what was captured.
             rounding: epsilon of the coarsest format in which a gradient was computed.
-
-        Returns:
-            what a report is made from.
         """
-        total = sum(samples.values())
-        shares = {task: count / total for task, count in samples.items()}
-        projected = self._project(groups, gradients, shares, rounding)
-        # Who calls backward() on the mean of a mixed batch, not on rows.loss(), has chosen a gate without losses.
-        unseen = (lambda tasks: None) if mixed else self._say_unseen
-        measured = measure(projected, losses, samples, len(self._tasks), self._gate, unseen)
-        weights = self._operate(shares, samples, measured, losses)
-        steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
-        self._update(groups, projected, steps, measured)
-        self._renew(groups, projected)
-        for found in projected:
-            self._bank.advance(found.block)
-        self.show()
-        return measured
-
-    def _project(
-        self,
-        groups: Groups,
-        gradients: Mapping[int, Mapping[Tensor, Captured]],
-        shares: Mapping[int, float],
-        rounding: float,
-    ) -> list[Projected]:
-        """Refresh what is due and bring every layer's gradients into its subspaces."""
         found = []
         tasks = sorted(task for task in gradients if task != MIXED)
         for whole in list(self.blocks):
@@ -294,14 +258,62 @@ class Stepper:
                 parameter = block.first.parameter
                 here = [task for task in tasks if parameter in gradients[task]]
                 outside = [layer.parameter.grad for layer in block.layers]
-                if not here and outside[0] is None:
-                    continue
-                captured = {task: [gradients[task][layer.parameter] for layer in block.layers] for task in here}
-                if not block.first.sketched:
-                    for row in self._bank.due(block)[:, SHARED].nonzero()[0]:
-                        self._follow(block.layers[row])
-                gap = groups[block.group]["update_proj_gap"]
-                found.append(project_block(block, self._bank, captured, outside, shares, gap, rounding, self._carry))
+                if here or outside[0] is not None:
+                    captured = {task: [gradients[task][layer.parameter] for layer in block.layers] for task in here}
+                    found.append(gather_block(block, captured, outside, rounding))
+        return found
+
+    def take(
+        self,
+        groups: Groups,
+        gathered: Sequence[Gathered],
+        gradients: Mapping[int, Mapping[Tensor, Captured]],
+        samples: Mapping[int, float],
+        mixed: float,
+        losses: Mapping[int, Tensor],
+        rounding: float,
+    ) -> Measurements | None:
+        """Take a step.
+
+        Args:
+            groups: the optimizer's parameter groups.
+            gathered: of the layers, what was captured; it is used up.
+            gradients: by task, what was captured.
+            samples: by task.
+            mixed: how many of all samples were rows of mixed batches.
+            losses: by task, where a loss was seen.
+            rounding: epsilon of the coarsest format in which a gradient was computed.
+
+        Returns:
+            what a report is made from.
+        """
+        total = sum(samples.values())
+        shares = {task: count / total for task, count in samples.items()}
+        projected = self._project(groups, gathered, shares, rounding)
+        # Who calls backward() on the mean of a mixed batch, not on rows.loss(), has chosen a gate without losses.
+        unseen = (lambda tasks: None) if mixed else self._say_unseen
+        measured = measure(projected, losses, samples, len(self._tasks), self._gate, unseen, self._constants)
+        weights = self._operate(shares, measured)
+        steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
+        self._update(groups, projected, steps, measured)
+        self._renew(groups, projected)
+        for found in projected:
+            self._bank.advance(found.block)
+        self.show()
+        return measured
+
+    def _project(
+        self, groups: Groups, gathered: Sequence[Gathered], shares: Mapping[int, float], rounding: float
+    ) -> list[Projected]:
+        """Refresh what is due and bring every layer's gradients into its subspaces."""
+        found = []
+        for each in gathered:
+            block = each.block
+            if not block.first.sketched:
+                for row in self._bank.due(block)[:, SHARED].nonzero()[0]:
+                    self._follow(block.layers[row])
+            gap = groups[block.group]["update_proj_gap"]
+            found.append(project_block(each, self._bank, shares, gap, rounding, self._carry))
         return found
 
     def _follow(self, layer: Layer) -> None:
@@ -437,8 +449,8 @@ class Stepper:
         elif len(shares) < 2:
             return shares
         gramian = measured.gramian.sum(0)
-        counts = [[each.get(k, 0.0) for k in range(len(self._tasks))] for each in (shares, samples)]
-        share, count = torch.tensor(counts, dtype=gramian.dtype, device="cpu").to(gramian.device, non_blocking=True)
+        counts = tuple(tuple(each.get(k, 0.0) for k in range(len(self._tasks))) for each in (shares, samples))
+        share, count = self._constants.send("shares", counts, gramian.device, gramian.dtype, lambda: counts)
         inputs = SurgeryInputs(share[:, None] * gramian * share, measured.losses, count)
         weights = weigh(self._surgery, inputs)
         return {task: share[task] * weights[task] for task in shares}
@@ -452,9 +464,10 @@ class Stepper:
     ) -> dict[Tensor, Tensor]:
         """d of every proxy; plain parameters are stepped on the way, with the shared gradient."""
         proxied: dict[Tensor, Tensor] = {}
-        for found in projected:
+        mixed = mix([found.parts for found in projected], weights, [found.outside for found in projected])
+        for found, shared in zip(projected, mixed, strict=True):
             block = found.block
-            shared = self._with_coupled_decay(block, groups[block.group], found.shared(weights))
+            shared = self._with_coupled_decay(block, groups[block.group], shared)
             for subspace, stacked in {SHARED: shared, **{task + 1: R for task, R in found.own.items()}}.items():
                 proxies = block.proxies[subspace]
                 if len(self._inner.shape_of(proxies[0])) == 3:
@@ -463,7 +476,7 @@ class Stepper:
                 else:
                     proxied.update(zip(proxies, stacked.contiguous().unbind(), strict=True))
         starts = self._starts(projected) if self._inner.relative else {}
-        outside = self._mix_plain(groups, gradients, weights)
+        outside = self._mix_plain(gradients, weights)
         try:
             with self.vectors.held(self._layout), self.rows.held():
                 return self._inner.step(groups, proxied, starts)
@@ -494,25 +507,22 @@ class Stepper:
         }
 
     def _mix_plain(
-        self,
-        groups: Groups,
-        gradients: Mapping[int, Mapping[Tensor, Captured]],
-        weights: Mapping[int, float | Tensor],
+        self, gradients: Mapping[int, Mapping[Tensor, Captured]], weights: Mapping[int, float | Tensor]
     ) -> dict[Tensor, Tensor | None]:
         """Give plain parameters the shared gradient; what they had in ``.grad``, to put back."""
-        outside = {}
-        for group in groups:
-            for parameter in group["params"]:
-                if parameter in self.layers:
-                    continue
-                outside[parameter] = parameter.grad
-                full = {
-                    task: gradient
-                    for task, held in sorted(gradients.items())
-                    if parameter in held and (gradient := held[parameter].full) is not None
-                }
-                if full:
-                    parameter.grad = mix(full, weights, parameter.grad)
+        outside = {parameter: parameter.grad for parameter in self.plain}
+        full = [
+            {
+                task: gradient
+                for task, held in sorted(gradients.items())
+                if (captured := held.get(parameter)) is not None and (gradient := captured.full) is not None
+            }
+            for parameter in self.plain
+        ]
+        there = [(parameter, found) for parameter, found in zip(self.plain, full, strict=True) if found]
+        mixed = mix([found for _, found in there], weights, [outside[parameter] for parameter, _ in there])
+        for (parameter, _), gradient in zip(there, mixed, strict=True):
+            parameter.grad = gradient
         return outside
 
     def _update(

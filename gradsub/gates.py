@@ -56,7 +56,7 @@ def _shares(values: Tensor, present: Tensor) -> Tensor:
     masked = values.abs() * present
     total = masked.sum(-1, keepdim=True)
     equal = present / present.sum(-1, keepdim=True).clamp_min(1)
-    return (masked / total.where(total > 0, 1.0)).where(total > 0, equal)
+    return (masked / total).where(total > 0, equal)
 
 
 def uniform_gate(inputs: GateInputs) -> Tensor:
@@ -98,8 +98,8 @@ def heuristic_gate(inputs: GateInputs) -> Tensor:
     seen = ((losses == losses) | ~inputs.present).all(-1, keepdim=True)
     losses = losses.where(seen, 1.0).nan_to_num(0.0)
     samples = inputs.samples.to(norms.dtype).expand_as(norms)
-    shares = _shares(torch.stack([losses, norms, samples]), present)
-    return 0.4 * (shares[0] + shares[1]) + 0.2 * shares[2]
+    of_loss, of_norm, of_samples = _shares(torch.stack([losses, norms, samples]), present).unbind()
+    return 0.2 * torch.add(of_samples, of_loss + of_norm, alpha=2)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from gradsub._state import group_parameters, show_shards
 from gradsub._stateful import Stateful
 from gradsub._step import Stepper
 from gradsub._summarising import summarise
-from gradsub.capture import MIXED, MixedRows, Part, scaler_reading, scaler_stepping
+from gradsub.capture import MIXED, Gathered, MixedRows, Part, scaler_reading, scaler_stepping
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable
@@ -435,11 +435,13 @@ class GemsOptimizer(Optimizer):
         if not self._unscaled():
             return result
         self._intake.reduce(merge=self._stepper.sums)
-        if not self._finite():
+        gathered = self._stepper.gather(self._intake.gradients, self._intake.rounding)
+        if not self._finite(gathered):
             return result
         try:
             self._measured = self._stepper.take(
                 self.param_groups,
+                gathered,
                 self._intake.gradients,
                 self._intake.samples,
                 self._intake.mixed_samples,
@@ -558,12 +560,12 @@ class GemsOptimizer(Optimizer):
         self._intake.capture.zero_set_aside(set_to_none)
         super().zero_grad(set_to_none)
 
-    def _finite(self) -> bool:
+    def _finite(self, gathered: Sequence[Gathered]) -> bool:
         """Whether the step may go on."""
         if self._nonfinite == "ignore":
             return True
         outside = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found = self._intake.find_nonfinite(self.tasks, outside)
+        found = self._intake.find_nonfinite(self.tasks, gathered, self._stepper.plain, outside)
         if found is None:
             return True
         if self._nonfinite == "raise":

@@ -6,7 +6,7 @@ from gradsub.capture._clipping import ClippingWatcher
 from gradsub.capture._fused import FusedCapture, Part, can_fuse
 from gradsub.capture._generic import MIXED, GenericCapture
 from gradsub.capture._losses import LossWatcher, watch_through
-from gradsub.capture._projected import Projected, mix, project_block
+from gradsub.capture._projected import Gathered, Projected, gather_block, mix, project_block
 from gradsub.capture._rows import MixedRows
 from gradsub.capture._scaled import Unscaling, leaves, scaler_reading, scaler_stepping
 
@@ -15,6 +15,7 @@ __all__ = [
     "Captured",
     "ClippingWatcher",
     "FusedCapture",
+    "Gathered",
     "GenericCapture",
     "LossWatcher",
     "MixedRows",
@@ -23,6 +24,7 @@ __all__ = [
     "Unscaling",
     "can_fuse",
     "clip_captured",
+    "gather_block",
     "leaves",
     "mix",
     "project_block",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -40,7 +40,7 @@ class Slot:
         segments: the tasks' parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
-        rounding: epsilon of the format that the last forward pass computed in; 0 before one.
+        computed_in: the format of the last forward pass, if there was one in this step.
     """
 
     layer: Layer
@@ -51,7 +51,7 @@ class Slot:
     segments: tuple[Segment, ...] | None = None
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
-    rounding: float = 0.0
+    computed_in: torch.dtype | None = None
     ready: dict[int, tuple[Tensor, tuple[Segment, ...]]] = field(default_factory=dict)
 
     @property
@@ -63,10 +63,6 @@ class Slot:
     def opened(self) -> bool:
         """Whether a task is open."""
         return self.whole or self.segments is not None
-
-    def basis(self, dtype: torch.dtype) -> Tensor:
-        """The bases of an ordinary task, in the format of the computation."""
-        return self.layer.block.joint_rows(self.ordinary, dtype)[self.layer.row]
 
     def close(self) -> None:
         """No task is open any more."""
@@ -139,7 +135,7 @@ class FusedForward:
             return affine(x, weight, bias, self.transposed)
         x, bias = cast(x, bias)
         for slot in slots:
-            slot.rounding = _EPSILON[x.dtype]
+            slot.computed_in = x.dtype
         # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
         # none: what is saved must not depend on that, so the backward pass decides.
         later = _checkpointed()
@@ -338,30 +334,38 @@ class FusedCapture:
 
     def collect(self) -> None:
         """Deliver what backward passes have left so far."""
+        formats = set()
         for member in self._members:
             slot = member.slot
-            self._generic.rounding = max(self._generic.rounding, slot.rounding)
+            formats.add(slot.computed_in)
             for part in self._parts:
                 first, second = slot.probes[part.task]
                 if first.grad is not None or second.grad is not None:
                     self._generic.deliver(
                         slot.layer.parameter, part.task, _captured(first, second, slot.layer.sketched, part.share)
                     )
+        coarsest = max(0.0 if dtype is None else torch.finfo(dtype).eps for dtype in formats) if formats else 0.0
+        self._generic.rounding = max(self._generic.rounding, coarsest)
 
     def check_strays(self) -> None:
         """Raise if a backward pass has left something after its task was closed (one that torch has compiled)."""
-        for member in self._members:
-            for task, (first, second) in enumerate(member.slot.probes):
-                if first.grad is not None or second.grad is not None:
-                    self.clear()
-                    member.slot.check_open(task)
+        for probe in self._probes:
+            if probe.grad is not None:
+                slot, task = probe.owner  # type: ignore[attr-defined]
+                self.clear()
+                slot().check_open(task)
 
     def clear(self) -> None:
         """The step is over."""
         for member in self._members:
-            member.slot.rounding = 0.0
-            for first, second in member.slot.probes:
-                first.grad = second.grad = None
+            member.slot.computed_in = None
+        for probe in self._probes:
+            if probe.grad is not None:
+                probe.grad = None
+
+    @property
+    def _probes(self) -> Iterator[Tensor]:
+        return (probe for member in self._members for pair in member.slot.probes for probe in pair)
 
     def remove(self) -> None:
         """Give the modules their own forward pass back."""
@@ -392,9 +396,6 @@ class FusedCapture:
             self.adopt(layer, modules, transposed)
 
 
-_EPSILON: Mapping[torch.dtype, float] = {
-    dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 

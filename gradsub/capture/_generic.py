@@ -191,10 +191,11 @@ class GenericCapture:
         """Add to what the task's backward passes have left so far."""
         self.arrived = True
         held = self.gradients.setdefault(task, {})
-        if parameter in held:
-            held[parameter].add(captured)
-        else:
+        before = held.get(parameter)
+        if before is None:
             held[parameter] = captured
+        else:
+            before.add(captured)
 
     def check_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Raise a ValueError if a gradient is sparse."""
@@ -235,7 +236,12 @@ def seen_by_others(parameter: Tensor) -> bool:
     if parameter._backward_hooks:
         return True
     after = parameter._post_accumulate_grad_hooks
-    return bool(after) and any(type(hook) is not _Hook for hook in after.values())
+    if after:
+        # Not any(...): this is asked twice in every layer and pass.
+        for hook in after.values():
+            if type(hook) is not _Hook:
+                return True
+    return False
 
 
 def _remove_all(handles: dict[Tensor, RemovableHandle]) -> None:

@@ -245,7 +245,9 @@ def _hand_over(wish: _Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
     return None
 
 
-class _Ordinary(torch.autograd.Function):
+# Torch's own `Function.apply` looks through all arguments for tensors that a function transform has left behind;
+# `needs_autograd` has said that there is no transform.
+class _Ordinary(torch.autograd.function._SingleLevelFunction):
     """What nearly all calls are: one task, all rows, projections and nothing else. Every microsecond counts here."""
 
     @staticmethod
@@ -256,7 +258,7 @@ class _Ordinary(torch.autograd.Function):
         transposed, axis = orientation
         # With bases of outputs x itself is kept, and g U takes the place of x V.
         if (axis == 1) != transposed:
-            ctx.save_for_backward(weight, x @ basis)
+            ctx.save_for_backward(weight, torch.mm(rows_of(x, None), basis))
         else:
             ctx.save_for_backward(weight, x, basis)
         kernel = weight if weight.dtype is x.dtype else _compute_copy(weight, x)
@@ -268,12 +270,14 @@ class _Ordinary(torch.autograd.Function):
         weight, kept = saved[0], saved[1]
         transposed, axis = ctx.orientation
         needs = ctx.needs_input_grad
+        flat = rows_of(g, None)
         for_x = for_bias = None
         if needs[0]:
             kernel = weight if weight.dtype is g.dtype else weight.to(g.dtype)
-            for_x = g @ (kernel.mT if transposed else kernel)
+            for_x = torch.mm(flat, kernel.mT if transposed else kernel)
+            for_x = for_x if g.ndim == 2 else for_x.view(*g.shape[:-1], for_x.shape[-1])
         if needs[1]:
-            for_bias = rows_of(g, None).sum(0)
+            for_bias = flat.sum(0)
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1)
         if wish is not _Wish.ALL_LEAVES:
@@ -282,19 +286,19 @@ class _Ordinary(torch.autograd.Function):
             if wish is _Wish.NOTHING:
                 return for_x, for_bias, None, None, None, None
         if torch.is_grad_enabled():  # create_graph=True
-            g, kept = g.detach(), kept.detach()
+            flat, kept = flat.detach(), kept.detach()
         if len(saved) == 3:
-            thin, wide = g @ saved[2], kept
+            thin, wide = torch.mm(flat, saved[2]), rows_of(kept, None)
         else:
-            thin, wide = kept, g
-        projected = coordinates(rows_of(thin, None), rows_of(wide, None), axis)
-        return for_x, for_bias, None, _hand_over(wish, ctx.probe, projected), None, None
+            thin, wide = kept, flat
+        return for_x, for_bias, None, _hand_over(wish, ctx.probe, coordinates(thin, wide, axis)), None, None
 
 
 def ordinary_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Any) -> Tensor:
     """`projecting_linear` for one task to which all rows belong; ``x`` and ``bias`` are `cast` already."""
-    probe = slot.probes[slot.ordinary][0]
-    return _Ordinary.apply(x, bias, weight, probe, slot.basis(x.dtype), slot.orientation)  # type: ignore[no-any-return, no-untyped-call]
+    task, layer = slot.ordinary, slot.layer
+    basis = layer.block.joint_rows(task, x.dtype)[layer.row]
+    return _Ordinary.apply(x, bias, weight, slot.probes[task][0], basis, slot.orientation)  # type: ignore[no-any-return, attr-defined]
 
 
 _WANTED_WHOLE = (

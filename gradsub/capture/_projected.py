@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +11,61 @@ from torch import Tensor
 from gradsub._rounding import drop_rounding
 from gradsub.capture._captured import Captured, squared_norm
 from gradsub.subspace import SHARED, BasesChanged, Block, Rows, SubspaceBank, pieces, project
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """A block's gradients in the coordinates of the shared and of their task's own subspace.
+
+    Attributes:
+        R: layer by layer the present tasks' (B x m x (r + r_k)), without what is only rounding.
+        unit: a number of the order of each of them (B x 1 x 1); NaN or Inf where an entry of it is.
+        squared_norms: (B,) of the whole gradients, NaN where unknown; None if none is known.
+    """
+
+    R: Tensor
+    unit: Tensor
+    squared_norms: Tensor | None
+
+
+@dataclass
+class Gathered:
+    """What a capture left of a block, before anything is changed.
+
+    Attributes:
+        block: L layers.
+        captured: by task, of each layer.
+        outside: the gradients of backward passes outside any task, which belong to the shared subspace alone.
+        joint: of captured gradients, if all of them are projected already.
+    """
+
+    block: Block
+    captured: Mapping[int, Sequence[Captured]]
+    outside: Sequence[Tensor | None]
+    joint: Stacked | None
+
+
+def gather_block(
+    block: Block, captured: Mapping[int, Sequence[Captured]], outside: Sequence[Tensor | None], rounding: float
+) -> Gathered:
+    """Lay what a capture has projected side by side.
+
+    Args:
+        block: the layers.
+        captured: by task, what the capture left of each layer.
+        outside: what autograd left of each layer.
+        rounding: epsilon of the coarsest format in which a gradient was computed.
+    """
+    ready = bool(captured) and all(each.projected is not None for held in captured.values() for each in held)
+    return Gathered(block, captured, outside, _joint(block, captured, rounding) if ready else None)
+
+
+def _joint(block: Block, captured: Mapping[int, Sequence[Captured]], rounding: float) -> Stacked:
+    everything = [each for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
+    R = _stack([each.projected for each in everything if each.projected is not None])
+    norms = _norms(everything)
+    known = all(each.squared_norm is not None for each in everything)
+    return Stacked(R, drop_rounding(R, block.first, rounding, norms if known else None), norms)
 
 
 @dataclass
@@ -25,8 +80,7 @@ class Projected:
         squared_norms: each present task's squared norms of the whole gradients (L,), NaN where unknown; without a task
             of which none is known.
         sketches: by subspace, what bases are to be renewed from after the step.
-        joint: layer by layer, the present tasks' gradients in the shared and in their own subspace, or None.
-        unit: a number of the order of each of them (B x 1 x 1).
+        joint: what of `Stacked` the parts and R_k are views of, or None without a task.
     """
 
     block: Block
@@ -35,19 +89,12 @@ class Projected:
     own: dict[int, Tensor]
     squared_norms: dict[int, Tensor]
     sketches: dict[int, Rows] = field(default_factory=dict)
-    joint: Tensor | None = None
-    unit: Tensor | None = None
-
-    def shared(self, weights: Mapping[int, float | Tensor]) -> Tensor:
-        """The gradients in the shared subspaces (L x m x r)."""
-        return mix(self.parts, weights, self.outside)
+    joint: Stacked | None = None
 
 
 def project_block(
-    block: Block,
+    gathered: Gathered,
     bank: SubspaceBank,
-    captured: Mapping[int, Sequence[Captured]],
-    outside: Sequence[Tensor | None],
     weights: Mapping[int, float | Tensor],
     update_proj_gap: int,
     rounding: float,
@@ -56,41 +103,39 @@ def project_block(
     """Refresh the bases that are due, and project what still has to be projected.
 
     Args:
-        block: the layers.
+        gathered: the layers and their gradients, which are freed on the way.
         bank: their bases.
-        captured: by task, what the capture left of each layer; full gradients are freed on the way.
-        outside: the gradients of backward passes outside any task, which belong to the shared subspace alone.
         weights: w_k, each task's share of the samples.
         update_proj_gap: steps between refreshes.
         rounding: epsilon of the coarsest format in which a gradient was computed.
         changed: told about every basis that changed.
     """
+    block, captured, joint = gathered.block, gathered.captured, gathered.joint
     first = block.first
     matrices = [
         None if each is None else layer.matrix(each).to(layer.dtype)
-        for layer, each in zip(block.layers, outside, strict=True)
+        for layer, each in zip(block.layers, gathered.outside, strict=True)
     ]
     sketches = _sketches(block, bank, captured, matrices, weights) if first.sketched else {}
-    _project_whole(block, bank, captured, matrices, weights, update_proj_gap, changed)
+    if joint is None:
+        _project_whole(block, bank, captured, matrices, weights, update_proj_gap, changed)
     aside = _aside(block, bank, matrices)
     if aside is not None:
         drop_rounding(aside, first, rounding, None)
     if not captured:
         return Projected(block, {}, aside, {}, {}, sketches)
-    everything = [each for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
-    joint = _stack([each.projected for each in everything if each.projected is not None])
-    norms = _norms(everything)
-    known = all(each.squared_norm is not None for each in everything)
-    unit = drop_rounding(joint, first, rounding, norms if known else None)
-    for each in everything:
-        each.projected = each.sketch = None
+    joint = _joint(block, captured, rounding) if joint is None else joint
+    for held in captured.values():
+        for each in held:
+            each.projected = each.sketch = None
     axis, width = 2 + first.axis, first.widths[SHARED]
-    by_layer = joint.view(len(block), len(captured), *joint.shape[1:])
+    by_layer = joint.R.view(len(block), len(captured), *joint.R.shape[1:])
     shared, own = torch.split(by_layer, [width, by_layer.shape[axis] - width], axis)
+    norms = joint.squared_norms
     squared_norms = {} if norms is None else dict(zip(captured, norms.view(len(block), -1).unbind(1), strict=True))
     parts = dict(zip(captured, shared.unbind(1), strict=True))
     return Projected(
-        block, parts, aside, dict(zip(captured, own.unbind(1), strict=True)), squared_norms, sketches, joint, unit
+        block, parts, aside, dict(zip(captured, own.unbind(1), strict=True)), squared_norms, sketches, joint
     )
 
 
@@ -130,7 +175,7 @@ def _project_whole(
                     one.full = None
             if len(whole) == len(captured):
                 aside = None if alone else torch.stack([each for row in rows if (each := outside[row]) is not None])
-                gradients[SHARED] = mix({task: gradients[task + 1] for task in whole}, weights, aside)
+                gradients[SHARED] = _mixed({task: gradients[task + 1] for task in whole}, weights, aside)
             bank.refresh(block, rows, gradients, update_proj_gap, changed)
             for task in whole:
                 gradient = gradients[task + 1]
@@ -183,7 +228,7 @@ def _sketches(
             for task in captured
             for every, Y in (found[task + 1],)
         }
-        found[SHARED] = rows, mix(chosen, weights, _sketched_aside(block, bank, rows, outside))
+        found[SHARED] = rows, _mixed(chosen, weights, _sketched_aside(block, bank, rows, outside))
     return found
 
 
@@ -209,19 +254,40 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack(list(tensors))
 
 
-def mix(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:
-    """The shared gradient: sum_k w_k G_k, and what came from no task."""
-    total: Tensor | None = None
-    for task, part in parts.items():
-        weight = weights[task]
-        if total is None:
-            total = part * (weight.to(part) if isinstance(weight, Tensor) else weight)
-        elif isinstance(weight, Tensor):
-            total.addcmul_(part, weight.to(part))
-        else:
-            total.add_(part, alpha=weight)
-    if total is None or outside is None:
-        found = outside if total is None else total
-        assert found is not None
-        return found
-    return total + outside
+def _mixed(parts: Mapping[int, Tensor], weights: Mapping[int, float | Tensor], outside: Tensor | None) -> Tensor:
+    return mix([parts], weights, [outside])[0]
+
+
+def mix(
+    parts: Sequence[Mapping[int, Tensor]], weights: Mapping[int, float | Tensor], outside: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Shared gradients: of each sum_k w_k G_k, and what came from no task; all in a few operations.
+
+    Args:
+        parts: of each, G_k by task.
+        weights: w_k.
+        outside: of each, what came from no task.
+    """
+    found: list[Tensor | None] = list(outside)
+    kinds: dict[Hashable, list[int]] = defaultdict(list)
+    for place, of_one in enumerate(parts):
+        # No operation takes tensors that lie on different meshes of ranks.
+        meshes = [getattr(part, "device_mesh", None) for part in of_one.values()]
+        kinds[tuple(of_one), tuple(map(id, meshes))].append(place)
+    for places in kinds.values():
+        totals: list[Tensor] = []
+        for task in parts[places[0]]:
+            added, weight = [parts[place][task] for place in places], weights[task]
+            if isinstance(weight, Tensor):
+                totals = totals or [torch.zeros_like(part) for part in added]
+                for total, part in zip(totals, added, strict=True):
+                    total.addcmul_(part, weight.to(part))
+            elif totals:
+                torch._foreach_add_(totals, added, alpha=weight)
+            else:
+                totals = list(torch._foreach_mul(added, weight))
+        for place, total in zip(places, totals, strict=False):
+            aside = outside[place]
+            found[place] = total if aside is None else total + aside
+    assert all(each is not None for each in found)
+    return [each for each in found if each is not None]

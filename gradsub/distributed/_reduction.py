@@ -140,15 +140,18 @@ def merge_plain(
     }
     shares[MIXED] = agreement.weights.get(MIXED, 0.0) * agreement.mixed / total if total else 0.0
     plain = {place for place, parameter in enumerate(parameters) if parameter not in layers}
-    for place in sorted(plain):
-        parameter = parameters[place]
-        found = {
+    found: dict[Tensor, dict[int, Tensor]] = {}
+    for parameter in (parameters[place] for place in sorted(plain)):
+        parts = {
             task: full
             for task in shares
             if (held := gradients.get(task, {}).pop(parameter, None)) is not None and (full := held.full) is not None
         }
-        if found:
-            gradients.setdefault(MIXED, {})[parameter] = Captured(full=mix(found, shares, None))
+        if parts:
+            found[parameter] = parts
+    mixed = mix(list(found.values()), shares, [None] * len(found))
+    for parameter, gradient in zip(found, mixed, strict=True):
+        gradients.setdefault(MIXED, {})[parameter] = Captured(full=gradient)
     merged = sorted(plain & set().union(*agreement.present.values()))
     present = {task: [place for place in places if place not in plain] for task, places in agreement.present.items()}
     return replace(

@@ -43,8 +43,7 @@ class Block:
         self._fills: dict[str, float] = {}
         self.proxies: list[list[nn.Parameter]] = []
         self.shown: dict[tuple[str, int], Any] = {}
-        self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor]] = {}
-        self._joint_rows: dict[tuple[int, torch.dtype], tuple[Tensor, Sequence[Tensor]]] = {}
+        self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor, Sequence[Tensor]]] = {}
         self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrays: dict[str, tuple[Tensor, Any]] = {}
         self._count_rows()
@@ -118,20 +117,19 @@ class Block:
 
     def joint(self, task: int, dtype: torch.dtype) -> Tensor:
         """The shared and a task's own bases side by side (L x d x (r + r_k)); made once after each change of them."""
-        basis = self.stacks["basis"]
-        version, found = self._joint.get((task, dtype), (-1, basis))
-        if version != basis._version:
-            found = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
-            self._joint[task, dtype] = (basis._version, found)
-        return found
+        return self._found_joint(task, dtype)[1]
 
     def joint_rows(self, task: int, dtype: torch.dtype) -> Sequence[Tensor]:
         """The same for each layer (d x (r + r_k))."""
-        joint = self.joint(task, dtype)
-        found = self._joint_rows.get((task, dtype))
-        if found is None or found[0] is not joint:
-            found = self._joint_rows[task, dtype] = (joint, joint.unbind())
-        return found[1]
+        return self._found_joint(task, dtype)[2]
+
+    def _found_joint(self, task: int, dtype: torch.dtype) -> tuple[int, Tensor, Sequence[Tensor]]:
+        version = self.stacks["basis"]._version
+        found = self._joint.get((task, dtype))
+        if found is None or found[0] != version:
+            joint = torch.cat([self.basis(0), self.basis(task + 1)], dim=2).to(dtype)
+            found = self._joint[task, dtype] = (version, joint, joint.unbind())
+        return found
 
     def columns(self, subspaces: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Which columns of these subspaces' bases, side by side, are the shared one's (R) and each task's (K x R).
@@ -160,13 +158,12 @@ class Block:
         self.stacks = {key: stack[staying] for key, stack in self.stacks.items()}
         self.layers = [self.layers[row] for row in staying]
         self._joint.clear()
-        self._joint_rows.clear()
         self.shown.clear()
         self._count_rows()
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joint": {}, "_joint_rows": {}, "_columns": {}, "_arrays": {}, "shown": {}}
+        return {**self.__dict__, "_joint": {}, "_columns": {}, "_arrays": {}, "shown": {}}
 
 
 def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable]) -> list[Block]:
