@@ -320,9 +320,9 @@ class _Projecting(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         segments = _unpack(layout, tensors)
-        # As a matrix once, for the output and for x V; whatever is known to be one is not asked again.
-        flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-        output = affine(flat, _compute_copy(weight, x), bias, orientation.transposed)
+        # Not the matrix: viewed as x's shape again, the output could not be changed in place (`nn.ReLU(inplace=True)`).
+        output = affine(x, _compute_copy(weight, x), bias, orientation.transposed)
+        flat = rows_of(x, None)
         thin: list[Tensor] = []
         needed: list[Tensor] = []
         keep_x = False
@@ -340,7 +340,7 @@ class _Projecting(torch.autograd.Function):
         ctx.probes = tuple((segment.probe, segment.sketch_probe) for segment in segments)
         ctx.biased = bias is not None
         ctx.save_for_backward(weight, *([x] if keep_x else []), *thin, *needed)
-        return output if x.ndim == 2 else output.view(*x.shape[:-1], output.shape[-1])
+        return output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -348,7 +348,7 @@ class _Projecting(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         x = saved.pop(0) if ctx.keeps_x else None
         thin, needed = iter(saved[: ctx.thin]), iter(saved[ctx.thin :])
-        flat = g if g.ndim == 2 else g.reshape(-1, g.shape[-1])
+        flat = rows_of(g, None)
         for_x, for_bias = _for_input(ctx, g, flat, weight)
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
