@@ -132,6 +132,16 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> 
     return F.linear(x, weight.mT if transposed else weight, bias)
 
 
+def _no_view(output: Tensor) -> Tensor:
+    """The same memory as a tensor of its own: with a bias torch views a matrix, and a view that a custom function gives
+    back cannot be changed in place, as ``nn.ReLU(inplace=True)`` does.
+    """
+    if torch.compiler.is_compiling() or not output._is_view():
+        return output
+    found: Tensor = torch.ops.aten._unsafe_view.default(output, output.shape)
+    return found
+
+
 def rows_of(matrix: Tensor, rows: Rows) -> Tensor:
     """The given rows of the first axis, then as a matrix (N x features)."""
     if isinstance(rows, tuple):
@@ -262,7 +272,7 @@ class _Ordinary(torch.autograd.function._SingleLevelFunction):
         else:
             ctx.save_for_backward(weight, x, basis)
         kernel = weight if weight.dtype is x.dtype else _compute_copy(weight, x)
-        return F.linear(x, kernel.mT if transposed else kernel, bias)
+        return _no_view(F.linear(x, kernel.mT if transposed else kernel, bias))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -320,8 +330,7 @@ class _Projecting(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         segments = _unpack(layout, tensors)
-        # Not the matrix: viewed as x's shape again, the output could not be changed in place (`nn.ReLU(inplace=True)`).
-        output = affine(x, _compute_copy(weight, x), bias, orientation.transposed)
+        output = _no_view(affine(x, _compute_copy(weight, x), bias, orientation.transposed))
         flat = rows_of(x, None)
         thin: list[Tensor] = []
         needed: list[Tensor] = []
@@ -412,7 +421,7 @@ class _Deferring(torch.autograd.Function):
     ) -> Tensor:
         ctx.orientation, ctx.opened, ctx.probes, ctx.biased = orientation, opened, probes, bias is not None
         ctx.save_for_backward(x, weight)
-        return affine(x, _compute_copy(weight, x), bias, orientation.transposed)
+        return _no_view(affine(x, _compute_copy(weight, x), bias, orientation.transposed))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

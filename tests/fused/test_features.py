@@ -40,6 +40,22 @@ def test_gradient_checkpointing(reentrant, refresh, forward):
     torch.testing.assert_close(flat(model), flat(plain), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_outputs_may_be_changed_in_place(forward, bias):
+    """As ``nn.ReLU(inplace=True)`` does; in steps that sketch and in ordinary ones."""
+    ends = []
+    for in_place in (True, False):
+        model = model_of(WIDTHS, bias=bias)
+        model[1] = nn.ReLU(inplace=in_place)
+        optimizer = gems(model, refresh="sketch")
+        before = flat(model)
+        train(model, optimizer, 4, forward=forward)
+        ends.append(flat(model))
+        assert not torch.equal(ends[-1], before)
+    torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_autocast(forward, side):
