@@ -149,8 +149,10 @@ def collect_decay(block: Block, states: Sequence[State], shrink: float | Tensor)
         array = block.array(PENDING_DECAY)
         array[rows] += float(shrink) * (1 - array[rows])
         return
-    for row in rows:
-        pending[row] += (1 - pending[row]) * (shrink.reshape(()) if isinstance(shrink, Tensor) else shrink)
+    share = shrink.reshape(()) if isinstance(shrink, Tensor) else shrink
+    # Without an index: the device would have to be told of one.
+    for part in [pending] if len(rows) == len(block) else [pending[row] for row in rows]:
+        part += (1 - part) * share
 
 
 def decay(layer: Layer, state: State) -> None:

@@ -46,3 +46,23 @@ def test_at_most_three_graphs_over_any_number_of_refreshes(device, refresh):
     if refresh == "svd":  # sketches take turns where nothing is compiled
         for mine, wanted in zip(found, trained(plain, plain, device, 4 * GAP, refresh=refresh), strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
+
+
+class Model(nn.Module):
+    """Of a class of its own: of torch's, such as `nn.Sequential`, torch compiles no forward pass in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def test_a_model_that_is_compiled_in_place_has_as_few_graphs(device):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = Model().to(device)
+    model.compile(backend="eager", fullgraph=True)
+    trained(model, model, device, 3 * GAP, refresh="sketch")
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
