@@ -293,7 +293,7 @@ class Stepper:
         # Who calls backward() on the mean of a mixed batch, not on rows.loss(), has chosen a gate without losses.
         unseen = (lambda tasks: None) if mixed else self._say_unseen
         measured = measure(projected, losses, samples, len(self._tasks), self._gate, unseen, self._constants)
-        weights = self._operate(shares, measured)
+        weights = self._operate(shares, samples, measured, losses)
         steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
         self._update(groups, projected, steps, measured)
         self._renew(groups, projected)
