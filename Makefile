@@ -15,7 +15,7 @@ EXAMPLES := $(VENV)/.installed-examples
 DEMO_SETUP := $(if $(wildcard $(DEV)),$(DEV),$(EXAMPLES))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types docs pytest bench bench-training clean
+.PHONY: help setup demo test lint types docs pytest bench bench-training dist check-wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1|/' \
@@ -65,6 +65,18 @@ bench: $(DEV)  ## micro-benchmarks, printed as ratios
 
 bench-training: $(DEV)  ## step time and memory of whole training steps (hours; finished cases are kept)
 	$(BIN)/python -m benchmarks.training run $(ARGS)
+
+# Without isolation: what builds is the pinned setuptools of the environment, and no network is needed.
+dist: $(DEV)  ## dist/: the wheel and the sdist, checked by twine
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+check-wheel:  ## install the wheel of dist/ into an empty environment and use it there without any extra
+	rm -rf build/empty
+	$(PYTHON) -m venv build/empty
+	build/empty/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && empty/bin/python ../tests/without_extras.py
 
 clean:  ## remove what was built; keeps .venv and runs
 	rm -rf build dist site .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks *.egg-info

@@ -1,4 +1,5 @@
-"""PyTorch primitives for gradient surgery: many tasks in one model, without hurting each other or what it knew.
+"""Fine-tune a PyTorch model on one task or several with the optimizer you already use, in low-rank subspaces and
+inside a null space that protects what the model knows.
 
 The way of a gradient, and the module of each arrow: losses -> `capture` (per-task gradients) -> `subspace` (bases,
 project, lift) -> `inner` (the wrapped optimizer) -> `null_space` (constraint) -> `update` (weights).

@@ -19,7 +19,9 @@ def on_page_content(content: str, **_: Any) -> str:
     """Replace each formula that arithmatex marked in `content` by MathML."""
 
     def replace(match: re.Match[str]) -> str:
-        display = "inline" if match["open"] == "(" else "block"
-        return str(convert(html.unescape(match["latex"]).strip(), display=display))
+        inline = match["open"] == "("
+        formula = str(convert(html.unescape(match["latex"]).strip(), display="inline" if inline else "block"))
+        # A displayed formula does not wrap: on a phone it scrolls in a box of its own, not with the page.
+        return formula if inline else f'<div class="formula">{formula}</div>'
 
     return _FORMULA.sub(replace, content)
