@@ -55,10 +55,11 @@ def beyond_the_core() -> set[str]:
 def core_works() -> None:
     import torch
 
-    from gradsub import GemsOptimizer, NullSpace
+    from gradsub import GemsOptimizer, NullSpace, freeze_unprotected
 
     model = torch.nn.Sequential(torch.nn.Linear(80, 80), torch.nn.Tanh(), torch.nn.Linear(80, 80))
-    null_space = NullSpace(energy=0.9).collect(model, [torch.randn(64, 80)])
+    null_space = NullSpace(energy=0.5).collect(model, [torch.randn(512, 80)])
+    freeze_unprotected(model, null_space)
     for surgery in ("sum", "pcgrad", "cagrad", "mgda", "gradvac"):
         base = torch.optim.AdamW(model.parameters())
         optimizer = GemsOptimizer(base, tasks=("a", "b"), rank=4, model=model, null_space=null_space, surgery=surgery)
@@ -100,10 +101,44 @@ def collect_by_command() -> None:
         raise ImportError(said.getvalue())
 
 
+def trained_once() -> Any:
+    import torch
+
+    from gradsub import GemsOptimizer
+
+    model = torch.nn.Linear(80, 80)
+    optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=("a",), rank=4, model=model)
+    with optimizer.task("a"):
+        model(torch.randn(4, 80)).square().mean().backward()
+    optimizer.step()
+    return optimizer
+
+
+def report_as_a_frame() -> None:
+    trained_once().report().to_pandas()
+
+
+def draw_a_report() -> None:
+    from gradsub import plots
+
+    history = plots.History()
+    history.add(trained_once().report())
+    plots.losses(history)
+
+
+def train_with_the_trainer() -> None:
+    from gradsub.integrations import GemsTrainerMixin
+
+    assert GemsTrainerMixin
+
+
 FEATURES: dict[Callable[[], None], str] = {
     save_a_null_space: "safetensors",
     load_a_null_space: "safetensors",
     collect_by_command: "examples",
+    report_as_a_frame: "pandas",
+    draw_a_report: "plots",
+    train_with_the_trainer: "transformers",
 }
 
 
