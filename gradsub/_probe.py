@@ -28,6 +28,7 @@ _AS_IS: Options = {}
 _ROWS, _COLUMNS = 8, 4
 _STEPS = 12  # past the averaging of a lookahead (every 5 or 6 steps) and the warm-up of RAdam
 _MORE_STEPS = 120  # for positions in the state that no step has used so far
+_SIZE = 0.05  # how well sizes of steps have to agree: Newton-Schulz iterations leave singular values of .7 to 1.2
 _DEGREE = 1e-3  # how well a moment has to follow its rule: small terms in denominators spoil it a little
 _RATE = 0.02
 _DECAY = 0.05
@@ -103,6 +104,7 @@ class Probes:
         self._base = base
         self._traits: dict[Any, Traits] = {}
         self._independent: dict[Any, bool] = {}
+        self._odd_sizes: dict[Any, str | None] = {}
 
     def traits(self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> Traits:
         """Compare steps from one place, and on from there, with steps from 0 each time, as inside a subspace.
@@ -163,6 +165,36 @@ class Probes:
             pairs = zip(whole.steps, part.steps, strict=True)
             self._independent[key] = all(_close(a[: _ROWS // 2], b) for a, b in pairs)
         return self._independent[key]
+
+    def odd_size(self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> str | None:
+        """Why the root mean square of a step's entries is not the same for every gradient and shape; None if it is.
+
+        Args:
+            options: of the group.
+            parameters: of the group.
+            states: what the optimizer put into its state when it was built.
+        """
+        key = patterns(options)
+        if key not in self._odd_sizes:
+            sample = _sample(parameters, states)
+            self._odd_sizes[key] = _odd_size(self._base, options, sample, self.traits(options, parameters, states))
+        return self._odd_sizes[key]
+
+
+def _odd_size(base: Optimizer, options: Options, sample: _Sample, traits: Traits) -> str | None:
+    if traits.relative:
+        return "are as long as the parameter is"
+    trial = _Trial(base, options, sample)
+    steps, larger = (trial.from_zero(_STEPS, factor=factor).steps for factor in (1.0, 16.0))
+    # Past the warm-up of RAdam.
+    if not all(_close(a, b, tolerance=_SIZE) for a, b in zip(steps[_STEPS // 2 :], larger[_STEPS // 2 :], strict=True)):
+        return "follow the size of the gradient"
+    if not traits.entrywise:
+        narrow = _Trial(base, options, sample, columns=_COLUMNS // 2).from_zero(_STEPS).steps
+        whole, part = (torch.stack(found).square().mean().sqrt() for found in (steps, narrow))
+        if not _close(whole, part, tolerance=_SIZE):
+            return "have entries whose size depends on the shape of the matrix"
+    return None
 
 
 def _entries_are_independent(base: Optimizer, options: Options, sample: _Sample) -> bool:
@@ -235,10 +267,16 @@ class _Trial:
     """Runs of fresh copies of a base optimizer, all with the same gradients and the same random numbers."""
 
     def __init__(
-        self, base: Optimizer, options: Options, sample: _Sample, rows: int = _ROWS, stacked: bool = False
+        self,
+        base: Optimizer,
+        options: Options,
+        sample: _Sample,
+        rows: int = _ROWS,
+        stacked: bool = False,
+        columns: int = _COLUMNS,
     ) -> None:
         self.base, self.options, self.sample = base, options, sample
-        self.shape = torch.Size((2, rows // 2, _COLUMNS) if stacked else (rows, _COLUMNS))
+        self.shape = torch.Size((2, rows // 2, columns) if stacked else (rows, columns))
         self.name = type(base).__name__
         numbers = np.random.default_rng(0)
         self._start = torch.from_numpy(3.0 * numbers.standard_normal((_ROWS, _COLUMNS)))[:rows]
@@ -251,8 +289,8 @@ class _Trial:
             # Orthogonal to the weight: some optimizers do something else then (AdamP).
             along = (gradient * self._start).sum(1, keepdim=True) / self._start.square().sum(1, keepdim=True)
             gradient -= along * self._start
-        self._start = self._start.view(self.shape)
-        self._gradients = [gradient.view(self.shape) for gradient in self._gradients]
+        self._start = self._start[:, :columns].reshape(self.shape)
+        self._gradients = [gradient[:, :columns].reshape(self.shape) for gradient in self._gradients]
         self._setting = self._possible_setting()
 
     def _possible_setting(self) -> Setting:
@@ -384,23 +422,27 @@ class _Trial:
     def _options(self, changes: Options) -> Options:
         return {**self.options, **({"weight_decay": 0.0} if "weight_decay" in self.options else {}), **changes}
 
-    def from_zero(self, steps: int, changes: Options = _AS_IS) -> _Run:
-        """As proxies inside a subspace: at 0 before every step."""
-        return self.at([torch.zeros_like(self._start)] * steps, changes=changes)
+    def from_zero(self, steps: int, changes: Options = _AS_IS, factor: float = 1.0) -> _Run:
+        """As proxies inside a subspace: at 0 before every step, with ``factor`` times the gradients."""
+        return self.at([torch.zeros_like(self._start)] * steps, changes=changes, factor=factor)
 
     def alone(self, steps: int, changes: Options = _AS_IS) -> _Run:
         """As the bare optimizer: from one place, and on from there."""
         return self.at([self._start, *([None] * (steps - 1))], changes=changes)
 
-    def at(self, positions: Sequence[Tensor | None], pull: float = 0.0, changes: Options = _AS_IS) -> _Run:
-        """From given places; None: where the last step led. ``pull`` times the place is added to the gradients."""
+    def at(
+        self, positions: Sequence[Tensor | None], pull: float = 0.0, changes: Options = _AS_IS, factor: float = 1.0
+    ) -> _Run:
+        """From given places; None: where the last step led. ``pull`` times the place is added to the gradients, which
+        come ``factor`` times as large.
+        """
         options = self._options(changes)
         with _isolated(self._setting[1]) as reseed:
             twin = _Twin(self.base, options, self.sample, self._setting, self.shape)
             before, steps, places = dict(twin.group), [], []
             for number, position in enumerate(positions):
                 reseed(number)
-                place, step = twin.take(self._gradients[number], position, pull)
+                place, step = twin.take(factor * self._gradients[number], position, pull)
                 places.append(place)
                 steps.append(step)
             changed = {key for key in twin.group if key not in before or not _same(before[key], twin.group[key])}

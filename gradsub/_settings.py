@@ -17,7 +17,7 @@ REFRESHES = ("auto", "sketch", "svd")
 PLACES = ("auto", "device", "host")
 # What a parameter group holds that the base optimizer must not see.
 NOT_INNER = frozenset(
-    {"params", "param_names", "tasks", "side", "subspace", "rank", "task_rank", "update_proj_gap", "scale"}
+    {"params", "param_names", "tasks", "side", "subspace", "rank", "task_rank", "update_proj_gap", "scale", "lr_scale"}
 )
 
 
@@ -81,9 +81,17 @@ def check_group(group: dict[str, Any]) -> None:
     check_count("rank", group["rank"])
     check_count("task_rank", group["task_rank"], optional=True)
     check_count("update_proj_gap", group["update_proj_gap"])
+    check_lr_scale(group["lr_scale"], numbers_too=True)
     scale = group["scale"]
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"scale={scale!r} must be a positive number: it multiplies the lifted update")
+
+
+def check_lr_scale(value: object, numbers_too: bool = False) -> None:
+    """Raise a ValueError unless ``lr_scale`` is one there is; in a group a number may be another library's."""
+    other = numbers_too and isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if value is not None and value != "adamw" and not other:
+        raise ValueError(f"lr_scale={value!r} must be None or 'adamw'")
 
 
 def check_arguments(

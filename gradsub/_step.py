@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradsub._constants import Constants
 from gradsub._layout import Layout
+from gradsub._lr_scale import asks, factor
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
 from gradsub._probe import Traits
 from gradsub._reporting import Measurements
@@ -51,6 +52,7 @@ class Stepper:
         moments: what happens to the base optimizer's moments when a basis changes.
         master_weights: whether float32 copies of lower-precision weights are kept.
         anchor: whether the protected part of each weight is kept and set back at refreshes.
+        lr_scale: whether updates are to be as large as those of whole weights, where a group does not say.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Stepper:
         moments: str,
         master_weights: bool,
         anchor: bool,
+        lr_scale: str | None = None,
     ) -> None:
+        self._lr_scale = lr_scale
         self._tasks = tasks
         self._layout = layout
         self._gate = gate
@@ -547,7 +551,8 @@ class Stepper:
                 subspace: self._stacked(block, subspace, steps) for subspace in (SHARED, *(k + 1 for k in found.own))
             }
             joint = torch.cat(list(taken.values()), dim=1 + block.first.axis)
-            factors = self._factors(block, tuple(taken), mine, group["scale"])
+            scale = group["scale"] * factor(block, self._bank) if asks(group, self._lr_scale) else group["scale"]
+            factors = self._factors(block, tuple(taken), mine, scale)
             if factors is not None:
                 joint *= factors.unsqueeze(1 if block.first.axis == 1 else 2)
             basis = block.stacks["basis"]
@@ -558,8 +563,13 @@ class Stepper:
                 for task in found.own:
                     block.stacks[previous_step(task)].copy_(taken[task + 1])
 
-    def _factors(self, block: Block, subspaces: tuple[int, ...], gates: Tensor | None, scale: float) -> Tensor | None:
+    def _factors(
+        self, block: Block, subspaces: tuple[int, ...], gates: Tensor | None, scale: float | Tensor
+    ) -> Tensor | None:
         """By what the steps enter the update (L x R): the scale, and for a task's own subspace its gate as well."""
+        if isinstance(scale, Tensor):
+            gated = self._factors(block, subspaces, gates, 1.0)
+            return scale if gated is None else gated * scale
         if gates is None or len(subspaces) == 1:
             return None if scale == 1.0 else block.stacks["basis"].new_full((1, 1), scale)
         constant, columns = block.columns(subspaces)

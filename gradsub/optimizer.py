@@ -21,6 +21,7 @@ from gradsub._finite import NonFiniteError
 from gradsub._intake import Intake
 from gradsub._layout import Layout
 from gradsub._loading import StateDictReader
+from gradsub._lr_scale import asks
 from gradsub._probe import PLAIN, Probes, Traits
 from gradsub._reporting import LastKnown, Measurements, make_report
 from gradsub._state import group_parameters, show_shards
@@ -82,6 +83,13 @@ class GemsOptimizer(Optimizer):
         task_rank: columns of each task's basis; None: ``max(1, rank // 2)``.
         update_proj_gap: steps between two refreshes of the bases. Typical: 50 to 500.
         scale: factor on the lifted update, as GaLore's alpha.
+        lr_scale: how updates compare to those of whole weights at the same rate. None: each coordinate takes the step
+            that ``base`` takes of an entry, so that the update's root mean square is only
+            sqrt((r + sum_k g_k^2 r_k) / d) of it, with d the length of the axis that the bases span. ``"adamw"``:
+            the lifted update is multiplied by the inverse of that, with gates of 1 / K, so that a rate that served
+            AdamW serves here, as with ``match_rms_adamw`` of torch's Muon; under a null space see also
+            `NullSpace.rate_factor`. Weight decay is that of ``base`` either way. It multiplies ``scale``. The steps of
+            ``base`` must have one size, whatever that of the gradients, as AdamW's (it is tried out), not SGD's.
         side: ``"input"``: bases span input directions, and protected inputs give the same output as before;
             ``"output"``: bases span output directions, as published.
         orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared
@@ -130,16 +138,17 @@ class GemsOptimizer(Optimizer):
             task's gradient is that of all ranks' samples: G_k = sum_r (n_k^r / N_k) G_k^r for ``samples=n_k^r``. Give
             ``model`` with its ``DistributedDataParallel`` around it, and that sends no gradients inside of `task`.
 
-    A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, and ``subspace=False``
-    to keep its matrices whole, which also says that they are meant to move outside of ``null_space``.
+    A parameter group may carry its own ``rank``, ``task_rank``, ``update_proj_gap``, ``scale``, ``lr_scale`` (a number
+    there is another library's, and left alone), and ``subspace=False`` to keep its matrices whole, which also says that
+    they are meant to move outside of ``null_space``.
 
     Raises:
         TypeError: ``base`` is no optimizer.
         ValueError: an argument is out of range; ``base`` has state, needs a closure, or takes steps that depend on
-            where the parameter stands or started (it is tried out on a small matrix); a parameter is complex; ``model``
-            is another copy than the one that ``base`` trains; ``null_space`` does not fit the layers or the side, or
-            leaves no adapter (LoRA) a direction to move along; a weight is sharded otherwise than by rows, or ``base``
-            looks at whole matrices where each rank has some rows.
+            where the parameter stands or started (it is tried out on a small matrix), or are of no one size under
+            ``lr_scale="adamw"``; a parameter is complex; ``model`` is another copy than the one that ``base`` trains;
+            ``null_space`` does not fit the layers or the side, or leaves no adapter (LoRA) a direction to move along; a
+            weight is sharded otherwise than by rows, or ``base`` looks at whole matrices where each rank has some rows.
 
     Example:
         >>> import torch
@@ -175,6 +184,7 @@ class GemsOptimizer(Optimizer):
         task_rank: int | None = None,
         update_proj_gap: int = 200,
         scale: float = 1.0,
+        lr_scale: str | None = None,
         side: str = "input",
         orthogonalize: str = "none",
         gate: str | Gate = "heuristic",
@@ -203,8 +213,10 @@ class GemsOptimizer(Optimizer):
             "task_rank": task_rank,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
+            "lr_scale": lr_scale,
         }
         settings.check_group(own)
+        settings.check_lr_scale(lr_scale)
         clash = sorted(own.keys() & base.defaults.keys())
         if clash:
             raise ValueError(f"base={type(base).__name__} has options {clash} that would be taken for GemsOptimizer's")
@@ -231,6 +243,7 @@ class GemsOptimizer(Optimizer):
             moments,
             master_weights,
             anchor,
+            lr_scale,
         )
         self._skipped = 0
         self._placed: dict[Tensor, Any] = {}
@@ -632,6 +645,13 @@ class GemsOptimizer(Optimizer):
         decomposable = any(self._layout.may_decompose(parameter, group) for parameter in group["params"])
         traits = probes.traits(*known) if decomposable else PLAIN
         layers = self._layout.add_group(group, position)
+        odd = probes.odd_size(*known) if layers and asks(group, self.defaults["lr_scale"]) else None
+        if odd is not None:
+            raise ValueError(
+                "lr_scale='adamw' makes updates as large as those of whole weights, where the base optimizer's steps "
+                f"have one size; those of {type(base).__name__} {odd}: leave lr_scale out (a gradient step bears the "
+                "same rate in a subspace), or wrap torch.optim.AdamW, or Muon with adjust_lr_fn='match_rms_adamw'"
+            )
         sharded = next((layer.name for layer in layers if layer.splits_coordinates), None)
         if sharded is not None and not probes.rows_are_independent(*known):
             raise ValueError(

@@ -41,7 +41,7 @@ def collect(folder: Path, steps: int, batch_size: int) -> None:
     for side in SIDES:
         null_space = NullSpace(side=side, energy=0.97)
         batches = general_batches(language_model, windows, torch.device("cpu"))
-        null_space.collect(ranker.backbone, batches, target_modules=list(layers))
+        null_space.collect(ranker.backbone, batches, target_modules=list(layers), normalize=False)
         torch.save({name: null_space.basis(name).float() for name in layers}, folder / f"null_{side}.pt")
     weights = model_parameters(ranker)
     train_only(ranker, weights)

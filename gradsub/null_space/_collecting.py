@@ -59,6 +59,7 @@ def collect_features(
         if latest is None or latest[0] is not features:
             latest = features, unit_rows(features) if normalize else features, []
         into.add(name, *latest[1:])
+        into.shared.normalized[name] = normalize
 
     return observe_features(model, layers, turns, side, observe)
 

@@ -49,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--normalize",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether every token counts the same, however long its features (default: yes)",
+        help="whether every token counts the same, however long its features (default: yes, unless a threshold is "
+        "given, which is an absolute eigenvalue)",
     )
     add("--tokens", type=int, help="how many tokens to fit on (default: all that the text has)")
     add("--window", type=int, default=256, help="tokens of one sequence (default: %(default)s)")
@@ -86,6 +86,7 @@ def _collect(chosen: argparse.Namespace) -> None:
         "layer_memory_budget": chosen.layer_memory_budget,
     }
     null_space = NullSpace(**settings)
+    normalize = chosen.threshold is None if chosen.normalize is None else chosen.normalize
     fit, fresh = _parts(_read(chosen.text))
     model, tokenizer = _load(chosen.model, getattr(torch, chosen.dtype), chosen.device)
     windows = _windows(tokenizer, fit, chosen.window, chosen.tokens)
@@ -96,7 +97,7 @@ def _collect(chosen: argparse.Namespace) -> None:
 
     def add(into: NullSpace, some: Sequence[Tensor], what: str, **options: Any) -> NullSpace:
         batches = _Batches(model, some, chosen.batch, chosen.device, what)
-        return into.collect(model, batches, chosen.target_modules, normalize=chosen.normalize, **options)
+        return into.collect(model, batches, chosen.target_modules, normalize=normalize, **options)
 
     if chosen.layers_at_once is not None:
         add(null_space, windows, "collecting", layers_at_once=chosen.layers_at_once, out=chosen.out)
@@ -104,7 +105,7 @@ def _collect(chosen: argparse.Namespace) -> None:
         for start in range(0, len(names), chosen.layers_at_once):
             others = NullSpace(chosen.side)
             batches = _Batches(model, held_out, chosen.batch, chosen.device, "held-out text")
-            others.collect(model, batches, names[start:][: chosen.layers_at_once], normalize=chosen.normalize)
+            others.collect(model, batches, names[start:][: chosen.layers_at_once], normalize=normalize)
             shares.update(null_space.residual_energy(others))
         _say([(tokens, sum(shares.values()) / len(shares))], shares)
     else:

@@ -95,6 +95,10 @@ class Content:
                     f"other has {theirs.kind} statistics of width {theirs.dimension} for {name!r}, this null space "
                     f"{mine.kind} ones of width {mine.dimension}: collect both on the same model"
                 )
+        both = {name: (self.shared.normalized.get(name), other.shared.normalized.get(name)) for name in sources}
+        uneven = [name for name, pair in both.items() if None not in pair and pair[0] is not pair[1]]
+        if uneven:
+            raise ValueError(f"other has {some(uneven)} with another choice of normalize: collect both alike")
         known = self.shared.by_name
         final = [name for name, each in sources.items() if name in known and isinstance(each, Directions)]
         if final:
@@ -104,11 +108,15 @@ class Content:
             for name, source in sources.items():
                 self.shared.advance(name, steps[id(source)], source.copy, partial(_merge, source))
                 self._protected.pop(name, None)
+                told = next((was for was in both[name] if was is not None), None)
+                if told is not None:
+                    self.shared.normalized[name] = told
 
     def directions(self) -> SharedStatistics:
         """The directions of all layers without their statistics."""
         found = SharedStatistics()
         found.by_name, found.versions = dict(self.shared.by_name), dict(self.shared.versions)
+        found.normalized = dict(self.shared.normalized)
         for first, each in self.shared.distinct().items():
             directions = self._directions_of(first)
             found.by_name.update((name, directions) for name in found.by_name if self.shared.by_name[name] is each)

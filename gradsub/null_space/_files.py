@@ -41,6 +41,9 @@ def write(
         "statistics": json.dumps({key: statistics.state() for key, statistics in distinct.items()}),
         "layers": json.dumps({name: keys[id(statistics)] for name, statistics in shared.by_name.items()}),
         "versions": json.dumps(shared.versions),
+        "normalized": json.dumps(
+            {name: shared.normalized[name] for name in shared.by_name if name in shared.normalized}
+        ),
     }
     files = _safetensors()
     target = Path(os.path.realpath(path))  # a link stays one
@@ -94,6 +97,11 @@ def _read(file: Any) -> tuple[dict[str, Any], SharedStatistics, FittedOn]:
     shared = SharedStatistics()
     distinct = {key: _restored(key, state, file.get_tensor(key)) for key, state in states.items()}
     shared.by_name = {name: distinct[key] for name, key in layers.items()}
+    if "normalized" in metadata:  # versions before 0.2 did not write it
+        normalized = _mapping(metadata, "normalized")
+        if not normalized.keys() <= layers.keys() or not all(type(was) is bool for was in normalized.values()):
+            raise DamagedError(f"does not say of which layers features were normalized: {normalized!r}")
+        shared.normalized = normalized
     shared.versions = {name: _whole_number(name, "version", version) for name, version in versions.items()}
     try:
         return settings, shared, FittedOn.of(file, layers)

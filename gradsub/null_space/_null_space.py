@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from gradsub.distributed import Ranks
 from gradsub.layers import ALL_LINEAR, select_layers
+from gradsub.null_space._collect import unit_rows
 from gradsub.null_space._collecting import check_groups, check_seen, collect_features, collect_gradients, gathered
 from gradsub.null_space._content import Content
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._fitted_on import FittedOn
 from gradsub.null_space._gradients import own_loss
+from gradsub.null_space._normalization import normalization
 from gradsub.null_space._protection import Protection, extend
 from gradsub.null_space._ranks import on_every_rank
 from gradsub.null_space._residual import residual_shares
@@ -120,7 +122,7 @@ class NullSpace:
         batches: Iterable[Any],
         target_modules: str | Iterable[str] = ALL_LINEAR,
         *,
-        normalize: bool = False,
+        normalize: bool | None = None,
         layers_at_once: int | None = None,
         out: str | os.PathLike[str] | None = None,
         shard: bool = True,
@@ -142,8 +144,10 @@ class NullSpace:
             normalize: divide every token's features by their norm, so that all tokens count the same. Language models
                 have layers where few tokens are thousands of times as large as the others (massive activations, arXiv
                 2402.17762). There nearly all of the mean square is theirs, and ``energy`` is satisfied by one or two
-                directions that leave the other tokens unprotected. ``threshold`` is then a mean squared cosine. Pass
-                the same in every call; what was passed is not recorded.
+                directions that leave the other tokens unprotected. What all features span stays the same; features
+                that are zero stay so. None: yes, unless ``threshold`` decides, which is an absolute eigenvalue
+                (with ``normalize=True`` a mean squared cosine). The choice is kept with the layer, in files as well:
+                later calls follow it.
             layers_at_once: so many layers in one pass over the batches, of which only the protected directions are kept
                 afterwards, in their smaller form: for models whose statistics do not fit into memory. The passes are as
                 many as groups of layers, ``batches`` must be there for each, and nothing can be added to these layers.
@@ -164,8 +168,9 @@ class NullSpace:
 
         Raises:
             ValueError: no layer matches or sees any features, there is no batch, or a feature is NaN or Inf (the
-                layer is named); ``layers_at_once`` is no positive integer, or ``batches`` can be run through only
-                once; or ``shard`` is true and the ranks have different batches.
+                layer is named); ``normalize`` is another than that of the layer's earlier features, or is None where
+                an older version's file does not tell; ``layers_at_once`` is no positive integer, or ``batches`` can be
+                run through only once; or ``shard`` is true and the ranks have different batches.
             RuntimeError: another rank failed.
             OSError: ``out`` cannot be written.
             ImportError: ``out`` is given, and safetensors is not installed.
@@ -181,6 +186,7 @@ class NullSpace:
         """
         layers = select_layers(model, target_modules)
         names = list(layers)
+        normalize = normalization(self._content, names, normalize)
         if layers_at_once is not None:
             check_groups(layers_at_once, batches)
         ranks = Ranks(process_group)
@@ -260,8 +266,9 @@ class NullSpace:
     def update(self, name: str, features: Tensor) -> None:
         """Add features (N x d) of the layer ``name``; leading dimensions are flattened.
 
-        Allowed at any time, during training too: `version` rises, and `basis` gives the directions of all features so
-        far.
+        They count as they are, but in a layer that was collected with ``normalize`` each row is divided by its norm, as
+        there. Allowed at any time, during training too: `version` rises, and `basis` gives the directions of all
+        features so far.
 
         Raises:
             ValueError: the features are not at least 2-D, are empty, hold NaN or Inf, or their width d differs from
@@ -269,7 +276,10 @@ class NullSpace:
         """
         if features.ndim < 2 or features.numel() == 0:
             raise ValueError(f"features of {name!r} must be (N, d) and not empty, found {tuple(features.shape)}")
-        self._content.add(name, features.detach().reshape(-1, features.shape[-1]), [])
+        rows = features.detach().reshape(-1, features.shape[-1])
+        if name not in self:
+            self._shared.normalized[name] = False
+        self._content.add(name, unit_rows(rows) if self._shared.normalized.get(name) else rows, [])
 
     def merge(self, other: NullSpace) -> NullSpace:
         """Add all that another null space has seen, as if its features had come here; ``other`` stays as it is.
@@ -281,7 +291,8 @@ class NullSpace:
             itself.
 
         Raises:
-            ValueError: side, criterion, memory budget or the width of a layer differ; then nothing is changed.
+            ValueError: side, criterion, memory budget, or a layer's width or normalization differ; then nothing is
+                changed.
         """
         settings, others = self._settings(), other._settings()
         different = {key: (value, others[key]) for key, value in settings.items() if others[key] != value}

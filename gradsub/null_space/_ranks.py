@@ -111,6 +111,7 @@ def gather(
             "error": None if error is None else f"{type(error).__name__}: {error}",
             "dealt": dealt,
             "layers": {name: firsts[id(statistics)] for name, statistics in mine.by_name.items()},
+            "normalized": mine.normalized,
             "states": {
                 name: {**each.state(), "shape": each.shape, "dtype": each.dtype} for name, each in distinct.items()
             },
@@ -136,6 +137,7 @@ def gather(
     found = SharedStatistics()
     found.by_name = {name: merged[first] for name, first in layers.items()}
     found.versions = dict.fromkeys(layers, 1)
+    found.normalized = dict(described[present[0]]["normalized"]) if present else {}
     return found
 
 

@@ -19,6 +19,8 @@ class SharedStatistics:
     def __init__(self) -> None:
         self.by_name: dict[str, Statistics] = {}
         self.versions: dict[str, int] = {}
+        # Whether its rows were divided by their norms; a layer is absent if that is not known.
+        self.normalized: dict[str, bool] = {}
 
     def advance(
         self, name: str, steps: Steps, first: Callable[[], Statistics], more: Callable[[Statistics], None]
@@ -49,6 +51,7 @@ class SharedStatistics:
         for name in names:
             self.by_name.pop(name, None)
             self.versions.pop(name, None)
+            self.normalized.pop(name, None)
 
     def distinct(self) -> dict[str, Statistics]:
         """Every object once, under the first layer that holds it."""

@@ -101,6 +101,10 @@ class SubspaceBank:
         """The subspace's basis (d x r), a view."""
         return layer.block.stacks["basis"][layer.row][:, layer.columns(subspace)]
 
+    def columns(self, layer: Layer, subspace: int) -> int:
+        """How many columns of the subspace's basis find room beside what is forbidden; the others are zero."""
+        return min(layer.widths[subspace], self._free(layer, subspace))
+
     def due(self, block: Block) -> Any:
         """Which rows (L) should refresh which subspaces (S) in this step: an array of booleans."""
         return block.array("step")[:, None] >= block.array("next_refresh")

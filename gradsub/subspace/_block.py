@@ -46,6 +46,7 @@ class Block:
         self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor, Sequence[Tensor]]] = {}
         self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrays: dict[str, tuple[Tensor, Any]] = {}
+        self.lr_factor: tuple[list[Any], float | Tensor] | None = None  # what `gradsub._lr_scale` computed
         self._count_rows()
 
     def _count_rows(self) -> None:
@@ -158,12 +159,13 @@ class Block:
         self.stacks = {key: stack[staying] for key, stack in self.stacks.items()}
         self.layers = [self.layers[row] for row in staying]
         self._joint.clear()
+        self.lr_factor = None
         self.shown.clear()
         self._count_rows()
         return other
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_joint": {}, "_columns": {}, "_arrays": {}, "shown": {}}
+        return {**self.__dict__, "_joint": {}, "_columns": {}, "_arrays": {}, "lr_factor": None, "shown": {}}
 
 
 def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable]) -> list[Block]:

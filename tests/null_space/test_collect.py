@@ -46,7 +46,9 @@ def outputs_of(model: Model, x: Tensor) -> dict[str, Tensor]:
 
 
 def eigenvalues(features: Tensor) -> Tensor:
+    """Of the covariance of the rows, each divided by its norm."""
     rows = features.detach().double().reshape(-1, features.shape[-1]).cpu()
+    rows = rows / rows.norm(dim=1, keepdim=True)
     return torch.linalg.eigvalsh(rows.T @ rows / len(rows)).flip(0)
 
 
@@ -218,8 +220,8 @@ def test_normalized_features_count_every_token_alike(model, x, device):
     """A token a thousand times as large takes all of the energy, unless it is divided by its norm."""
     x = x.clone()
     x[0, 0] *= 1e4
-    raw = NullSpace(energy=0.95).collect(model, [x])
-    even = NullSpace(energy=0.95).collect(model, [x[:2], x[2:]], normalize=True)
+    raw = NullSpace(energy=0.95).collect(model, [x], normalize=False)
+    even = NullSpace(energy=0.95).collect(model, [x[:2], x[2:]])
     for name, features in inputs_of(model, x).items():
         unit = features / features.norm(dim=-1, keepdim=True)
         torch.testing.assert_close(even.eigenvalues(name).double().cpu(), eigenvalues(unit), rtol=1e-5, atol=1e-6)
@@ -233,6 +235,6 @@ def test_normalized_features_count_every_token_alike(model, x, device):
 def test_normalizing_knows_any_size_and_leaves_a_token_of_zeros_alone(model, device, size):
     x = torch.zeros(2, TOKENS, WIDTH, device=device)
     x[0, 0, 3] = size
-    null_space = NullSpace(energy=1.0).collect(model, [x], target_modules=["query"], normalize=True)
+    null_space = NullSpace(energy=1.0).collect(model, [x], target_modules=["query"])
     assert null_space.basis("query").abs().argmax() == 3
     assert float(null_space.eigenvalues("query")[0]) == pytest.approx(1 / (2 * TOKENS))

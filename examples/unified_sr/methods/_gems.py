@@ -126,6 +126,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         task_rank=settings.task_rank,
         update_proj_gap=settings.update_proj_gap,
         scale=settings.scale,
+        lr_scale=settings.lr_scale,
         side=settings.side,
         orthogonalize=settings.orthogonalize,
         gate=settings.gate,

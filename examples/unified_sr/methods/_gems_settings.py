@@ -18,6 +18,9 @@ class GemsSettings(Settings):
     task_rank: int | None = setting(None, "dimension of each task's subspace; null takes half the rank", minimum=1)
     update_proj_gap: int = setting(200, "steps between two refreshes of the subspaces", minimum=1)
     scale: float = setting(1.0, "factor of the lifted update", above=0)
+    lr_scale: Literal["adamw"] | None = setting(
+        None, "adamw makes updates as large as AdamW's of whole weights at the same rate; null leaves them shorter"
+    )
     side: Literal["input", "output"] = setting("input", "side of the weights that subspaces and protection live on")
     orthogonalize: Literal["none", "shared_first"] = setting("none", "whether task subspaces avoid the shared one")
     task_subspaces: bool = setting(True, "whether tasks have subspaces of their own beside the shared one")
@@ -28,7 +31,9 @@ class GemsSettings(Settings):
     energy: float | None = setting(0.95, "share of the general features' energy protected", above=0, maximum=1)
     threshold: float | None = setting(None, "protect directions above this eigenvalue instead", minimum=0)
     null_space_tokens: int = setting(8192, "tokens of general text that define the null space", minimum=16)
-    normalize: bool = setting(False, "whether every token of general text counts the same, however long its features")
+    normalize: bool | None = setting(
+        None, "whether each token of general text counts the same, however long its features; null: unless by threshold"
+    )
     train_others: bool = setting(False, "whether norms, biases and the like are trained too")
     others_lr: float | None = setting(None, "their peak learning rate, if they are trained; null takes lr", above=0)
     protect_others: bool = setting(False, "whether their steps are kept out of general text's gradients, if they are")
