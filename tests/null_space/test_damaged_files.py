@@ -152,6 +152,8 @@ def test_a_covariance_that_no_features_have(tmp_path, change):
         lambda tensors, header: header["layers"].clear(),
         lambda tensors, header: header["versions"].pop(LAYER),
         lambda tensors, header: header["versions"].update({LAYER: "two"}),
+        lambda tensors, header: header["normalized"].update({LAYER: 1}),
+        lambda tensors, header: header["normalized"].update(nowhere=True),
         lambda tensors, header: tensors.update(more=torch.eye(3)),
         lambda tensors, header: tensors.pop(LAYER),
     ],

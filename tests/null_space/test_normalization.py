@@ -35,7 +35,8 @@ def test_all_rows_count_alike_unless_a_threshold_decides(count, zeros, criterion
     found = NullSpace(**criterion).collect(nn.Linear(WIDTH, 3), [x[:1], x[1:]], normalize=normalize)
     even = "threshold" not in criterion if normalize is None else normalize
     expected = torch.nn.functional.normalize(x, dim=1) if even else x
-    torch.testing.assert_close(covariance(found), (expected.mT @ expected / len(x)).to(covariance(found)))
+    expected = (expected.mT @ expected / len(x)).to(covariance(found))
+    torch.testing.assert_close(covariance(found), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
     # What the rows span is protected either way.
     whole = NullSpace(energy=1.0).collect(nn.Linear(WIDTH, 3), [x], normalize=normalize)
     K = whole.basis("", torch.float64)
@@ -80,7 +81,7 @@ def test_layers_that_differ_are_collected_apart():
     model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)), rows(5, 2)
     null_space = NullSpace().collect(model, [x], target_modules=["0"])
     null_space.collect(model, [x], target_modules=["1"], normalize=False)
-    with pytest.raises(ValueError, match=r"only \['0'\] were collected with normalize=True"):
+    with pytest.raises(ValueError, match="only 0 were collected with normalize=True"):
         null_space.collect(model, [x])
     null_space.collect(model, [x], target_modules=["1"])
     assert null_space.version("1") == 2
