@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def curve(data: str, method: str) -> list[tuple[float, float]]:
 
 def rate_at(points: Sequence[tuple[float, float]], loss: float) -> float | None:
     """Where the loss first falls to this value, with the loss linear in the logarithm of the rate between trials."""
-    for (low, above), (high, below) in zip(points, points[1:], strict=False):
+    for (low, above), (high, below) in itertools.pairwise(points):
         if above >= loss >= below:
             return float(low * (high / low) ** ((above - loss) / (above - below)))
     return None

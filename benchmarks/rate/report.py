@@ -24,8 +24,8 @@ def table(files: Sequence[Path]) -> str:
     for row in sorted(rows, key=lambda row: (row["data"], row["rate"])):
         before, after = row["perplexity"]
         lines.append(
-            f"| {row['data']} | {row['rate']:.0e} | {row['method']} | {row['scale']:.2f} | {row['last']['search']:.3f} | "
-            f"{row['last']['rec']:.3f} | {after:.1f} ({after / before - 1:+.1%}) |"
+            f"| {row['data']} | {row['rate']:.0e} | {row['method']} | {row['scale']:.2f} "
+            f"| {row['last']['search']:.3f} | {row['last']['rec']:.3f} | {after:.1f} ({after / before - 1:+.1%}) |"
         )
     lines += [
         "",
