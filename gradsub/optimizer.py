@@ -87,9 +87,9 @@ class GemsOptimizer(Optimizer):
             that ``base`` takes of an entry, so that the update's root mean square is only
             sqrt((r + sum_k g_k^2 r_k) / d) of it, with d the length of the axis that the bases span. ``"adamw"``:
             the lifted update is multiplied by the inverse of that, with gates of 1 / K, so that a rate that served
-            AdamW serves here, as with ``match_rms_adamw`` of torch's Muon; under a null space see also
-            `NullSpace.rate_factor`. Weight decay is that of ``base`` either way. It multiplies ``scale``. The steps of
-            ``base`` must have one size, whatever that of the gradients, as AdamW's (it is tried out), not SGD's.
+            AdamW serves here, as with ``match_rms_adamw`` of torch's Muon. Weight decay is that of ``base`` either
+            way. It multiplies ``scale``. The steps of ``base`` must have one size, whatever that of the gradients, as
+            AdamW's (it is tried out), not SGD's.
         side: ``"input"``: bases span input directions, and protected inputs give the same output as before;
             ``"output"``: bases span output directions, as published.
         orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared
