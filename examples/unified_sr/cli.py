@@ -9,13 +9,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .beside import run_beside, summary
 from .compare import compare
-from .config import resolve
+from .config import beside, resolve
 from .grid import read_grid, run_grid
 from .methods import METHODS
 from .processes import joined, launched
-from .report import result_table
-from .run import describe_result, run
+from .run import describe_result
 from .settings import Settings
 
 DESCRIPTION = "Search and recommendation as one conditional generation task of one language model."
@@ -114,10 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     flags = {key: getattr(options, key) for key in ("data", "model", "method", "steps", "seed", "general_text")}
     settings = resolve(file=options.config, pairs=options.pairs, flags=flags)
+    others = beside(options.config, pairs=options.pairs, flags=flags)
     with joined() as processes:
-        folder = run(settings, options.out or default_folder(settings))
+        folder = run_beside(settings, others, options.out or default_folder(settings))
         if processes.first:
-            print(f"\n{result_table(folder)}\n\n{describe_result(folder)}")
+            print(f"\n{summary(folder, others)}\n\n{describe_result(folder)}")
     return 0
 
 

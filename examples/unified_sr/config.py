@@ -16,6 +16,9 @@ from .settings import Settings, checked
 SECTIONS = "methods"
 """The key of a YAML file under which settings stand for one method alone."""
 
+BESIDE = "beside"
+"""The key of a YAML file under which methods stand that are run for comparison, each with a sentence for the table."""
+
 
 def resolve(
     *, file: str | Path | None = None, pairs: Iterable[str] = (), flags: Mapping[str, Any] | None = None
@@ -46,6 +49,41 @@ def resolve(
             _checked_key(owner, key, value, f"{file}, section {SECTIONS}.{name}")
     merged = {**shared, **section_of(method, sections), **set_values, **given, "method": method.name}
     return build_settings(method.name, merged)
+
+
+def beside(
+    file: str | Path | None, *, pairs: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> dict[str, tuple[Settings, str]]:
+    """Return the methods that a file wants run for comparison with its own: name -> settings and a sentence about them.
+
+    They have the file's shared settings and, over these, the pairs and flags, as far as they know them. Their own
+    sections win over all: a rate given for the file's method is not theirs. There are none where another method than the
+    file's is asked for.
+
+    Args:
+        file: as of `resolve`.
+        pairs: as of `resolve`.
+        flags: as of `resolve`.
+
+    Raises:
+        ValueError: if there is no such method, or the file gives no sentence.
+    """
+    content = read_yaml(file) if file is not None else {}
+    wanted = content.get(BESIDE) or {}
+    if not isinstance(wanted, dict) or not all(isinstance(text, str) for text in wanted.values()):
+        raise ValueError(f"{BESIDE} in {file} must hold a sentence for each method's name, got {wanted!r}")
+    pairs, flags = list(pairs), dict(flags or {})
+    if resolve(file=file, pairs=pairs, flags=flags).method != content.get("method", Settings.method):
+        return {}
+    shared, sections = _read_file(file)
+    given = {**parse_pairs(pairs), **{key: value for key, value in flags.items() if value is not None}}
+    found: dict[str, tuple[Settings, str]] = {}
+    for name, text in wanted.items():
+        method = method_named(name)
+        known = {item.name for item in fields(method.settings)}
+        common = {key: value for key, value in {**shared, **given}.items() if key in known}
+        found[name] = build_settings(name, {**common, **section_of(method, sections)}), text
+    return found
 
 
 def build_settings(method: str, values: Mapping[str, Any]) -> Settings:
@@ -135,6 +173,7 @@ def section_of(method: Method, sections: Mapping[str, Mapping[str, Any]]) -> dic
 
 def _read_file(file: str | Path | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     content = read_yaml(file) if file is not None else {}
+    content.pop(BESIDE, None)
     sections = content.pop(SECTIONS, None) or {}
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         hint = "; a list of methods is for the command grid" if isinstance(sections, list) else ""

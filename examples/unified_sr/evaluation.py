@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -25,12 +26,15 @@ class TaskResult:
         relevant: qid -> ids of the relevant items.
         per_query: qid -> metric -> value, in full ranking.
         sampled_per_query: the same among the targets and a few random negatives.
+        losses: qid -> cross-entropy of the targets over the whole catalogue, in nats, as in training; it means
+            something where scores are logits.
     """
 
     rankings: Mapping[str, list[str]]
     relevant: Mapping[str, list[str]]
     per_query: Mapping[str, dict[str, float]]
     sampled_per_query: Mapping[str, dict[str, float]]
+    losses: Mapping[str, float]
 
     @classmethod
     def joined(cls, parts: Sequence[TaskResult], order: Sequence[str]) -> TaskResult:
@@ -51,6 +55,11 @@ class TaskResult:
     def sampled(self) -> dict[str, float]:
         """The means among sampled negatives."""
         return mean_metrics(list(self.sampled_per_query.values()))
+
+    @property
+    def loss(self) -> float:
+        """The mean cross-entropy."""
+        return math.fsum(self.losses.values()) / len(self.losses)
 
 
 def choose_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
@@ -85,10 +94,12 @@ def rank_catalogue(
     rankings: dict[str, list[str]] = {}
     full: dict[str, dict[str, float]] = {}
     sampled: dict[str, dict[str, float]] = {}
+    losses: dict[str, float] = {}
     for batch, scores in scored:
         chosen = [examples[index] for index in batch]
         targets = [example.target for example in chosen]
         drawn = [_drawn(dataset, example, negatives, seed) for example in chosen]
+        surprise = -torch.log_softmax(scores.float(), dim=1)
         # The negatives are unseen items and targets are never excluded, so -inf can stand for "seen" below.
         for row, example in enumerate(chosen):
             scores[row, sorted(dataset.seen(example))] = -torch.inf
@@ -99,6 +110,7 @@ def rank_catalogue(
             rankings[example.qid] = [dataset.items[item].id for item in best[row]]
             full[example.qid] = query_metrics(ranks[row], len(example.target), compat=compat)
             sampled[example.qid] = query_metrics(few[row], len(example.target), compat=compat)
+            losses[example.qid] = float(surprise[row, list(example.target)].mean())
         progress(len(chosen))
     order = [example.qid for example in examples]
     return TaskResult(
@@ -106,6 +118,7 @@ def rank_catalogue(
         {example.qid: [dataset.items[item].id for item in example.target] for example in examples},
         {qid: full[qid] for qid in order},
         {qid: sampled[qid] for qid in order},
+        {qid: losses[qid] for qid in order},
     )
 
 

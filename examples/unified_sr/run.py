@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from .busy import busy_notice, own_load
 from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
@@ -59,7 +60,12 @@ class Clock:
 
 
 def run(
-    settings: Settings, out: str | Path, say: Callable[[str], None] = print, *, zero_shot: str | Path | None = None
+    settings: Settings,
+    out: str | Path,
+    say: Callable[[str], None] = print,
+    *,
+    zero_shot: str | Path | None = None,
+    further: Sequence[str] = (),
 ) -> RunFolder:
     """Carry out a run, or find that it was carried out already.
 
@@ -69,6 +75,7 @@ def run(
         say: prints a line to the user.
         zero_shot: a finished run that evaluated alike (``evaluates_alike``), whose measurement of the intact model is
             taken over; without it, and where nothing is trained, it is measured.
+        further: names of methods that the same command runs after this one, for its estimate of the time.
 
     Returns:
         The folder with all results.
@@ -77,8 +84,8 @@ def run(
     if not processes.first:
         # Everything is written once; what this process would write as well goes where nobody looks.
         with tempfile.TemporaryDirectory() as elsewhere:
-            return _run(settings, RunFolder(out), RunFolder(elsewhere), lambda line: None, zero_shot)
-    return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot)
+            return _run(settings, RunFolder(out), RunFolder(elsewhere), lambda line: None, zero_shot, further)
+    return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot, further)
 
 
 def _run(
@@ -87,6 +94,7 @@ def _run(
     folder: RunFolder,
     say: Callable[[str], None],
     zero_shot: str | Path | None,
+    further: Sequence[str],
 ) -> RunFolder:
     processes = current()
     state = processes.of_first(lambda: shared.check(settings))
@@ -95,6 +103,10 @@ def _run(
         return folder
     if state is State.UNFINISHED:
         say(f"{folder.path} holds this run unfinished: it goes on from the last checkpoint, if there is one")
+    # What ran before in this process counts in the load as well.
+    busy = busy_notice(own_load() if zero_shot else 0.0)
+    if busy is not None:
+        say(busy)
     checkpoint = Checkpoint(shared.file("checkpoint.pt"))
     clock = Clock()
     precision = choose_precision(settings)
@@ -160,7 +172,7 @@ def _run(
                 folder.file("steps.jsonl"),
                 checkpoint,
                 stopping=stopping,
-                watch=TimeNotice(plan.steps, before.seconds, say),
+                watch=TimeNotice(plan.steps, before.seconds, say, further),
             )
         peak = peak_memory(precision.device)
         with clock.phase(AFTER):
@@ -174,7 +186,10 @@ def _run(
         folder.write_rankings(task, result, settings.method)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
     retained = retention_summary(before.questions, after.general, leak)
-    folder.write_json("run.json", {**_summary(parts, updater, history, clock, memory, peak), **retained})
+    losses = {task: result.loss for task, result in after.results.items()}
+    folder.write_json(
+        "run.json", {**_summary(parts, updater, history, clock, memory, peak), "evaluated_loss": losses, **retained}
+    )
     folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
     write_report(folder)
     checkpoint.remove()

@@ -78,5 +78,5 @@ def test_parts_of_a_batch() -> None:
 
 
 def test_results_are_joined_in_order() -> None:
-    parts = [TaskResult({q: [q]}, {q: [q]}, {q: {"mrr": 1.0}}, {q: {"mrr": 0.5}}) for q in ("b", "a")]
+    parts = [TaskResult({q: [q]}, {q: [q]}, {q: {"mrr": 1.0}}, {q: {"mrr": 0.5}}, {q: 2.0}) for q in ("b", "a")]
     assert list(TaskResult.joined(parts, ["a", "b"]).rankings) == ["a", "b"]

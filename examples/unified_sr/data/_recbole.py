@@ -52,10 +52,15 @@ def read_movielens(reading: Reading) -> Source:
     Raises:
         FileNotFoundError: if the package or its copy of the data is not there.
     """
-    return replace(read_recbole(_movielens_folder(), reading), name=MOVIELENS)
+    return replace(read_recbole(movielens_folder(), reading), name=MOVIELENS)
 
 
-def _movielens_folder() -> Path:
+def movielens_folder() -> Path:
+    """The folder of the installed package recbole that holds MovieLens-100K.
+
+    Raises:
+        FileNotFoundError: if the package or its copy of the data is not there.
+    """
     # find_spec does not run the package, whose own dependencies are not installed.
     spec = importlib.util.find_spec("recbole")
     for location in (spec.submodule_search_locations or ()) if spec else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..config import read_yaml
@@ -55,6 +56,29 @@ def result_table(folder: RunFolder) -> str:
         old, new = found
         cells.append(["general perplexity", f"{old:.2f}", f"{new:.2f}", change(old, new)])
     return markdown_table(cells if trained else [row[:2] for row in cells])
+
+
+def comparison_table(folders: Sequence[RunFolder]) -> str:
+    """Return one table of finished runs that started from the same model, as aligned Markdown.
+
+    Args:
+        folders: of runs that evaluated alike; the first one tells what the intact model scores.
+    """
+    rows = [dict(map(_named, result_rows(folder))) for folder in folders]
+    found = [perplexities(folder) for folder in folders]
+    cells = [["", "zero-shot", *(read_yaml(folder.file(CONFIG))["method"] for folder in folders)]]
+    for name, (before, _) in rows[0].items():
+        cells.append([name, f"{before:.4f}", *(f"{row[name][1]:.4f}" for row in rows)])
+    pairs = [pair for pair in found if pair is not None]
+    if len(pairs) == len(folders):
+        cells.append(["general perplexity", f"{pairs[0][0]:.2f}", *(f"{after:.2f}" for _, after in pairs)])
+        cells.append(["its change", "", *(change(*pair) for pair in pairs)])
+    return markdown_table(cells)
+
+
+def _named(row: tuple[str, float, float]) -> tuple[str, tuple[float, float]]:
+    name, before, after = row
+    return name, (before, after)
 
 
 def markdown_table(cells: list[list[str]]) -> str:

@@ -1,0 +1,289 @@
+"""Teach a language model one task of your own, and keep what it knows: gems against AdamW at the same task loss.
+
+    python -m examples.recipes.keep_knowledge                                        # SmolLM2 learns the genres of films
+    python -m examples.recipes.keep_knowledge --data mine.jsonl --model NAME_OR_PATH --general-text english.txt
+
+Rows of ``--data`` have ``prompt`` and ``completion``, or ``text``; with a column ``task`` they may belong to several
+tasks. What is interrupted goes on, and what is finished is shown again. docs/howto-keep-knowledge.md explains each step.
+"""
+
+from __future__ import annotations
+
+import os
+
+# OpenMP's threads would spin while they wait for each other, which on a busy machine takes most of the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from examples.recipes.keep_knowledge_data import (
+    QUESTIONS,
+    Collate,
+    answers,
+    encode,
+    film_rows,
+    read_rows,
+    right,
+    split,
+    task_loss,
+)
+from examples.unified_sr.busy import busy_notice
+from examples.unified_sr.general_domain import general_batches, perplexity, token_windows
+from examples.unified_sr.general_text import load_general_text
+from examples.unified_sr.model import LanguageModel, load_language_model
+from examples.unified_sr.precision import choose_precision
+from examples.unified_sr.report import change, markdown_table
+from examples.unified_sr.settings import Settings
+from gradsub import NullSpace, freeze_unprotected
+from gradsub.integrations import GemsReportCallback, GemsTrainerMixin
+
+WINDOW = 256
+"""Tokens of general text that the model reads at once."""
+
+
+class GemsTrainer(GemsTrainerMixin, Trainer):  # type: ignore[misc]
+    """The Trainer, whose optimizer is wrapped by gems."""
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Measures the task's loss on held-out rows, and ends the training where it is low enough.
+
+    Args:
+        measure: the loss of the model.
+        every: steps between two measurements.
+        target: ends the training; None: all steps are taken.
+    """
+
+    def __init__(self, measure: Callable[[Any], float], every: int, target: float | None) -> None:
+        self.measure, self.every, self.target = measure, every, target
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **rest: Any) -> None:
+        """Measure if it is time."""
+        if state.global_step % self.every and state.global_step != state.max_steps:
+            return
+        loss = self.measure(model)
+        state.log_history.append({"step": state.global_step, "held_out_loss": loss})
+        print(f"  step {state.global_step}: {loss:.3f} on held-out rows")
+        if self.target is not None and loss <= self.target:
+            control.should_training_stop = control.should_save = True
+
+
+class Knowledge:
+    """Measures a model: its task, general text, and ten questions.
+
+    Args:
+        language_model: the tokenizer's owner.
+        text: general text that the null space was not fitted on.
+        held_out: rows of the task that are not trained on.
+        options: of the command line.
+    """
+
+    def __init__(self, language_model: LanguageModel, text: str, held_out: list[Any], options: Any) -> None:
+        self.language_model, self.options = language_model, options
+        tokenizer = language_model.tokenizer
+        collate = Collate(tokenizer.pad_token_id or 0)
+        self.batches = [collate(held_out[start : start + 32]) for start in range(0, len(held_out), 32)]
+        self.windows = token_windows(tokenizer, text, tokens=options.perplexity_tokens, window=2 * WINDOW)
+        self.precision = choose_precision(Settings())
+
+    def loss(self, model: Any) -> float:
+        """Of the task, on held-out rows."""
+        return task_loss(model, self.batches, self.precision.context)
+
+    def of(self, model: Any) -> dict[str, Any]:
+        """All of it."""
+        like = LanguageModel("", model, self.language_model.tokenizer, False)
+        said = answers(model, self.language_model.tokenizer, self.options.answer_tokens)
+        general = perplexity(like, self.windows, model.device)
+        return {"loss": self.loss(model), "perplexity": general.value, "right": right(said), "answers": said}
+
+
+def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace:
+    """The directions that general text uses in each layer, collected once."""
+    path = options.out / "null_space.safetensors"
+    if not path.is_file():
+        windows = token_windows(language_model.tokenizer, text, tokens=options.general_tokens, window=WINDOW)
+        model = language_model.model
+        null_space = NullSpace(energy=options.energy)
+        null_space.collect(model, general_batches(language_model, windows, model.device), normalize=True)
+        null_space.save(path, statistics=False)
+    return NullSpace.load(path)
+
+
+def train(
+    name: str, model: Any, rows: list[Any], knowledge: Knowledge, options: Any, lr: float, target: float | None, gems: Any
+) -> dict[str, Any]:
+    """Train by gems, or by AdamW alone if ``gems`` is None, and measure; from the last checkpoint if there is one."""
+    folder = options.out / name
+    if (folder / "result.json").is_file():
+        return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=options.steps if target is None else options.most_steps,
+        per_device_train_batch_size=options.batch_size,
+        learning_rate=lr,
+        lr_scheduler_type="constant_with_warmup",  # no end is planned where the task's loss decides
+        warmup_steps=max(1, options.steps // 10),
+        weight_decay=0.01,
+        max_grad_norm=1.0,  # the mixin clips what the optimizer has captured
+        use_cpu=knowledge.precision.device.type == "cpu",
+        bf16=knowledge.precision.autocast is not None,
+        logging_steps=10,
+        save_steps=options.save_every,
+        save_total_limit=1,
+        seed=options.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to=[],
+    )
+    made: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows,
+        "data_collator": Collate(knowledge.language_model.tokenizer.pad_token_id or 0),
+        "callbacks": [Watch(knowledge.loss, options.measure_every, target)],
+    }
+    if gems is None:
+        trainer = Trainer(**made)
+    else:
+        made["callbacks"].append(GemsReportCallback())
+        trainer = GemsTrainer(gems=gems, **made)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    seconds = time.perf_counter() - start
+    found = {**knowledge.of(model), "lr": lr, "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+    if gems is not None:
+        trainer.save_model(str(options.out / "model"))
+        knowledge.language_model.tokenizer.save_pretrained(options.out / "model")
+    (folder / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure, train by gems, train by AdamW to the same loss of the task, and print both."""
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if (notice := busy_notice()) is not None:
+        print(notice)
+    check_settings(options)
+    language_model = load_language_model(options.model)
+    model, tokenizer = language_model.model.to(choose_precision(Settings()).device), language_model.tokenizer
+    rows = film_rows() if options.data is None else read_rows(options.data)
+    trained, held_out = split(encode(rows, tokenizer, options.length), options.held_out)
+    fitted, unseen = load_general_text(options.general_text)
+    knowledge = Knowledge(language_model, unseen, held_out, options)
+    print(f"{len(trained)} rows to train on, {len(held_out)} held out; for example: {rows[0]}")
+
+    before = knowledge.of(model)
+    null_space = protect(language_model, fitted, options)
+    frozen = freeze_unprotected(model, null_space)
+    print(f"frozen, since no null space holds them: {len(frozen)} parameters, such as {', '.join(frozen[:3])}")
+    intact = copy.deepcopy(model)  # with the same parameters frozen: AdamW trains what gems does
+
+    tasks = tuple(dict.fromkeys(row["task"] for row in trained))
+    gems = {
+        "tasks": tasks,
+        "rank": options.rank,
+        "update_proj_gap": options.gap,
+        "null_space": null_space,
+        "capture": "fused",  # small layers too: a batch may hold rows of several tasks
+    }
+    print(f"gems, {options.steps} steps")
+    after = train("gems", model, trained, knowledge, options, options.gems_lr, None, gems)
+    print(f"AdamW, until it has the same loss of the task, {after['loss']:.3f}")
+    plain = train("adamw", intact, trained, knowledge, options, options.lr, after["loss"], None)
+
+    found = {"settings": settings_of(options), "before": before, "adamw": plain, "gems": after}
+    (options.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{table(found)}\n\n{conversation(found)}\n\nmodel:   {options.out / 'model'}")
+    print(f"numbers: {options.out / 'result.json'}")
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The numbers of a finished run."""
+    before, columns = found["before"], [found["adamw"], found["gems"]]
+    cells = [["", "before", "AdamW", "gems"]]
+    cells.append(["task loss on held-out rows", f"{before['loss']:.2f}", *(f"{x['loss']:.2f}" for x in columns)])
+    cells.append(["perplexity of general text", *(f"{x['perplexity']:.2f}" for x in (before, *columns))])
+    cells.append(["its change", "", *(change(before["perplexity"], x["perplexity"]) for x in columns)])
+    cells.append([f"right of {len(QUESTIONS)} questions", *(str(x["right"]) for x in (before, *columns))])
+    cells.append(["learning rate", "", *(f"{x['lr']:g}" for x in columns)])
+    cells.append(["steps", "0", *(str(x["steps"]) for x in columns)])
+    return markdown_table(cells)
+
+
+def conversation(found: dict[str, Any]) -> str:
+    """Each question with the three models' answers, one under the other."""
+    lines = []
+    for number, (question, _) in enumerate(QUESTIONS):
+        lines.append(question)
+        lines += [f"  {name:<7} {found[name]['answers'][number]}" for name in ("before", "adamw", "gems")]
+    return "\n".join(lines)
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """What decides the numbers, as plain values."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"}
+
+
+def check_settings(options: Any) -> None:
+    """Refuse a folder in which other settings were used.
+
+    Raises:
+        ValueError: naming them.
+    """
+    file, own = options.out / "settings.json", settings_of(options)
+    if file.is_file() and (theirs := json.loads(file.read_text(encoding="utf-8"))) != own:
+        changed = [key for key in own if theirs.get(key) != own[key]]
+        raise ValueError(f"{options.out} holds a run with other settings ({', '.join(changed)}); pass another --out")
+    file.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; ``--quick`` makes everything small that was not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/keep-knowledge"))
+    parser.add_argument("--data", help="JSON lines; default: film titles and their genres")
+    parser.add_argument("--model", default="smollm2-135m", help="a name, or a folder made by save_pretrained()")
+    parser.add_argument("--general-text", help="file of general English; default: prose out of Python's documentation")
+    parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything works")
+    sizes = {
+        "steps": (60, 4, "optimizer steps of gems"),
+        "most_steps": (120, 4, "of AdamW, if it does not reach the loss earlier"),
+        "batch_size": (16, 4, "rows of a step"),
+        "length": (128, 64, "most tokens of a row"),
+        "held_out": (160, 8, "rows that are not trained on"),
+        "general_tokens": (16384, 512, "of general text, for the null space"),
+        "perplexity_tokens": (4096, 256, "of other general text, to measure on"),
+        "measure_every": (4, 2, "steps between two measurements of the task's loss"),
+        "save_every": (20, 2, "steps between two checkpoints"),
+        "answer_tokens": (24, 4, "most tokens of an answer"),
+        "rank": (64, 4, "directions that the task may use in each layer at a time"),
+        "gap": (20, 2, "steps between two choices of these directions"),
+    }
+    for name, (default, _, text) in sizes.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: {default})")
+    parser.add_argument("--energy", type=float, default=0.97, help="share of general text's activations to protect")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
+    parser.add_argument("--gems-lr", type=float, default=3.2e-3, help="of gems (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    for name, (default, quick, _) in sizes.items():
+        if getattr(options, name) is None:
+            setattr(options, name, quick if options.quick else default)
+    return options
+
+
+if __name__ == "__main__":
+    main()
