@@ -39,7 +39,7 @@ $(EXAMPLES): pyproject.toml constraints.txt | $(BIN)/python
 
 setup: $(DEV)  ## create .venv with everything for development
 
-demo: $(DEMO_SETUP)  ## fine-tune a language model on search and recommendation (OUT=runs/demo)
+demo: $(DEMO_SETUP)  ## fine-tune a language model on two tasks, with gems and with AdamW (OUT=runs/demo)
 	$(BIN)/python -m examples.unified_sr run --config examples/unified_sr/configs/demo.yaml --out $(OUT)
 
 test: lint types docs pytest  ## lint, types, documentation, then all tests

@@ -1,10 +1,10 @@
 """Teach a language model one task of your own, and keep what it knows: gems against AdamW at the same task loss.
 
-    python -m examples.recipes.keep_knowledge                                        # SmolLM2 learns the genres of films
-    python -m examples.recipes.keep_knowledge --data mine.jsonl --model NAME_OR_PATH --general-text english.txt
+    .venv/bin/python -m examples.recipes.keep_knowledge    # SmolLM2 learns the genres of films
+    .venv/bin/python -m examples.recipes.keep_knowledge --data mine.jsonl --model NAME_OR_PATH --general-text english.txt
 
 Rows of ``--data`` have ``prompt`` and ``completion``, or ``text``; with a column ``task`` they may belong to several
-tasks. What is interrupted goes on, and what is finished is shown again. docs/howto-keep-knowledge.md explains each step.
+tasks. What is interrupted goes on, and what is finished is shown again. docs/howto-keep-knowledge.md explains it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -112,6 +111,7 @@ def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace
     """The directions that general text uses in each layer, collected once."""
     path = options.out / "null_space.safetensors"
     if not path.is_file():
+        print(f"the null space of {options.general_tokens} tokens of general text is collected")
         windows = token_windows(language_model.tokenizer, text, tokens=options.general_tokens, window=WINDOW)
         model = language_model.model
         null_space = NullSpace(energy=options.energy)
@@ -121,7 +121,14 @@ def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace
 
 
 def train(
-    name: str, model: Any, rows: list[Any], knowledge: Knowledge, options: Any, lr: float, target: float | None, gems: Any
+    name: str,
+    model: Any,
+    rows: list[Any],
+    knowledge: Knowledge,
+    options: Any,
+    lr: float,
+    target: float | None,
+    gems: Any,
 ) -> dict[str, Any]:
     """Train by gems, or by AdamW alone if ``gems`` is None, and measure; from the last checkpoint if there is one."""
     folder = options.out / name
@@ -144,6 +151,7 @@ def train(
         seed=options.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        disable_tqdm=False,  # the bar has the time that is left
         report_to=[],
     )
     made: dict[str, Any] = {
@@ -184,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     knowledge = Knowledge(language_model, unseen, held_out, options)
     print(f"{len(trained)} rows to train on, {len(held_out)} held out; for example: {rows[0]}")
 
+    print("the intact model is measured")
     before = knowledge.of(model)
     null_space = protect(language_model, fitted, options)
     frozen = freeze_unprotected(model, null_space)
@@ -205,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
     found = {"settings": settings_of(options), "before": before, "adamw": plain, "gems": after}
     (options.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if plain["loss"] > after["loss"]:
+        print(f"AdamW did not reach the loss of gems within {plain['steps']} steps; raise --most-steps or --lr")
     print(f"\n{table(found)}\n\n{conversation(found)}\n\nmodel:   {options.out / 'model'}")
     print(f"numbers: {options.out / 'result.json'}")
     return found
@@ -234,7 +245,9 @@ def conversation(found: dict[str, Any]) -> str:
 
 def settings_of(options: Any) -> dict[str, Any]:
     """What decides the numbers, as plain values."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"}
+    return {
+        key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"
+    }
 
 
 def check_settings(options: Any) -> None:
@@ -263,10 +276,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "most_steps": (120, 4, "of AdamW, if it does not reach the loss earlier"),
         "batch_size": (16, 4, "rows of a step"),
         "length": (128, 64, "most tokens of a row"),
-        "held_out": (160, 8, "rows that are not trained on"),
-        "general_tokens": (16384, 512, "of general text, for the null space"),
+        "held_out": (120, 8, "rows that are not trained on"),
+        "general_tokens": (8192, 512, "of general text, for the null space"),
         "perplexity_tokens": (4096, 256, "of other general text, to measure on"),
-        "measure_every": (4, 2, "steps between two measurements of the task's loss"),
+        "measure_every": (5, 2, "steps between two measurements of the task's loss"),
         "save_every": (20, 2, "steps between two checkpoints"),
         "answer_tokens": (24, 4, "most tokens of an answer"),
         "rank": (64, 4, "directions that the task may use in each layer at a time"),

@@ -1,4 +1,4 @@
-"""What `keep_knowledge` trains and measures on: rows of a task, general text, and ten questions that anybody can answer."""
+"""What `keep_knowledge` trains and measures on: rows of a task, and ten questions that anybody can answer."""
 
 from __future__ import annotations
 
@@ -155,9 +155,12 @@ def answers(model: Any, tokenizer: Any, tokens: int) -> list[str]:
     # On the left: every answer begins where its question ends.
     batch = torch.tensor([[filler] * (width - len(ids)) + ids for ids in given], device=model.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in given], device=model.device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a token's products are so small that more threads only wait for each other
     said = model.eval().generate(
         batch, attention_mask=mask, max_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=filler
     )
+    torch.set_num_threads(threads)
     decoded = (tokenizer.decode(row[width:], skip_special_tokens=True) for row in said)
     return [" ".join(text.split()) for text in decoded]
 

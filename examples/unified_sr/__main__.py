@@ -8,7 +8,7 @@ import sys
 # reads the variable when it is loaded, so it is set before torch is imported; whoever sets it keeps the choice.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from .cli import main  # noqa: E402
+from .cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

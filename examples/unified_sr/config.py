@@ -57,8 +57,8 @@ def beside(
     """Return the methods that a file wants run for comparison with its own: name -> settings and a sentence about them.
 
     They have the file's shared settings and, over these, the pairs and flags, as far as they know them. Their own
-    sections win over all: a rate given for the file's method is not theirs. There are none where another method than the
-    file's is asked for.
+    sections win over all: a rate given for the file's method is not theirs. There are none where another method
+    than the file's is asked for.
 
     Args:
         file: as of `resolve`.

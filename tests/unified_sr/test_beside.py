@@ -15,6 +15,7 @@ from examples.unified_sr import busy
 from examples.unified_sr.busy import busy_notice, cores
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import beside, read_yaml
+from examples.unified_sr.demo_rates import RATES, RESULT, trials
 from examples.unified_sr.estimates import TimeNotice
 from examples.unified_sr.training import History
 
@@ -63,7 +64,7 @@ def test_the_demo_compares_with_adamw(
     table = printed[printed.index("|    ") : printed.index("\n\nreport:")]
     assert (tmp_path / "out/beside.md").read_text(encoding="utf-8") == table + "\n"
     batches = [
-        [json.loads(row)["loss"] for row in (tmp_path / "out" / name / "steps.jsonl").read_text().splitlines()][0]
+        json.loads((tmp_path / "out" / name / "steps.jsonl").read_text().splitlines()[0])["loss"]
         for name in (".", "adamw")
     ]
     assert batches[0] == pytest.approx(batches[1], rel=1e-5), "the first batch, before anything was trained"
@@ -117,12 +118,22 @@ def test_what_is_beside_takes_part_in_flags_but_keeps_its_own_rate() -> None:
 
 
 def test_the_demos_rate_is_the_better_one_of_the_committed_trials() -> None:
-    trials = json.loads((ROOT / "examples/unified_sr/results/demo/adamw-rates.json").read_text(encoding="utf-8"))
+    trials = json.loads(RESULT.read_text(encoding="utf-8"))
     losses = {float(rate): sum(loss.values()) for rate, loss in trials["validation_loss"].items()}
-    assert len(losses) == 2
-    assert beside(DEMO)["adamw"][0].lr == min(losses, key=losses.__getitem__)
-    assert all(f"{rate:g}".replace("e-0", "e-").replace("0.0001", "1e-4").replace("0.0002", "2e-4") in
-               beside(DEMO)["adamw"][1] for rate in losses)
+    settings, text = beside(DEMO)["adamw"]
+    assert tuple(losses) == RATES
+    assert settings.lr == min(losses, key=losses.__getitem__)
+    assert "the better of 1e-4 and 2e-4" in text
+
+
+def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
+    file = small_demo(tmp_path, llama_folder, data_folder)
+    found = trials(file, tmp_path / "trials", (1e-6, 1e-2), ("item_lr=1e-6",))
+    losses = {rate: sum(loss.values()) for rate, loss in found["validation_loss"].items()}
+    assert set(losses) == {"1e-06", "0.01"}
+    assert found["lr"] == float(min(losses, key=losses.__getitem__)) == 1e-2
+    config = read_yaml(tmp_path / "trials/lr-0.01/config.yaml")
+    assert (config["eval_split"], config["method"], config["lr"], config["steps"]) == ("valid", "adamw", 1e-2, 3)
 
 
 @pytest.mark.parametrize(("wanted", "message"), [(["adamw"], "a sentence"), ({"adamww": "x"}, "did you mean 'adamw'")])
@@ -154,8 +165,8 @@ def test_the_time_left_is_said_again_when_the_pace_changes() -> None:
         notice(history)
     assert len(said) == 2
     assert said[0] == (
-        "time: about 2 min for 37 further steps of 4.00 s, then about 60 s of evaluation, then about 4 min for adamw, an "
-        "estimate"
+        "time: about 2 min for 37 further steps of 4.00 s, then about 60 s of evaluation, then about 4 min for "
+        "adamw, an estimate"
     )
     assert said[1].startswith("time, as the pace has changed: about 8 min for 24 further steps of 20.00 s")
 

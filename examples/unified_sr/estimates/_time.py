@@ -16,7 +16,7 @@ TYPICAL_STEP = 3
 """The step that is taken for typical: the first ones allocate, and find the subspaces."""
 
 RECENT_STEPS, CHANGE = 5, 1.5
-"""An estimate is said again when the median of so many recent steps differs from what it was based on by this factor."""
+"""An estimate is said again when the median of so many recent steps differs from its own step by this factor."""
 
 
 @dataclass(frozen=True)
