@@ -1,7 +1,7 @@
 """Teach a language model one task of your own, and keep what it knows: gems against AdamW at the same task loss.
 
     .venv/bin/python -m examples.recipes.keep_knowledge    # SmolLM2 learns the genres of films
-    .venv/bin/python -m examples.recipes.keep_knowledge --data mine.jsonl --model NAME_OR_PATH --general-text english.txt
+    .venv/bin/python -m examples.recipes.keep_knowledge --data mine.jsonl --model NAME_OR_PATH --general-text en.txt
 
 Rows of ``--data`` have ``prompt`` and ``completion``, or ``text``; with a column ``task`` they may belong to several
 tasks. What is interrupted goes on, and what is finished is shown again. docs/howto-keep-knowledge.md explains it.
@@ -90,8 +90,8 @@ class Knowledge:
     def __init__(self, language_model: LanguageModel, text: str, held_out: list[Any], options: Any) -> None:
         self.language_model, self.options = language_model, options
         tokenizer = language_model.tokenizer
-        collate = Collate(tokenizer.pad_token_id or 0)
-        self.batches = [collate(held_out[start : start + 32]) for start in range(0, len(held_out), 32)]
+        self.collate = Collate(tokenizer.pad_token_id or 0)
+        self.batches = [self.collate(held_out[start : start + 32]) for start in range(0, len(held_out), 32)]
         self.windows = token_windows(tokenizer, text, tokens=options.perplexity_tokens, window=2 * WINDOW)
         self.precision = choose_precision(Settings())
 
@@ -118,6 +118,14 @@ def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace
         null_space.collect(model, general_batches(language_model, windows, model.device), normalize=True)
         null_space.save(path, statistics=False)
     return NullSpace.load(path)
+
+
+def rate_factor(model: Any, null_space: NullSpace, batch: dict[str, Any]) -> float:
+    """How much of a step the null space takes, read from the gradients of one batch of the task."""
+    model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
+    factor = null_space.rate_factor(model)
+    model.zero_grad()
+    return factor
 
 
 def train(
@@ -158,7 +166,7 @@ def train(
         "model": model,
         "args": arguments,
         "train_dataset": rows,
-        "data_collator": Collate(knowledge.language_model.tokenizer.pad_token_id or 0),
+        "data_collator": knowledge.collate,
         "callbacks": [Watch(knowledge.loss, options.measure_every, target)],
     }
     if gems is None:
@@ -205,12 +213,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "rank": options.rank,
         "update_proj_gap": options.gap,
         "null_space": null_space,
+        "lr_scale": "adamw",  # with this and the next, the rate is the one that served AdamW
+        "scale": rate_factor(model, null_space, knowledge.collate(trained[: options.batch_size])),
         "capture": "fused",  # small layers too: a batch may hold rows of several tasks
     }
     print(f"gems, {options.steps} steps")
-    after = train("gems", model, trained, knowledge, options, options.gems_lr, None, gems)
+    after = train("gems", model, trained, knowledge, options, options.lr, None, gems)
     print(f"AdamW, until it has the same loss of the task, {after['loss']:.3f}")
-    plain = train("adamw", intact, trained, knowledge, options, options.lr, after["loss"], None)
+    plain = train("adamw", intact, trained, knowledge, options, options.adamw_lr or options.lr, after["loss"], None)
 
     found = {"settings": settings_of(options), "before": before, "adamw": plain, "gems": after}
     (options.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -288,8 +298,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, (default, _, text) in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: {default})")
     parser.add_argument("--energy", type=float, default=0.97, help="share of general text's activations to protect")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of AdamW (default: %(default)s)")
-    parser.add_argument("--gems-lr", type=float, default=3.2e-3, help="of gems (default: %(default)s)")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate (default: %(default)s)")
+    parser.add_argument("--adamw-lr", type=float, help="of the comparison with AdamW, if it is another one")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     for name, (default, quick, _) in sizes.items():
