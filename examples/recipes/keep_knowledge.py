@@ -50,11 +50,11 @@ WINDOW = 256
 """Tokens of general text that the model reads at once."""
 
 
-class GemsTrainer(GemsTrainerMixin, Trainer):  # type: ignore[misc]
+class GemsTrainer(GemsTrainerMixin, Trainer):
     """The Trainer, whose optimizer is wrapped by gems."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):
     """Measures the task's loss on held-out rows, and ends the training where it is low enough.
 
     Args:

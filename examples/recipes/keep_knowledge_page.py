@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ RESULT, PAGE = ROOT / "examples/recipes/results/keep_knowledge.json", ROOT / "do
 def filled(page: str, found: dict[str, Any]) -> str:
     """The page with a run's table and answers between their marks."""
     for name, text in (("table", table(found)), ("answers", f"```text\n{conversation(found)}\n```")):
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
-        page, count = re.subn(pattern, lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}", page, flags=re.S)
-        assert count == 1, name
+        start, end = f"<!-- {name} -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = page.partition(start)
+        page = f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}"
     return page
 
 
