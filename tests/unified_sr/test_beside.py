@@ -128,12 +128,13 @@ def test_the_demos_rate_is_the_better_one_of_the_committed_trials() -> None:
 
 def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
     file = small_demo(tmp_path, llama_folder, data_folder)
-    found = trials(file, tmp_path / "trials", (1e-6, 1e-2), ("item_lr=1e-6",))
+    found = trials(file, tmp_path / "trials", (1.0, 1e-6), ("item_lr=1e-6",))
     losses = {rate: sum(loss.values()) for rate, loss in found["validation_loss"].items()}
-    assert set(losses) == {"1e-06", "0.01"}
-    assert found["lr"] == float(min(losses, key=losses.__getitem__)) == 1e-2
-    config = read_yaml(tmp_path / "trials/lr-0.01/config.yaml")
-    assert (config["eval_split"], config["method"], config["lr"], config["steps"]) == ("valid", "adamw", 1e-2, 3)
+    assert set(losses) == {"1", "1e-06"}
+    assert losses["1"] > losses["1e-06"], "the first one ruins the model"
+    assert found["lr"] == 1e-6
+    config = read_yaml(tmp_path / "trials/lr-1e-06/config.yaml")
+    assert (config["eval_split"], config["method"], config["lr"], config["steps"]) == ("valid", "adamw", 1e-6, 3)
 
 
 @pytest.mark.parametrize(("wanted", "message"), [(["adamw"], "a sentence"), ({"adamww": "x"}, "did you mean 'adamw'")])
