@@ -22,7 +22,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainingArguments
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from examples.recipes.keep_knowledge_data import (
@@ -148,7 +149,7 @@ def train(
         per_device_train_batch_size=options.batch_size,
         learning_rate=lr,
         lr_scheduler_type="constant_with_warmup",  # no end is planned where the task's loss decides
-        warmup_steps=max(1, options.steps // 10),
+        warmup_steps=options.warmup,
         weight_decay=0.01,
         max_grad_norm=1.0,  # the mixin clips what the optimizer has captured
         use_cpu=knowledge.precision.device.type == "cpu",
@@ -175,14 +176,32 @@ def train(
         made["callbacks"].append(GemsReportCallback())
         trainer = GemsTrainer(gems=gems, **made)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.is_dir() else None)
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    steps = None if last is None else finished(last, arguments.max_steps, target)
+    if steps is None:
+        trainer.train(resume_from_checkpoint=last)
+        steps = trainer.state.global_step
+        # Under bf16 the Trainer has left autocast in the forward pass; the intact model was measured without.
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    else:
+        # Interrupted behind the last step: the Trainer would take one more.
+        trained = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
+        model.load_state_dict(trained.state_dict())
     seconds = time.perf_counter() - start
-    found = {**knowledge.of(model), "lr": lr, "steps": trainer.state.global_step, "seconds": round(seconds, 1)}
+    found = {**knowledge.of(model), "lr": lr, "steps": steps, "seconds": round(seconds, 1)}
     if gems is not None:
         trainer.save_model(str(options.out / "model"))
         knowledge.language_model.tokenizer.save_pretrained(options.out / "model")
     (folder / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def finished(checkpoint: str, most_steps: int, target: float | None) -> int | None:
+    """The step of a checkpoint behind which there is nothing to train; None if there is."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    losses = [entry["held_out_loss"] for entry in state.log_history if "held_out_loss" in entry]
+    reached = target is not None and bool(losses) and losses[-1] <= target
+    return state.global_step if reached or state.global_step >= most_steps else None
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -200,8 +219,11 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     knowledge = Knowledge(language_model, unseen, held_out, options)
     print(f"{len(trained)} rows to train on, {len(held_out)} held out; for example: {rows[0]}")
 
-    print("the intact model is measured")
-    before = knowledge.of(model)
+    measured = options.out / "before.json"
+    if not measured.is_file():
+        print("the intact model is measured")
+        measured.write_text(json.dumps(knowledge.of(model), indent=1) + "\n", encoding="utf-8")
+    before = json.loads(measured.read_text(encoding="utf-8"))
     null_space = protect(language_model, fitted, options)
     frozen = freeze_unprotected(model, null_space)
     print(f"frozen, since no null space holds them: {len(frozen)} parameters, such as {', '.join(frozen[:3])}")
@@ -282,7 +304,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--general-text", help="file of general English; default: prose out of Python's documentation")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything works")
     sizes = {
-        "steps": (60, 4, "optimizer steps of gems"),
+        "steps": (40, 4, "optimizer steps of gems"),
+        "warmup": (6, 1, "steps in which the rate rises"),
         "most_steps": (120, 4, "of AdamW, if it does not reach the loss earlier"),
         "batch_size": (16, 4, "rows of a step"),
         "length": (128, 64, "most tokens of a row"),

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.recipes import keep_knowledge
-from examples.recipes.keep_knowledge import Watch, main, parse, settings_of, table
+from examples.recipes.keep_knowledge import Knowledge, Watch, main, parse, settings_of, table
 from examples.recipes.keep_knowledge_data import IGNORED, QUESTIONS, encode, film_rows, read_rows, right, split
 from examples.recipes.keep_knowledge_page import PAGE, RESULT, filled
 from gradsub import NullSpace
@@ -88,12 +88,21 @@ def test_an_interrupted_recipe_goes_on(llama_folder: str, tmp_path: Path, monkey
             raise KeyboardInterrupt
         measured(self, args, state, control, **rest)
 
+    of, calls = Knowledge.of, []
+
+    def broken(self: Knowledge, model: Any) -> dict[str, Any]:
+        calls.append(model)
+        if len(calls) == 2:  # behind the last step of gems
+            raise KeyboardInterrupt
+        return of(self, model)
+
     monkeypatch.setattr(Watch, "on_step_end", interrupt)
-    for _ in range(2):
+    monkeypatch.setattr(Knowledge, "of", broken)
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             main(line(llama_folder, data, tmp_path / "broken"))
     found = main(line(llama_folder, data, tmp_path / "broken"))
-    assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4, 3, 4]
+    assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4, 3, 4], "no step twice but those behind a checkpoint, and none too many"
     for name in ("before", "gems", "adamw"):
         assert {**found[name], "seconds": 0} == {**whole[name], "seconds": 0}, "bit for bit"
 
