@@ -178,7 +178,7 @@ def train(
     start = time.perf_counter()
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     steps = None if last is None else finished(last, arguments.max_steps, target)
-    if steps is None:
+    if last is None or steps is None:
         trainer.train(resume_from_checkpoint=last)
         steps = trainer.state.global_step
         # Under bf16 the Trainer has left autocast in the forward pass; the intact model was measured without.
