@@ -17,7 +17,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import argparse
 import copy
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,6 @@ def train(
     else:
         made["callbacks"].append(GemsReportCallback())
         trainer = GemsTrainer(gems=gems, **made)
-    start = time.perf_counter()
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     steps = None if last is None else finished(last, arguments.max_steps, target)
     if last is None or steps is None:
@@ -187,8 +185,7 @@ def train(
         # Interrupted behind the last step: the Trainer would take one more.
         trained = AutoModelForCausalLM.from_pretrained(last, dtype=torch.float32)
         model.load_state_dict(trained.state_dict())
-    seconds = time.perf_counter() - start
-    found = {**knowledge.of(model), "lr": lr, "steps": steps, "seconds": round(seconds, 1)}
+    found = {**knowledge.of(model), "lr": lr, "steps": steps}
     if gems is not None:
         trainer.save_model(str(options.out / "model"))
         knowledge.language_model.tokenizer.save_pretrained(options.out / "model")
@@ -260,7 +257,7 @@ def table(found: dict[str, Any]) -> str:
     cells.append(["task loss on held-out rows", f"{before['loss']:.2f}", *(f"{x['loss']:.2f}" for x in columns)])
     cells.append(["perplexity of general text", *(f"{x['perplexity']:.2f}" for x in (before, *columns))])
     cells.append(["its change", "", *(change(before["perplexity"], x["perplexity"]) for x in columns)])
-    cells.append([f"right of {len(QUESTIONS)} questions", *(str(x["right"]) for x in (before, *columns))])
+    cells.append([f"right word in the answer, of {len(QUESTIONS)}", *(str(x["right"]) for x in (before, *columns))])
     cells.append(["learning rate", "", *(f"{x['lr']:g}" for x in columns)])
     cells.append(["steps", "0", *(str(x["steps"]) for x in columns)])
     return markdown_table(cells)
