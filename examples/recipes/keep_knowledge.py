@@ -120,14 +120,6 @@ def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace
     return NullSpace.load(path)
 
 
-def rate_factor(model: Any, null_space: NullSpace, batch: dict[str, Any]) -> float:
-    """How much of a step the null space takes, read from the gradients of one batch of the task."""
-    model(**{key: value.to(model.device) for key, value in batch.items()}).loss.backward()
-    factor = null_space.rate_factor(model)
-    model.zero_grad()
-    return factor
-
-
 def train(
     name: str,
     model: Any,
@@ -232,14 +224,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "rank": options.rank,
         "update_proj_gap": options.gap,
         "null_space": null_space,
-        "lr_scale": "adamw",  # with this and the next, the rate is the one that served AdamW
-        "scale": rate_factor(model, null_space, knowledge.collate(trained[: options.batch_size])),
+        "lr_scale": "adamw",  # steps as large as AdamW's at the same rate
         "capture": "fused",  # small layers too: a batch may hold rows of several tasks
     }
     print(f"gems, {options.steps} steps")
-    after = train("gems", model, trained, knowledge, options, options.lr, None, gems)
+    after = train("gems", model, trained, knowledge, options, options.gems_lr, None, gems)
     print(f"AdamW, until it has the same loss of the task, {after['loss']:.3f}")
-    plain = train("adamw", intact, trained, knowledge, options, options.adamw_lr or options.lr, after["loss"], None)
+    plain = train("adamw", intact, trained, knowledge, options, options.lr, after["loss"], None)
 
     found = {"settings": settings_of(options), "before": before, "adamw": plain, "gems": after}
     (options.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -268,7 +259,9 @@ def conversation(found: dict[str, Any]) -> str:
     lines = []
     for number, (question, _) in enumerate(QUESTIONS):
         lines.append(question)
-        lines += [f"  {name:<7} {found[name]['answers'][number]}" for name in ("before", "adamw", "gems")]
+        for name in ("before", "adamw", "gems"):
+            answer = found[name]["answers"][number]
+            lines.append(f"  {name:<7} {answer if len(answer) <= 74 else answer[:74].rstrip() + ' ...'}".rstrip())
     return "\n".join(lines)
 
 
@@ -318,8 +311,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, (default, _, text) in sizes.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: {default})")
     parser.add_argument("--energy", type=float, default=0.97, help="share of general text's activations to protect")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate (default: %(default)s)")
-    parser.add_argument("--adamw-lr", type=float, help="of the comparison with AdamW, if it is another one")
+    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: %(default)s)")
+    parser.add_argument("--gems-lr", type=float, default=6e-4, help="of gems (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     for name, (default, quick, _) in sizes.items():

@@ -71,7 +71,7 @@ def test_what_is_protected_stays_and_a_second_call_shows_the_same(
 
 def test_adamw_stops_at_the_same_loss(llama_folder: str, tmp_path: Path) -> None:
     arguments = line(llama_folder, task_file(tmp_path), tmp_path / "out")
-    found = main([*arguments, "--adamw-lr", "1e-2", "--most-steps", "40", "--measure-every", "1"])
+    found = main([*arguments, "--lr", "1e-2", "--most-steps", "40", "--measure-every", "1"])
     assert found["adamw"]["steps"] < 40
     assert found["adamw"]["loss"] <= found["gems"]["loss"]
 
