@@ -81,7 +81,8 @@ class _StandIn:
                     watcher.tell(listed)
         elif not _LISTENING:
             with _EXCHANGING:
-                _uninstall()  # who listened is gone
+                if not _LISTENING:  # still: another thread may just have begun
+                    _uninstall()  # who listened is gone
         return self.behind(*args, **kwargs)
 
 

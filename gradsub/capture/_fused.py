@@ -16,6 +16,7 @@ from gradsub.capture._linear import (
     Orientation,
     Rows,
     Segment,
+    accumulates_into,
     affine,
     cast,
     deferring_linear,
@@ -149,7 +150,7 @@ class FusedForward:
             # Autograd's own gradient is taken, which would arrive as one of no task if the block were closed by then.
             y = affine(x, weight, bias, self.transposed)
             for slot in opened:
-                y.register_hook(_Belongs(slot))  # type: ignore[no-untyped-call]
+                y.register_hook(_Belongs(slot, weight))  # type: ignore[no-untyped-call]
             return y
         return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
 
@@ -166,14 +167,18 @@ class FusedForward:
 
 
 class _Belongs:
-    """A hook on a layer's output that lets its gradient come while the task of its forward pass is open alone."""
+    """A hook on a layer's output that lets its weight's gradient come while the task of its forward pass is open alone.
 
-    def __init__(self, slot: Slot) -> None:
-        self._slot, self._tasks = slot, slot.tasks
+    Of a backward pass that leaves nothing in the weight, as one for inputs alone, it says nothing.
+    """
+
+    def __init__(self, slot: Slot, weight: Tensor) -> None:
+        self._slot, self._tasks, self._weight = slot, slot.tasks, weight
 
     def __call__(self, gradient: Tensor) -> None:
-        for task in self._tasks:
-            self._slot.check_open(task)
+        if accumulates_into(self._weight):
+            for task in self._tasks:
+                self._slot.check_open(task)
 
 
 class _Opened:

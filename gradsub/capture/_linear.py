@@ -242,6 +242,16 @@ def _wish_of_some(weight: Tensor, node: Any) -> _Wish:
     return _Wish.WHOLE if seen_by_others(weight) else _Wish.THIS_LEAF
 
 
+def accumulates_into(weight: Tensor) -> bool:
+    """Whether the backward pass that runs leaves something in the weight's ``.grad``."""
+    if not weight.requires_grad:
+        return False  # frozen since the forward pass
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)  # type: ignore[arg-type]
+    except RuntimeError:
+        return False  # torch does not say it of leaves that `torch.autograd.grad` is asked for
+
+
 def _hand_over(wish: _Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
     """To the engine, or to the probe itself."""
     if not torch.compiler.is_compiling():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import threading
+import time
 import warnings
 from collections.abc import Callable
 
@@ -91,6 +93,28 @@ def test_steps_that_need_no_task(why):
 
 
 # --- a refresh step ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+def test_gradients_of_inputs_after_a_block_are_not_refused(device, refresh):
+    """In no step, whether it decomposes whole gradients or not; they change nothing."""
+    model, plain = mlp(device=device), mlp(device=device)
+    optimizer, other = (gems(each, capture="fused", refresh=refresh, update_proj_gap=2) for each in (model, plain))
+    for number in range(3):
+        for task, name in enumerate(TASKS):
+            x = torch.randn(4, model[0].in_features, device=device, requires_grad=True)
+            with optimizer.task(name):
+                loss_of(model, number, task).backward()
+                y = model(x).square().mean()
+            (slope,) = torch.autograd.grad(y, x)
+            expected = torch.autograd.grad(plain(x).square().mean(), x)[0]
+            torch.testing.assert_close(slope, expected)
+            with other.task(name):
+                loss_of(plain, number, task).backward()
+        for each in (optimizer, other):
+            each.step()
+            each.zero_grad()
+    assert same(weights_of(model), weights_of(plain))
 
 
 @pytest.mark.parametrize("one_inside", [False, True])
@@ -198,6 +222,25 @@ def test_of_two_optimizers_the_one_whose_gradients_were_missed_speaks(device):
     with pytest.warns(UserWarning, match="were not clipped"):
         optimizers[1].step()
     assert torch.nn.utils.clip_grad_norm_ is own
+
+
+def test_who_begins_to_listen_while_another_thread_gives_the_functions_back_is_heard(device):
+    from gradsub.capture import _clipping
+
+    model = mlp(device=device)
+    gone, optimizer = gems(model), gems(other := mlp(device=device))
+    with gone.task("rec"):
+        loss_of(model, 0, 0).backward()
+    del gone
+    gc.collect()
+    thread = threading.Thread(target=lambda: torch.nn.utils.clip_grad_norm_([], 1.0))
+    with _clipping._EXCHANGING:
+        thread.start()  # it finds that nobody listens, and waits
+        time.sleep(0.1)
+        _clipping._LISTENING.add(optimizer._intake._clipping)
+    thread.join()
+    with pytest.warns(UserWarning, match="were not clipped"):
+        quiet_step(other, optimizer, 0, TORCHS["by attribute"])
 
 
 def test_an_optimizer_that_is_gone_leaves_torch_alone(device):
