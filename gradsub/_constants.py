@@ -33,7 +33,8 @@ class Constants:
         key = (key, device, dtype)
         found = self._sent.get(name)
         if found is None or found[0] != key or found[1] != found[2]._version:
-            tensor = torch.tensor(numbers(), dtype=dtype, device="cpu").to(device, non_blocking=True)
+            with torch.inference_mode(False):  # or nobody could tell whether it was written to
+                tensor = torch.tensor(numbers(), dtype=dtype, device="cpu").to(device, non_blocking=True)
             found = self._sent[name] = (key, tensor._version, tensor)
         return found[2]
 

@@ -167,6 +167,23 @@ def test_a_long_run_is_counted_right_also_from_an_older_checkpoint(saved):
         assert (again.state[layer.weight]["next_refresh"] > 2**24).all()
 
 
+def test_a_step_in_inference_mode_is_a_step():
+    """Of an optimizer that has its state already; what base optimizers make in there cannot be written to later."""
+    weights = []
+    for inside in (False, True):
+        model = mlp()
+        optimizer = gems(model)
+        for number in range(3):
+            for task, name in enumerate(TASKS):
+                with optimizer.task(name, samples=1 + number):
+                    loss_of(model, number, task).backward()
+            with torch.inference_mode(inside and number > 0):
+                optimizer.step()
+            optimizer.zero_grad()
+        weights.append(list(model.parameters()))
+    assert same(*weights)
+
+
 def test_captured_losses_do_not_depend_on_the_default():
     """Half of the samples' shares would be rounded in bfloat16."""
     ends = []
