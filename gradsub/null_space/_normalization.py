@@ -41,3 +41,17 @@ def normalization(content: Content, names: Iterable[str], normalize: bool | None
             "leave it out to go on as before, or collect into a fresh NullSpace"
         )
     return bool(normalize)
+
+
+def check_told(content: Content, other: Content) -> None:
+    """Raise a ValueError if of one of the two alone it is known how the features of a layer in both came."""
+    mine, theirs = content.shared, other.shared
+    both = [name for name in theirs.by_name if name in mine.by_name]
+    untold = [name for name in both if (name in mine.normalized) is not (name in theirs.normalized)]
+    if untold:
+        whose = "other" if untold[0] in mine.normalized else "this null space"
+        raise ValueError(
+            f"the file of an older version that {whose} comes from does not tell how {some(untold)} were collected, and "
+            "features that were divided by their norms do not add up with others: collect anew, or add a batch to it "
+            "with the normalize= of then, collect(model, batches, normalize=False) unless it was given, before merging"
+        )

@@ -18,7 +18,7 @@ from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._fitted_on import FittedOn
 from gradsub.null_space._gradients import own_loss
-from gradsub.null_space._normalization import normalization
+from gradsub.null_space._normalization import check_told, normalization
 from gradsub.null_space._protection import Protection, extend
 from gradsub.null_space._ranks import on_every_rank
 from gradsub.null_space._residual import residual_shares
@@ -277,9 +277,11 @@ class NullSpace:
         if features.ndim < 2 or features.numel() == 0:
             raise ValueError(f"features of {name!r} must be (N, d) and not empty, found {tuple(features.shape)}")
         rows = features.detach().reshape(-1, features.shape[-1])
-        if name not in self:
+        first = name not in self
+        normalized = not first and self._shared.normalized.get(name)
+        self._content.add(name, unit_rows(rows) if normalized else rows, [])
+        if first:
             self._shared.normalized[name] = False
-        self._content.add(name, unit_rows(rows) if self._shared.normalized.get(name) else rows, [])
 
     def merge(self, other: NullSpace) -> NullSpace:
         """Add all that another null space has seen, as if its features had come here; ``other`` stays as it is.
@@ -291,15 +293,17 @@ class NullSpace:
             itself.
 
         Raises:
-            ValueError: side, criterion, memory budget, or a layer's width or normalization differ; then nothing is
-                changed.
+            ValueError: side, criterion, memory budget, or a layer's width or normalization differ, or the latter is
+                known of one of them alone; then nothing is changed.
         """
         settings, others = self._settings(), other._settings()
         different = {key: (value, others[key]) for key, value in settings.items() if others[key] != value}
         if different:
             raise ValueError(f"the settings of other differ (here, there): {different}: collect both alike")
+        check_told(self._content, other._content)
         self._content.merge(other._content)
         self.fitted_on.adopt(other.fitted_on)
+        self._free_rows = {**other._free_rows, **self._free_rows}
         return self
 
     def basis(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:

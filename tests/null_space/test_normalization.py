@@ -102,3 +102,24 @@ def test_a_file_of_an_older_version_has_to_be_told(tmp_path):
     old.collect(model, [x], normalize=False)
     old.collect(model, [x])
     torch.testing.assert_close(covariance(old), (x.mT @ x / 5).double())
+    # Nor is it guessed from what it is merged with.
+    known, older = NullSpace().collect(model, [x]), NullSpace.load(path)
+    for one, other in ((known, older), (older, known)):
+        with pytest.raises(ValueError, match=r"does not tell how .* were collected"):
+            one.merge(other)
+        assert one.tokens("") == 5
+    assert older.merge(NullSpace.load(path)).tokens("") == 10
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_features_that_were_refused_leave_no_choice_behind(earlier):
+    model, x = nn.Linear(WIDTH, 3), rows(5, 4)
+    null_space = NullSpace()
+    if earlier:
+        null_space.update("other", x)
+    with pytest.raises(ValueError, match="NaN"):
+        null_space.update("", torch.full_like(x, torch.nan))
+    null_space.merge(NullSpace().collect(model, [x], normalize=True))
+    null_space.collect(model, [x])
+    unit = torch.nn.functional.normalize(x, dim=1)
+    torch.testing.assert_close(covariance(null_space), (unit.mT @ unit / 5).double(), rtol=0, atol=1e-6)

@@ -115,6 +115,16 @@ def test_rows_of_old_tokens_rest_bit_for_bit_while_new_ones_train(device, base):
     assert float((answers(model, text) - before).norm() / before.norm()) < 1e-3
 
 
+def test_what_a_null_space_is_merged_into_remembers_the_rows_as_well(device):
+    model, text = llama().to(device), general_text(device)
+    null_space = spanned(model, text)
+    freeze_unprotected(model, null_space, new_tokens=NEW)
+    start = model.model.embed_tokens.weight.detach().clone()
+    optimizer, _ = wrapped(model, NullSpace(energy=1.0).merge(null_space))
+    train(model, optimizer, 1)
+    assert (model.model.embed_tokens.weight.detach() != start).any(1).nonzero().flatten().tolist() == list(NEW)
+
+
 def test_rows_rest_without_a_model_too(device):
     model, text = llama().to(device), general_text(device)
     null_space = spanned(model, text)
