@@ -75,7 +75,7 @@ def _as_tensor(entries: list[list[Any]], tasks: Sequence[str]) -> Tensor:
         [-1 if task is None else task_index(task, tasks), float("nan") if count is None else count]
         for task, count in entries
     ]
-    return torch.tensor(numbers, dtype=torch.float64)
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def task_index(task: Any, tasks: Sequence[str]) -> int:

@@ -40,7 +40,7 @@ def row_losses(outputs: Any, labels: Tensor | None, shifted: bool) -> Tensor | N
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
     tokens = max(1, _CHUNK // (len(labels) * logits.shape[-1]))
-    total = torch.zeros(len(labels), device=logits.device)
+    total = torch.zeros(len(labels), dtype=torch.float32, device=logits.device)
     for start in range(0, labels.shape[1], tokens):
         some, theirs = logits[:, start : start + tokens], labels[:, start : start + tokens]
         total += cross_entropy(some.float().mT, theirs, reduction="none", ignore_index=IGNORED).sum(1)

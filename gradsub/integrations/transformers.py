@@ -170,7 +170,7 @@ class GemsTrainerMixin:
         if outside:
             norms.append(nn.utils.clip_grad_norm_(outside, max_norm))
         if not norms:
-            return torch.zeros((), device=me.args.device)
+            return torch.zeros((), dtype=torch.float32, device=me.args.device)
         return torch.stack([norm.to(norms[0]) for norm in norms]).amax()
 
     # --- batches -----------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ class GemsTrainerMixin:
         present = sorted(set(batch.tasks))
         pairs = list(zip(batch.tasks, batch.weights, strict=True))
         weights = [[(whose == task) * weight / batch.totals[task] for whose, weight in pairs] for task in present]
-        means = torch.tensor(weights).to(losses.device, non_blocking=True) @ losses
+        means = torch.tensor(weights, dtype=losses.dtype, device="cpu").to(losses.device, non_blocking=True) @ losses
         scaler = getattr(me.accelerator, "scaler", None)
         means = means if scaler is None else scaler.scale(means)
         rows.tell({self.gems.tasks[task]: mean for task, mean in zip(present, means.unbind(), strict=True)})
