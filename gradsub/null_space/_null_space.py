@@ -541,7 +541,8 @@ class NullSpace:
                 layer.
         """
         try:
-            settings, shared, fitted_on = read(path, device)
+            with torch.inference_mode(False):  # nothing could be added to what is read in it
+                settings, shared, fitted_on = read(path, device)
             loaded = cls._of(settings)
         except DamagedError as error:
             raise ValueError(f"path={os.fspath(path)!r} {error}") from error

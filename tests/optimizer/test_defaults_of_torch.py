@@ -167,6 +167,18 @@ def test_a_long_run_is_counted_right_also_from_an_older_checkpoint(saved):
         assert (again.state[layer.weight]["next_refresh"] > 2**24).all()
 
 
+def test_statistics_that_are_loaded_in_inference_mode_grow_outside_of_it(tmp_path):
+    x, path = noise(9, 6), tmp_path / "null_space.safetensors"
+    null_space = NullSpace()
+    null_space.update("layer", x[:4])
+    null_space.save(path)
+    with torch.inference_mode():
+        loaded = NullSpace.load(path)
+    for each in (loaded, null_space):
+        each.update("layer", x[4:])
+    assert torch.equal(loaded.basis("layer"), null_space.basis("layer"))
+
+
 def test_a_step_in_inference_mode_is_a_step():
     """Of an optimizer that has its state already; what base optimizers make in there cannot be written to later."""
     weights = []
