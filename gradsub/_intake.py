@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -133,12 +133,22 @@ class Intake:
             return LossWatcher(partial(self.saw_loss, task))
         return watch_through(loss, partial(self._saw_at_end, self._cleared, task))
 
-    def watch_rows(self, rows: MixedRows) -> AbstractContextManager[object]:
-        """Note the loss of a mixed batch of one task, where ``rows.loss`` does not tell it."""
+    @contextmanager
+    def watch_rows(self, rows: MixedRows) -> Iterator[None]:
+        """Note the loss of a mixed batch of one task, where neither ``rows.loss`` nor ``rows.tell`` tells it."""
         task = rows.alone
         if task is None:
-            return nullcontext()
-        return LossWatcher(lambda loss: None if rows.told else self.saw_loss(task, loss / rows.shares[task]))
+            yield
+            return
+        seen: list[tuple[int, Tensor]] = []
+        try:
+            with LossWatcher(lambda loss: seen.append((self._cleared, loss))):
+                yield
+        finally:
+            # Only now: it may be told after the backward pass, and must count once.
+            for cleared, loss in seen:
+                if cleared == self._cleared and not rows.told:
+                    self.saw_loss(task, loss / rows.shares[task])
 
     def _saw_at_end(self, cleared: int, task: int, loss: Tensor) -> None:
         # What zero_grad() has dropped inside of the block has no loss either.

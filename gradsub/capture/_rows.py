@@ -132,6 +132,8 @@ class MixedRows:
     def tell(self, losses: Mapping[str, Tensor]) -> None:
         """Report the tasks' losses to the gate, where ``backward()`` runs on a loss that was computed elsewhere.
 
+        Inside of the block, before or after ``backward()``.
+
         Args:
             losses: task -> its mean loss (0-dim) in this batch, times the loss scale if there is one; of a batch that
                 is a part of a step, this part's contribution to the task's mean over the step.

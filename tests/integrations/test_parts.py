@@ -89,6 +89,38 @@ def test_mixed_batches_with_shares_are_one_mixed_batch(seed: int, parts: list[li
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("when", ["before", "after", "never"])
+@pytest.mark.parametrize("parts", [[[0, 0], [0, 1]], [[0, 0], [1, 1], [0]]])
+def test_a_loss_counts_once_whenever_it_is_told(parts: list[list[int]], when: str) -> None:
+    """A part with rows of one task is told of by its backward pass as well, where nobody says it."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    optimizer = GemsOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), tasks=("a", "b"), rank=2, model=model, capture="fused"
+    )
+    everybody = [task for part in parts for task in part]
+    shares = {name: everybody.count(task) / len(everybody) for task, name in enumerate("ab")}
+    expected = dict.fromkeys("ab", 0.0)
+    for part in parts:
+        with optimizer.mixed(part, shares=shares) as rows:
+            losses = model(torch.randn(len(part), 8)).square().mean(1)
+            own = {
+                name: losses[[task == index for task in part]].sum().detach() / everybody.count(index)
+                for index, name in enumerate("ab")
+                if index in part
+            }
+            if when == "before":
+                rows.tell(own)
+            (losses.sum() / len(everybody)).backward()
+            if when == "after":
+                rows.tell(own)
+        if when != "never" or len(own) == 1:
+            expected = {name: value + float(own.get(name, 0.0)) for name, value in expected.items()}
+    optimizer.step()
+    found = optimizer.report().losses
+    assert found == pytest.approx({name: value for name, value in expected.items() if value}, rel=1e-5)
+
+
 def test_shares_are_checked() -> None:
     model = nn.Linear(8, 8)
     optimizer = GemsOptimizer(
