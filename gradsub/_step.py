@@ -482,7 +482,7 @@ class Stepper:
         starts = self._starts(projected) if self._inner.relative else {}
         outside = self._mix_plain(gradients, weights)
         try:
-            with self.vectors.held(self._layout), self.rows.held():
+            with self.vectors.held(self._layout), self.rows.held(self._layout, self.plain):
                 return self._inner.step(groups, proxied, starts)
         finally:
             for parameter, gradient in outside.items():

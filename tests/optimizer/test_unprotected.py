@@ -115,6 +115,19 @@ def test_rows_of_old_tokens_rest_bit_for_bit_while_new_ones_train(device, base):
     assert float((answers(model, text) - before).norm() / before.norm()) < 1e-3
 
 
+def test_rows_that_are_named_after_the_optimizer_was_built_rest_as_well(device):
+    model, text = llama().to(device), general_text(device)
+    null_space = spanned(model, text)
+    optimizer, said = wrapped(model, null_space)
+    assert any("freeze_unprotected" in message for message in said)
+    embedding = model.model.embed_tokens.weight
+    for new in (NEW, range(62, 64)):  # the last word counts
+        freeze_unprotected(model, null_space, new_tokens=new)
+        start = embedding.detach().clone()
+        train(model, optimizer, 1)
+        assert (embedding.detach() != start).any(1).nonzero().flatten().tolist() == list(new)
+
+
 def test_what_a_null_space_is_merged_into_remembers_the_rows_as_well(device):
     model, text = llama().to(device), general_text(device)
     null_space = spanned(model, text)
