@@ -247,7 +247,7 @@ def accumulates_into(weight: Tensor) -> bool:
     if not weight.requires_grad:
         return False  # frozen since the forward pass
     try:
-        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)  # type: ignore[arg-type]
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
     except RuntimeError:
         return False  # torch does not say it of leaves that `torch.autograd.grad` is asked for
 

@@ -51,7 +51,7 @@ def check_told(content: Content, other: Content) -> None:
     if untold:
         whose = "other" if untold[0] in mine.normalized else "this null space"
         raise ValueError(
-            f"the file of an older version that {whose} comes from does not tell how {some(untold)} were collected, and "
-            "features that were divided by their norms do not add up with others: collect anew, or add a batch to it "
-            "with the normalize= of then, collect(model, batches, normalize=False) unless it was given, before merging"
+            f"the file of an older version that {whose} comes from does not tell how {some(untold)} were collected, "
+            "and features that were divided by their norms do not add up with others: collect anew, or add a batch to "
+            "it with the normalize= of then, collect(model, batches, normalize=False) unless it was given, first"
         )
