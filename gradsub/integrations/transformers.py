@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import IterableDataset
 from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture import MixedRows
@@ -204,7 +205,8 @@ class GemsTrainerMixin:
         me: Any = self
         dispatched = getattr(me.args.accelerator_config, "dispatch_batches", None)
         if dispatched is None:
-            dispatched = not hasattr(me.train_dataset, "__getitem__")
+            # As accelerate decides it. Torch's streams inherit a __getitem__, so that asking for one tells nothing.
+            dispatched = isinstance(me.train_dataset, IterableDataset)
         if not dispatched:
             return None
         options = [self._gems_options or {}, *(getattr(me, "optimizer_cls_and_kwargs", None) or ())[1:]]

@@ -15,6 +15,7 @@ from tests.distributed.launch import launch
 SETTINGS: dict[str, dict[str, Any]] = {
     "tokens": {},
     "accumulated and clipped": {"gradient_accumulation_steps": 2, "max_grad_norm": 0.3},
+    "a stream": {},
 }
 
 
@@ -23,7 +24,7 @@ def train(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), ACCELERATE_USE_CPU="true")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     from examples.recipes.problem import build_model
-    from tests.integrations.trainers import GEMS, Ragged, Remembering, arguments
+    from tests.integrations.trainers import GEMS, Ragged, Remembering, Stream, arguments
 
     found: dict[str, Any] = {}
     for name, options in SETTINGS.items():
@@ -31,7 +32,8 @@ def train(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
         model = build_model()
         split = {"split_batches": True}  # of the same rows on any number of processes
         settings = arguments(folder, ddp_backend="gloo", accelerator_config=split, **options)
-        trainer = Remembering(model, settings, train_dataset=Ragged(), gems=GEMS)
+        rows = Stream() if name == "a stream" else Ragged()
+        trainer = Remembering(model, settings, train_dataset=rows, gems=GEMS)
         trainer.train()
         assert trainer.accelerator.num_processes == ranks
         found[name] = {key: value.detach() for key, value in model.state_dict().items()}

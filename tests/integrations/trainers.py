@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
 from examples.recipes.problem import TASKS, Sentences, build_model
@@ -36,6 +37,14 @@ class Ragged(Dataset[dict[str, Any]]):
         labels[: index % 7] = -100
         del row["task"]
         return {**row, "labels": labels, self.key: TASKS[1 if index % 4 == 3 else 0]}
+
+
+class Stream(IterableDataset[dict[str, Any]]):
+    """The same rows without indices, which one process reads for all."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows = Ragged()
+        return (rows[index] for index in range(len(rows)))
 
 
 class Remembering(GemsTrainerMixin, Trainer):
