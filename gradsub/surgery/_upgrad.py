@@ -108,6 +108,7 @@ def _pivoted(split: Cosines) -> Tensor:
     if not np.isfinite(R).all():
         return split.values + torch.nan
     values, vectors = np.linalg.eigh(R)
-    units = vectors * np.sqrt(values.clip(min=0))
+    # Rounding in the row of an absent task is a direction, too, which a huge coefficient would make use of.
+    units = vectors * np.sqrt(values.clip(min=0)) * split.present.cpu().numpy()[:, None]
     found = np.eye(len(R)) + [nnls(units.T, -unit)[0] for unit in units]
     return torch.from_numpy(found).to(split.values)

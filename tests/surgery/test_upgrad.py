@@ -47,6 +47,18 @@ def test_both_solvers_project_alike(data, K, seed):
 
 
 @few
+@given(data=st.data(), K=many, seed=seeds)
+def test_absent_tasks_change_nothing(data, K, seed):
+    J = gradients(K, K, seed=seed)
+    present = torch.tensor(data.draw(st.lists(st.booleans(), min_size=K, max_size=K).filter(any)))
+    J[~present] = 0
+    weights = upgrad(J @ J.mT)
+    assert (weights[~present] == 0).all()
+    among = J[present]
+    torch.testing.assert_close(weights @ J, upgrad(among @ among.mT) @ among, rtol=0, atol=1e-6)
+
+
+@few
 @given(K=many, scale=scales, dtype=dtypes, seed=seeds)
 def test_gradients_without_conflict_are_left_as_they_are(K, scale, dtype, seed):
     J = gradients(K, K, seed=seed, scale=scale).abs()
