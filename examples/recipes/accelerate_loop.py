@@ -33,7 +33,13 @@ def main() -> None:
     # The model first: then the optimizer sees the wrapper, and the wrapper sends no gradients inside of a task.
     model = accelerator.prepare(build_model())
     optimizer = GemsOptimizer(
-        AdamW(model.parameters(), lr=3e-3), tasks=TASKS, rank=8, update_proj_gap=3, model=model, capture="fused"
+        AdamW(model.parameters(), lr=3e-3),
+        tasks=TASKS,
+        rank=8,
+        lr_scale="adamw",
+        update_proj_gap=3,
+        model=model,
+        capture="fused",
     )
     schedule = LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=8)
     loaders = [accelerator.prepare(DataLoader(Sentences(64, (task,)), batch_size=8)) for task in range(len(TASKS))]

@@ -39,6 +39,7 @@ class TwoTasks(lightning.LightningModule):
             AdamW(self.model.parameters(), lr=3e-3),
             tasks=TASKS,
             rank=8,
+            lr_scale="adamw",
             update_proj_gap=3,
             model=self.model,
             capture="fused",

@@ -63,7 +63,7 @@ def main() -> None:
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=build_tokenizer(),
-        gems={"tasks": TASKS, "rank": 8, "update_proj_gap": 3, "capture": "fused"},
+        gems={"tasks": TASKS, "rank": 8, "lr_scale": "adamw", "update_proj_gap": 3, "capture": "fused"},
     )
     trainer.train()
     if trainer.is_world_process_zero():

@@ -47,7 +47,7 @@ def main() -> None:
             disable_tqdm=True,
         ),
         train_dataset=Sentences(128, (0, 1)),
-        gems={"tasks": TASKS, "rank": 8, "update_proj_gap": 3, "capture": "fused"},
+        gems={"tasks": TASKS, "rank": 8, "lr_scale": "adamw", "update_proj_gap": 3, "capture": "fused"},
         callbacks=[GemsReportCallback()],
     )
     trainer.train(resume_from_checkpoint=str(checkpoints / "checkpoint-4") if arguments.resume else None)

@@ -6,6 +6,7 @@ In axolotl's YAML::
       - gradsub.integrations.axolotl.GemsPlugin
     gems:
       rank: 128
+      lr_scale: adamw
       null_space: general.safetensors
     sample_packing: false  # with several tasks
 

@@ -16,6 +16,7 @@ In LLaMA-Factory's YAML::
       base: adamw
       lr: 1.0e-4
       rank: 128
+      lr_scale: adamw
       null_space: general.safetensors
 
 ``base`` names another of LLaMA-Factory's optimizers (``"adamw"`` if left out), which takes the options that
