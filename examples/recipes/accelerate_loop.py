@@ -33,7 +33,7 @@ def main() -> None:
     # The model first: then the optimizer sees the wrapper, and the wrapper sends no gradients inside of a task.
     model = accelerator.prepare(build_model())
     optimizer = GemsOptimizer(
-        AdamW(model.parameters(), lr=3e-3),
+        AdamW(model.parameters(), lr=1e-3),
         tasks=TASKS,
         rank=8,
         lr_scale="adamw",

@@ -36,7 +36,7 @@ class TwoTasks(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, and a schedule that steers it."""
         optimizer = GemsOptimizer(
-            AdamW(self.model.parameters(), lr=3e-3),
+            AdamW(self.model.parameters(), lr=1e-3),
             tasks=TASKS,
             rank=8,
             lr_scale="adamw",

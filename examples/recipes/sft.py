@@ -51,7 +51,7 @@ def main() -> None:
         model=build_model(),
         args=SFTConfig(
             output_dir=str(arguments.out.parent / "sft"),
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             max_length=12,
             per_device_train_batch_size=4,
             max_steps=8,

@@ -34,7 +34,7 @@ def main() -> None:
         args=TrainingArguments(
             output_dir=str(checkpoints),
             optim="adamw_torch",
-            learning_rate=3e-3,
+            learning_rate=1e-3,
             lr_scheduler_type="linear",
             max_grad_norm=1.0,
             per_device_train_batch_size=8,
