@@ -115,7 +115,7 @@ def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace
         windows = token_windows(language_model.tokenizer, text, tokens=options.general_tokens, window=WINDOW)
         model = language_model.model
         null_space = NullSpace(energy=options.energy)
-        null_space.collect(model, general_batches(language_model, windows, model.device), normalize=True)
+        null_space.collect(model, general_batches(language_model, windows, model.device))
         null_space.save(path, statistics=False)
     return NullSpace.load(path)
 
