@@ -16,7 +16,7 @@ from examples.unified_sr import busy
 from examples.unified_sr.busy import busy_notice, cores
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import beside, read_yaml
-from examples.unified_sr.demo_rates import trials
+from examples.unified_sr.demo_rates import LEVEL, trials
 from examples.unified_sr.estimates import TimeNotice
 from examples.unified_sr.training import History
 
@@ -125,6 +125,10 @@ def test_the_demos_rate_is_what_the_named_trials_chose() -> None:
     assert named is not None
     chosen = json.loads((ROOT / "examples/unified_sr" / named[1]).read_text(encoding="utf-8"))
     assert settings.lr == chosen["lr"]
+    totals = {float(rate): sum(loss.values()) for rate, loss in chosen["validation_loss"].items()}
+    forgotten = {float(rate): perplexity for rate, perplexity in chosen["perplexity"].items()}
+    level = [rate for rate, total in totals.items() if total <= (1 + LEVEL) * min(totals.values())]
+    assert settings.lr == min(level, key=forgotten.__getitem__)
 
 
 def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
