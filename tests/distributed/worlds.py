@@ -79,7 +79,7 @@ def build(
     null_space = None
     if world.protect:
         null_space = NullSpace(side=world.side, max_rank=3)
-        null_space.collect(model, [batch(999, 0)[0]])
+        null_space.collect(model, [torch.cat([batch(998, 0)[0], batch(999, 0)[0]])])
         # Vectors are collected from a model that is whole.
         null_space.collect_gradients(build_model(), [batch(999, 0)[0]], lambda model, x: model(x).square().sum())
     wrapped = DistributedDataParallel(model) if world.ddp and ranks > 1 else model

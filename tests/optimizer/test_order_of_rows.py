@@ -82,6 +82,7 @@ def test_tasks_passes_and_base_optimizers(options, capture, rows, device):
     assert difference(rows, device, capture=capture, refresh="svd", **options) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:.* none of them a task:UserWarning")
 def test_gradients_from_outside_alone(device):
     assert difference(2, device, tasks=1, passes=0, outside=True, capture="generic", refresh="svd") < 1e-5
 

@@ -18,6 +18,9 @@ from gradsub import GemsOptimizer
 
 from .toys import TASKS, gems, mlp, noise, same, tensors_in, train, weights_of
 
+# What a base optimizer does is seen in gradients of no task.
+pytestmark = pytest.mark.filterwarnings("ignore:.* none of them a task:UserWarning")
+
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
 
