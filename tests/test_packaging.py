@@ -108,9 +108,13 @@ def test_everything_says_the_same_product() -> None:
     def words(path: str) -> str:
         return " ".join((ROOT / path).read_text(encoding="utf-8").split())
 
-    for path in ("CITATION.cff", "mkdocs.yml", "docs/index.md", "gradsub/__init__.py"):
+    for path in ("README.md", "CITATION.cff", "mkdocs.yml", "docs/index.md", "gradsub/__init__.py"):
         assert sentence in words(path), path
     assert (gradsub.__doc__ or "").split("\n\n")[0].replace("\n", " ") == sentence
+
+
+def test_the_readme_is_read_to_its_end() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 def test_one_version_everywhere() -> None:
