@@ -10,7 +10,21 @@ from typing import Any
 from gradsub.null_space import NullSpace
 from gradsub.optimizer import GemsOptimizer
 
-NAMES = frozenset(inspect.signature(GemsOptimizer).parameters) - {"base", "model"}
+_PARAMETERS = inspect.signature(GemsOptimizer).parameters
+NAMES = frozenset(_PARAMETERS) - {"base", "model"}
+
+
+def telling_rows_apart(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with the fused capture in small layers as well where batches may hold rows of several tasks.
+
+    Args:
+        options: arguments of `GemsOptimizer`; a ``capture`` among them stays.
+    """
+    found = dict(options)
+    tasks = found.get("tasks", _PARAMETERS["tasks"].default)
+    if not isinstance(tasks, str):
+        tasks = found["tasks"] = tuple(tasks)
+    return {"capture": "fused", **found} if len(tasks) > 1 and not isinstance(tasks, str) else found
 
 
 def from_config(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from gradsub.capture import MixedRows
 from gradsub.distributed._wrapped import data_parallel
 from gradsub.integrations._accumulation import Batch, account
+from gradsub.integrations._arguments import telling_rows_apart
 from gradsub.integrations._collator import TaskCollator, count_labels
 from gradsub.integrations._losses import row_losses
 from gradsub.optimizer import GemsOptimizer
@@ -66,6 +67,8 @@ class GemsTrainerMixin:
     Args:
         gems: arguments of `GemsOptimizer`. Its ``base`` is the optimizer that the Trainer makes from its arguments
             (``optim``, ``learning_rate``, ``weight_decay``), or is given in ``optimizers=``; ``model`` is its model.
+            With several tasks ``capture`` is ``"fused"`` unless it is given, since layers of any size have to tell the
+            rows of a batch apart.
             None: there is a `GemsOptimizer` in ``optimizers=``, or a `GemsFactory` in ``optimizer_cls_and_kwargs=``.
         task_column: the column with each row's task: a name, or an index.
         count_samples: batch -> what each row counts in the loss; None: its labels that are not ignored.
@@ -96,7 +99,7 @@ class GemsTrainerMixin:
         task_losses: bool = True,
         **options: Any,
     ) -> None:
-        self._gems_options = None if gems is None else dict(gems)
+        self._gems_options = None if gems is None else telling_rows_apart(gems)
         self._task_column = task_column
         self._count_samples = count_samples
         self._task_losses = task_losses
@@ -364,7 +367,8 @@ class GemsFactory:
         Args:
             model: the Trainer's.
             args: its ``TrainingArguments``, which the Trainer does not pass on.
-            tasks: the names of the tasks, for `GemsTrainerMixin`.
+            tasks: the names of the tasks, for `GemsTrainerMixin`; with several, ``capture`` is ``"fused"`` unless it is
+                given.
             gems: other arguments of `GemsOptimizer`.
 
         Raises:
@@ -373,7 +377,7 @@ class GemsFactory:
         maker: Any = object.__new__(Trainer)  # what makes an optimizer needs no more of a Trainer than this
         maker.args, maker.model, maker.optimizer, maker.optimizer_cls_and_kwargs = args, model, None, None
         base = maker.create_optimizer()
-        return GemsOptimizer(base, tasks=tasks, **{"model": model, **gems})
+        return GemsOptimizer(base, **{"model": model, **telling_rows_apart({"tasks": tasks, **gems})})
 
 
 class GemsReportCallback(TrainerCallback):

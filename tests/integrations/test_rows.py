@@ -15,6 +15,7 @@ from transformers import DataCollatorWithFlattening
 
 from examples.recipes.problem import TASKS, build_model
 from gradsub import GemsOptimizer
+from gradsub.integrations._arguments import telling_rows_apart
 from tests.integrations.trainers import GEMS, Ragged, Remembering, arguments, by_hand, distance
 
 
@@ -85,6 +86,23 @@ def test_rows_joined_to_a_sequence_are_refused(tmp_path: Path) -> None:
         train(tmp_path, data, rest=collator, max_steps=1)
     one = train(tmp_path, table().remove_columns("task"), {**GEMS, "tasks": ("both",)}, collator, max_steps=2)
     assert distance(one.model, build_model()) > 1e-3
+
+
+def test_small_layers_tell_rows_apart_unless_a_capture_is_named(tmp_path: Path) -> None:
+    unnamed = {key: value for key, value in GEMS.items() if key != "capture"}
+    trainer = train(tmp_path, Ragged(32), unnamed)
+    assert distance(trainer.model, by_hand(trainer.steps, True)) < 1e-6
+    with pytest.raises(RuntimeError, match='cannot be told apart in .* pass capture="fused"'):
+        train(tmp_path, Ragged(32), {**unnamed, "capture": "auto"}, max_steps=1)
+
+
+@pytest.mark.parametrize(("tasks", "capture"), [((), None), (("a",), None), (("a", "b"), "fused"), (None, "fused")])
+def test_only_several_tasks_need_the_fused_capture(tasks: tuple[str, ...] | None, capture: str | None) -> None:
+    given = {} if tasks is None else {"tasks": iter(tasks)}
+    found = telling_rows_apart(given)
+    assert found.get("capture") == capture
+    assert found["tasks"] == (tasks if tasks is not None else ("search", "rec"))
+    assert telling_rows_apart({"tasks": "ab"}) == {"tasks": "ab"}, "one string is refused by the optimizer"
 
 
 def test_one_task_needs_no_column(tmp_path: Path) -> None:
