@@ -187,9 +187,9 @@ class Report:
 
     def __str__(self) -> str:
         head = ("layer", "shape", "step", "gradient norm", "energy", "gates", "cosine", "protected", "leak")
-        rows = [_cells(layer) for layer in self.layers]
-        if self.layers:
-            rows.append(self._totals())
+        # What holds for all comes first: a model of many layers fills more than a screen.
+        rows = [self._totals()] if self.layers else []
+        rows += [_cells(layer) for layer in self.layers]
         return table(head, rows, (False, False, True, False, False, False, True, True, True))
 
     def _totals(self) -> tuple[str, ...]:
@@ -229,7 +229,7 @@ def _cells(layer: LayerReport) -> tuple[str, ...]:
 
 def _listed(values: Mapping[str, float], form: str, estimated: bool = False) -> str:
     known = {name: value for name, value in values.items() if value == value}
-    return " ".join(f"{name[:6]} {'~' if estimated else ''}{form.format(value)}" for name, value in known.items())
+    return " ".join(f"{name} {'~' if estimated else ''}{form.format(value)}" for name, value in known.items())
 
 
 def _row(layer: LayerReport) -> dict[str, Any]:
