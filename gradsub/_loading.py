@@ -295,9 +295,14 @@ class StateDictReader:
             expected = {f"{start}{key}": value for key, value in like.items()}
             missing, extra = expected.keys() - mine, (mine - expected.keys()) if strict else set()
             if missing or extra:
+                remedy = "wrap the same optimizer with the same options"
+                if not mine:
+                    remedy = (
+                        "it trains here, and was frozen there or stepped by another optimizer: freeze what was frozen "
+                        f"before the optimizer is built, as freeze_unprotected does, or {remedy}"
+                    )
                 raise ValueError(
-                    f"state_dict: the base optimizer's state of {name} {_difference(missing, extra)}: wrap the same "
-                    "optimizer with the same options"
+                    f"state_dict: the base optimizer's state of {name} {_difference(missing, extra)}: {remedy}"
                 )
             device = parameter.device if group.get("fused") or group.get("capturable") else None
             usual = self._trial(group, proxy, torch.Size([4, 6] if len(shape) > 1 else [6]))

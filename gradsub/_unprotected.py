@@ -77,6 +77,7 @@ def freeze_unprotected(
         the names of the parameters that it froze, in the model's order.
 
     Raises:
+        TypeError: ``null_space`` is none.
         ValueError: the null space holds no weight of the model; or ``new_tokens`` names a row or an embedding that is
             not there, or one whose weight another module shares, where new rows would be new outputs. Nothing is
             frozen then.
@@ -88,6 +89,11 @@ def freeze_unprotected(
         >>> gradsub.freeze_unprotected(model, null_space, new_tokens=[8])
         ['1.weight', '1.bias', '2.bias']
     """
+    if not isinstance(null_space, NullSpace):
+        raise TypeError(
+            f"null_space must be a NullSpace, found {type(null_space).__name__}: collect one with "
+            "NullSpace(...).collect(model, batches); without a null space nothing is protected, so nothing is frozen"
+        )
     uses = uses_of(model)
     names: dict[Tensor, list[str]] = defaultdict(list)
     for name, parameter in named_parameters(model):

@@ -28,7 +28,10 @@ def check_wrappable(base: Optimizer) -> None:
         ValueError: it has stepped already, or is differentiable.
     """
     if not isinstance(base, Optimizer):
-        raise TypeError(f"base must be a torch.optim.Optimizer, found {type(base).__name__}")
+        raise TypeError(
+            f"base must be a torch.optim.Optimizer, found {type(base).__name__}: wrap one, which takes the parameters and "
+            "the learning rate, as in GemsOptimizer(torch.optim.AdamW(model.parameters(), lr=...), ...)"
+        )
     name = type(base).__name__
     if any(group.get("differentiable") for group in base.param_groups):
         raise ValueError(f"base={name}(differentiable=True) is not supported: pass differentiable=False")

@@ -215,6 +215,26 @@ def test_parametrized_layers_are_frozen(device):
     assert wrapped(model, null_space)[1] == []
 
 
+def test_without_a_null_space_it_says_how_to_get_one():
+    model = mlp()
+    with pytest.raises(TypeError, match=r"found NoneType: collect one with NullSpace\(\.\.\.\)\.collect"):
+        freeze_unprotected(model, None)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_checkpoint_in_which_more_was_frozen_says_what_to_freeze():
+    saved, model = (nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8)) for _ in range(2))
+    saved[0].requires_grad_(False)
+    there, here = (GemsOptimizer(torch.optim.AdamW(m.parameters()), rank=2, model=m) for m in (saved, model))
+    with there.task("search"):
+        saved(torch.arange(9)).square().mean().backward()
+    there.step()
+    with pytest.raises(
+        ValueError, match=r"of 0\.weight lacks .* trains here, and was frozen there.*freeze_unprotected"
+    ):
+        here.load_state_dict(there.state_dict())
+
+
 def test_nothing_is_frozen_if_nothing_is_held(device):
     model = mlp(device=device)
     other = NullSpace(max_rank=2)
