@@ -29,8 +29,8 @@ def check_wrappable(base: Optimizer) -> None:
     """
     if not isinstance(base, Optimizer):
         raise TypeError(
-            f"base must be a torch.optim.Optimizer, found {type(base).__name__}: wrap one, which takes the parameters and "
-            "the learning rate, as in GemsOptimizer(torch.optim.AdamW(model.parameters(), lr=...), ...)"
+            f"base must be a torch.optim.Optimizer, found {type(base).__name__}: wrap one, which takes the parameters "
+            "and the learning rate, as in GemsOptimizer(torch.optim.AdamW(model.parameters(), lr=...), ...)"
         )
     name = type(base).__name__
     if any(group.get("differentiable") for group in base.param_groups):

@@ -1,7 +1,7 @@
 """accelerate: a training loop of one's own on any number of processes.
 
-    python examples/recipes/accelerate_loop.py --out weights.pt
-    accelerate launch --num_processes 2 examples/recipes/accelerate_loop.py --out weights.pt
+    .venv/bin/python examples/recipes/accelerate_loop.py --out weights.pt
+    .venv/bin/accelerate launch --num_processes 2 examples/recipes/accelerate_loop.py --out weights.pt
 
 With ``--state folder`` it writes accelerate's checkpoint after four steps, or goes on from it.
 """

@@ -14,12 +14,17 @@ import os
 # OpenMP's threads would spin while they wait for each other, which on a busy machine takes most of the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import argparse
 import copy
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from examples.recipes.keep_knowledge_options import check_settings, parse, settings_of
+
+if __name__ == "__main__":
+    parse(None, __doc__)  # --help, or a wrong option, needs nothing of what is imported below in many seconds
 
 import torch
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainerState, TrainingArguments
@@ -102,9 +107,11 @@ class Knowledge:
     def of(self, model: Any) -> dict[str, Any]:
         """All of it."""
         like = LanguageModel("", model, self.language_model.tokenizer, False)
-        said = answers(model, self.language_model.tokenizer, self.options.answer_tokens)
+        tokens = self.options.answer_tokens
+        said = answers(model, self.language_model.tokenizer, tokens) if tokens else []
         general = perplexity(like, self.windows, model.device)
-        return {"loss": self.loss(model), "perplexity": general.value, "right": right(said), "answers": said}
+        score = right(said) if said else None
+        return {"loss": self.loss(model), "perplexity": general.value, "right": score, "answers": said}
 
 
 def protect(language_model: LanguageModel, text: str, options: Any) -> NullSpace:
@@ -133,6 +140,7 @@ def train(
     """Train by gems, or by AdamW alone if ``gems`` is None, and measure; from the last checkpoint if there is one."""
     folder = options.out / name
     if (folder / "result.json").is_file():
+        print(f"  {name} is finished: {folder / 'result.json'}")
         return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -168,6 +176,8 @@ def train(
         trainer = GemsTrainer(gems=gems, **made)
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     steps = None if last is None else finished(last, arguments.max_steps, target)
+    if last is not None:
+        print(f"  {name} goes on from {last}" if steps is None else f"  {name} is trained: {last}")
     if last is None or steps is None:
         trainer.train(resume_from_checkpoint=last)
         steps = trainer.state.global_step
@@ -195,16 +205,17 @@ def finished(checkpoint: str, most_steps: int, target: float | None) -> int | No
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, train by gems, train by AdamW to the same loss of the task, and print both."""
-    options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    options = parse(arguments, __doc__)
     if (notice := busy_notice()) is not None:
         print(notice)
+    # What may be mistyped first: the model takes long to load.
+    rows = film_rows() if options.data is None else read_rows(options.data)
+    split(rows, options.held_out)
+    fitted, unseen = load_general_text(options.general_text)
     check_settings(options)
     language_model = load_language_model(options.model)
     model, tokenizer = language_model.model.to(choose_precision(Settings()).device), language_model.tokenizer
-    rows = film_rows() if options.data is None else read_rows(options.data)
     trained, held_out = split(encode(rows, tokenizer, options.length), options.held_out)
-    fitted, unseen = load_general_text(options.general_text)
     knowledge = Knowledge(language_model, unseen, held_out, options)
     print(f"{len(trained)} rows to train on, {len(held_out)} held out; for example: {rows[0]}")
 
@@ -225,7 +236,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "update_proj_gap": options.gap,
         "null_space": null_space,
         "lr_scale": "adamw",  # steps as large as AdamW's at the same rate
-        "capture": "fused",  # small layers too: a batch may hold rows of several tasks
     }
     print(f"gems, {options.steps} steps")
     after = train("gems", model, trained, knowledge, options, options.gems_lr, None, gems)
@@ -236,7 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     (options.out / "result.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if plain["loss"] > after["loss"]:
         print(f"AdamW did not reach the loss of gems within {plain['steps']} steps; raise --most-steps or --lr")
-    print(f"\n{table(found)}\n\n{conversation(found)}\n\nmodel:   {options.out / 'model'}")
+    print(f"\n{table(found)}\n")
+    if options.quick:
+        print("The numbers of a quick run mean nothing: it shows that everything works. Leave out --quick.\n")
+    if options.answer_tokens:
+        print(f"{conversation(found)}\n")
+    print(f"model:   {options.out / 'model'}")
     print(f"numbers: {options.out / 'result.json'}")
     return found
 
@@ -248,7 +263,9 @@ def table(found: dict[str, Any]) -> str:
     cells.append(["task loss on held-out rows", f"{before['loss']:.2f}", *(f"{x['loss']:.2f}" for x in columns)])
     cells.append(["perplexity of general text", *(f"{x['perplexity']:.2f}" for x in (before, *columns))])
     cells.append(["its change", "", *(change(before["perplexity"], x["perplexity"]) for x in columns)])
-    cells.append([f"right word in the answer, of {len(QUESTIONS)}", *(str(x["right"]) for x in (before, *columns))])
+    if before["answers"]:
+        right_words = (str(x["right"]) for x in (before, *columns))
+        cells.append([f"right word in the answer, of {len(QUESTIONS)}", *right_words])
     cells.append(["learning rate", "", *(f"{x['lr']:g}" for x in columns)])
     cells.append(["steps", "0", *(str(x["steps"]) for x in columns)])
     return markdown_table(cells)
@@ -265,61 +282,19 @@ def conversation(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def settings_of(options: Any) -> dict[str, Any]:
-    """What decides the numbers, as plain values."""
-    return {
-        key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if key != "out"
-    }
+def command() -> int:
+    """Run the program.
 
-
-def check_settings(options: Any) -> None:
-    """Refuse a folder in which other settings were used.
-
-    Raises:
-        ValueError: naming them.
+    Returns:
+        its exit code: 0; 2 after an error that the user can mend, which is printed without a traceback.
     """
-    file, own = options.out / "settings.json", settings_of(options)
-    if file.is_file() and (theirs := json.loads(file.read_text(encoding="utf-8"))) != own:
-        changed = [key for key in own if theirs.get(key) != own[key]]
-        raise ValueError(f"{options.out} holds a run with other settings ({', '.join(changed)}); pass another --out")
-    file.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; ``--quick`` makes everything small that was not given."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/keep-knowledge"))
-    parser.add_argument("--data", help="JSON lines; default: film titles and their genres")
-    parser.add_argument("--model", default="smollm2-135m", help="a name, or a folder made by save_pretrained()")
-    parser.add_argument("--general-text", help="file of general English; default: prose out of Python's documentation")
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that everything works")
-    sizes = {
-        "steps": (40, 4, "optimizer steps of gems"),
-        "warmup": (6, 1, "steps in which the rate rises"),
-        "most_steps": (120, 4, "of AdamW, if it does not reach the loss earlier"),
-        "batch_size": (16, 4, "rows of a step"),
-        "length": (128, 64, "most tokens of a row"),
-        "held_out": (120, 8, "rows that are not trained on"),
-        "general_tokens": (8192, 512, "of general text, for the null space"),
-        "perplexity_tokens": (4096, 256, "of other general text, to measure on"),
-        "measure_every": (5, 2, "steps between two measurements of the task's loss"),
-        "save_every": (20, 2, "steps between two checkpoints"),
-        "answer_tokens": (24, 4, "most tokens of an answer"),
-        "rank": (64, 4, "directions that the task may use in each layer at a time"),
-        "gap": (20, 2, "steps between two choices of these directions"),
-    }
-    for name, (default, _, text) in sizes.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{text} (default: {default})")
-    parser.add_argument("--energy", type=float, default=0.97, help="share of general text's activations to protect")
-    parser.add_argument("--lr", type=float, default=2e-4, help="learning rate of AdamW (default: %(default)s)")
-    parser.add_argument("--gems-lr", type=float, default=6e-4, help="of gems (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    for name, (default, quick, _) in sizes.items():
-        if getattr(options, name) is None:
-            setattr(options, name, quick if options.quick else default)
-    return options
+    try:
+        main()
+    except (FloatingPointError, OSError, ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command())

@@ -1,7 +1,7 @@
 """Lightning: manual optimization of two tasks, on any number of processes.
 
-    python examples/recipes/lightning_module.py --out weights.pt
-    python examples/recipes/lightning_module.py --out weights.pt --processes 2
+    .venv/bin/python examples/recipes/lightning_module.py --out weights.pt
+    .venv/bin/python examples/recipes/lightning_module.py --out weights.pt --processes 2
 
 It writes a checkpoint after each epoch of four steps; with ``--resume`` it goes on from the first one.
 """

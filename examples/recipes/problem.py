@@ -51,6 +51,7 @@ class Sentences(Dataset[dict[str, Tensor]]):
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Write the trained weights."""
+    """Write the trained weights, and say where."""
     weights: dict[str, Any] = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     torch.save(weights, path)
+    print(f"wrote {path}")

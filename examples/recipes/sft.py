@@ -1,6 +1,6 @@
 """TRL's SFTTrainer: texts of several tasks, one forward pass a batch.
 
-    python examples/recipes/sft.py --out weights.pt
+    .venv/bin/python examples/recipes/sft.py --out weights.pt
 
 ``packing`` and ``padding_free`` stay off: they join rows of several tasks into one sequence.
 """

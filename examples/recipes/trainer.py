@@ -1,7 +1,7 @@
 """Hugging Face Trainer: batches whose rows belong to several tasks, on any number of processes.
 
-    python examples/recipes/trainer.py --out weights.pt
-    accelerate launch --num_processes 2 examples/recipes/trainer.py --out weights.pt
+    .venv/bin/python examples/recipes/trainer.py --out weights.pt
+    .venv/bin/accelerate launch --num_processes 2 examples/recipes/trainer.py --out weights.pt
 
 It writes checkpoints after four and after eight steps; with ``--resume`` it goes on from the first one.
 """

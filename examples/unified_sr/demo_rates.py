@@ -1,6 +1,6 @@
 """Which rate AdamW has in the demo: by the loss on validation examples; of level rates, the one that forgets least.
 
-    python -m examples.unified_sr.demo_rates
+    .venv/bin/python -m examples.unified_sr.demo_rates
 
 Each trial is the demo's own AdamW run, its data, steps and batches, evaluated on the validation split. The result is
 written to ``results/demo/adamw-rates.json``; finished trials are reused, interrupted ones go on.

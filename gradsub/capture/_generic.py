@@ -181,8 +181,8 @@ class GenericCapture:
             if self._alone is None:
                 raise RuntimeError(
                     f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does "
-                    'not come from the fused capture of one linear layer: pass capture="fused", which takes small layers '
-                    "as well; where the weight is used otherwise, leave it out of target_modules, or use "
+                    'not come from the fused capture of one linear layer: pass capture="fused", which takes small '
+                    "layers as well; where the weight is used otherwise, leave it out of target_modules, or use "
                     "optimizer.task() for each task"
                 )
             task, gradient = self._alone[0], gradient / self._alone[1]

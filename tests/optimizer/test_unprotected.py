@@ -229,9 +229,7 @@ def test_a_checkpoint_in_which_more_was_frozen_says_what_to_freeze():
     with there.task("search"):
         saved(torch.arange(9)).square().mean().backward()
     there.step()
-    with pytest.raises(
-        ValueError, match=r"of 0\.weight lacks .* trains here, and was frozen there.*freeze_unprotected"
-    ):
+    with pytest.raises(ValueError, match=r"of 0\.weight lacks .* and was frozen there .*freeze_unprotected"):
         here.load_state_dict(there.state_dict())
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.recipes import keep_knowledge
-from examples.recipes.keep_knowledge import Knowledge, Watch, main, parse, settings_of, table
+from examples.recipes.keep_knowledge import Knowledge, Watch, command, main, parse, settings_of, table
 from examples.recipes.keep_knowledge_data import IGNORED, QUESTIONS, encode, film_rows, read_rows, right, split
 from examples.recipes.keep_knowledge_page import PAGE, RESULT, filled
 from gradsub import NullSpace
@@ -49,7 +51,8 @@ def test_what_is_protected_stays_and_a_second_call_shows_the_same(
     assert found["gems"]["loss"] < found["before"]["loss"]
     assert found == json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert table(found) in printed
-    assert all(question in printed for question, _ in QUESTIONS)
+    assert "numbers of a quick run mean nothing" in printed
+    assert not any(question in printed for question, _ in QUESTIONS), "a quick run asks none"
 
     before, after = weights(llama_folder), weights(out / "model")
     null_space = NullSpace.load(out / "null_space.safetensors")
@@ -72,14 +75,48 @@ def test_what_is_protected_stays_and_a_second_call_shows_the_same(
         main([*arguments, "--rank", "5"])
 
 
-def test_adamw_stops_at_the_same_loss(llama_folder: str, tmp_path: Path) -> None:
+def test_adamw_stops_at_the_same_loss(llama_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = line(llama_folder, task_file(tmp_path), tmp_path / "out")
-    found = main([*arguments, "--lr", "1e-2", "--most-steps", "40", "--measure-every", "1"])
+    found = main([*arguments, "--lr", "1e-2", "--most-steps", "40", "--measure-every", "1", "--answer-tokens", "2"])
+    assert table(found) in (printed := capsys.readouterr().out)
+    assert all(question in printed for question, _ in QUESTIONS)
     assert found["adamw"]["steps"] < 40
     assert found["adamw"]["loss"] <= found["gems"]["loss"]
 
 
-def test_an_interrupted_recipe_goes_on(llama_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_mistyped_is_said_before_the_model_loads_and_spoils_no_folder(
+    llama_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, data = tmp_path / "out", task_file(tmp_path)
+
+    def said(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["keep_knowledge", *arguments])
+        assert command() == 2
+        written = capsys.readouterr().err
+        assert written.startswith("error: ")
+        assert written.count("\n") == 1
+        return written
+
+    with monkeypatch.context() as without_model:
+        without_model.setattr(keep_knowledge, "load_language_model", None)
+        assert "mien.jsonl" in said(*line(llama_folder, "mien.jsonl", out))
+        assert "none.txt" in said(*line(llama_folder, data, out, "--general-text", "none.txt"))
+    assert "nowhere" in said(*line("nowhere/at/all", data, out))
+    main(line(llama_folder, data, out))
+    capsys.readouterr()
+    assert "other settings (model)" in said(*line("nowhere/at/all", data, out))
+
+
+def test_help_needs_no_torch() -> None:
+    block = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = ['x', '--help']; runpy.run_module("
+    program = [sys.executable, "-c", f"{block}'examples.recipes.keep_knowledge', run_name='__main__')"]
+    shown = subprocess.run(program, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
+    assert "--general-text" in shown
+
+
+def test_an_interrupted_recipe_goes_on(
+    llama_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = task_file(tmp_path)
     whole = main(line(llama_folder, data, tmp_path / "whole"))
     measured = Watch.on_step_end
@@ -105,6 +142,9 @@ def test_an_interrupted_recipe_goes_on(llama_folder: str, tmp_path: Path, monkey
         with pytest.raises(KeyboardInterrupt):
             main(line(llama_folder, data, tmp_path / "broken"))
     found = main(line(llama_folder, data, tmp_path / "broken"))
+    printed = capsys.readouterr().out
+    for name in ("gems", "adamw"):
+        assert printed.count(f"{name} goes on from {tmp_path / 'broken' / name / 'checkpoint-2'}\n") == 1
     assert seen == [1, 2, 3, 3, 4, 1, 2, 3, 4, 3, 4], "no step twice but those behind a checkpoint, and none too many"
     for name in ("before", "gems", "adamw"):
         assert found[name] == whole[name], "bit for bit"
