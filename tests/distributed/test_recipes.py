@@ -29,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings(
 def commands(recipe: str) -> list[list[str]]:
     """The command lines in the recipe's docstring."""
     text = ast.get_docstring(ast.parse((RECIPES / f"{recipe}.py").read_text(encoding="utf-8"))) or ""
-    return [shlex.split(line) for line in text.splitlines() if line.startswith("    ")]
+    lines = [shlex.split(line) for line in text.splitlines() if line.startswith("    ")]
+    return [[Path(program).name, *rest] for program, *rest in lines]
 
 
 def run(command: list[str], folder: Path, *more: str) -> Path:
@@ -85,8 +86,9 @@ def test_two_processes_train_what_one_does(recipe: str, tmp_path: Path, monkeypa
     assert same(again, run(one, tmp_path / "whole"), tolerance=0.0)
 
 
-def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     (command,) = commands("sft")
     trained = torch.load(run(command, tmp_path / "sft"), weights_only=True)
+    assert f"wrote {tmp_path / 'sft' / 'weights.pt'}\n" in capsys.readouterr().out
     assert float((trained["lm_head.weight"] - build_model().state_dict()["lm_head.weight"]).abs().max()) > 1e-3
