@@ -132,6 +132,18 @@ def test_the_report_is_json_a_table_and_has_a_mean(device):
     assert math.isnan(report.cosine("rec", "nobody"))
 
 
+def test_the_table_has_whole_names_of_tasks(device):
+    model = mlp(device=device)
+    names = ("classification_of_items", "classification_of_users")
+    optimizer = gems(model, tasks=names)
+    for task, name in enumerate(names):
+        with optimizer.task(name):
+            loss_of(model, 0, task).backward()
+    optimizer.step()
+    for line in str(optimizer.report()).splitlines()[2:]:
+        assert all(line.count(name) == 3 for name in names), "norm, energy, gate"
+
+
 def strictly(text: str) -> Any:
     """As every other program reads JSON: NaN and Infinity are no part of it."""
 
