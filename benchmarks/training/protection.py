@@ -48,7 +48,7 @@ def fit(model: nn.Module, inputs: Mapping[str, Tensor], side: str, seed: int) ->
             features = features_of(width, _share(group[0]), generator)
             if side == "input":
                 with _each_layer_alone(model, [layers[name] for name in group]):
-                    null_space.collect(model, [features], group)
+                    null_space.collect(model, [features], group, normalize=False)
             else:
                 null_space.update(group[0], features)
         null_space.save(path, statistics=False)

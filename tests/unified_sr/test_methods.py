@@ -125,9 +125,9 @@ def test_what_gems_does_not_decompose_may_be_protected_too(folder: str, request:
         built(folder, "gems-no-null", "train_others=true", "protect_others=true")
 
 
-def test_gems_protects_normalized_features_where_asked(llama_folder: str) -> None:
+def test_gems_protects_normalized_features_unless_told_otherwise(llama_folder: str) -> None:
     shares = []
-    for pairs in ([], ["normalize=true"]):
+    for pairs in ([], ["normalize=false"]):
         _, updater = built(llama_folder, "gems", *pairs)
         optimizer: Any = updater.optimizer
         shares.append([layer.dimension - layer.free for layer in optimizer._stepper.layers.values()])
