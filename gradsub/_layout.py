@@ -1,23 +1,21 @@
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradsub._coverage import Coverage
-from gradsub._effective import is_bias, own_weight
+from gradsub._effective import own_weight
 from gradsub._fit import Fit
-from gradsub._left_out import LeftOut, left_out, smaller_side
+from gradsub._left_out import smaller_side
 from gradsub._placement import Placement
-from gradsub._unprotected import embeds_alone, known_everywhere, uses_of
+from gradsub._unprotected import embeds_alone, uses_of
 from gradsub.capture import can_fuse
-from gradsub.layers import ALL_LINEAR, is_linear, is_transposed, named_layers, named_parameters, select_layers, some
+from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
 from gradsub.subspace import Layer, Protected, Shards, is_distributed, local, shards_of
 
@@ -25,22 +23,6 @@ from gradsub.subspace import Layer, Protected, Shards, is_distributed, local, sh
 # and, since an exact decomposition is cheap as well, at a refresh.
 _NOT_WORTH_FUSING = 1 << 12
 _NOT_WORTH_SKETCHING = 1 << 16
-# How many names a warning lists of what is not protected.
-_NAMED = 12
-_FREE = (
-    "null_space has nothing for {names}, {share} of the trained weights: their updates are not constrained, and what "
-    "it protects elsewhere can be lost through them. Before you build the base optimizer, freeze them with\n"
-    "    {call}\n"
-    "or protect norms and biases with null_space.collect_gradients(model, batches); what is meant to move freely gets "
-    "a group with subspace=False"
-)
-_SAID = {
-    "plain": "{} is protected by null_space but takes the plain inner step, which does not obey it: leave "
-    "subspace=True for it, target it, or freeze it",
-    "no freedom": "null_space protects all {}: it cannot learn",
-    "no direction": "null_space protects no direction of {}: its criterion asks for none, or its features were zero. A "
-    "threshold is in squared units of the features (for vectors, of gradients); energy has no units",
-}
 
 
 @dataclass(frozen=True)
@@ -67,6 +49,11 @@ class Layout:
         refresh: ``"auto"``, ``"sketch"`` or ``"svd"``.
         protection: ``"auto"``, ``"device"`` or ``"host"``: where protected directions lie between refreshes.
         anchor: whether the protected part of each weight is kept, too.
+
+    Attributes:
+        given: whether each of the base optimizer's parameters is in a group with subspace=True.
+        held: the parameters that move inside their null space alone, by what name, and of how many directions (d) how
+            many are protected (k); None if rows of an embedding rest.
     """
 
     def __init__(
@@ -86,7 +73,7 @@ class Layout:
             raise ValueError(
                 f"side={side!r}, but null_space was collected for side={null_space.side!r}: make both the same"
             )
-        self._side = side
+        self.side = side
         self._master_weights = master_weights
         self._capture = capture
         self._refresh = refresh
@@ -94,31 +81,24 @@ class Layout:
         self._placement = Placement(protection)
         self._anchor = anchor
         self._null_space = null_space
-        self._fit = Fit(null_space)
+        self.fit = Fit(null_space)
         self._model = model
-        self._target_modules = target_modules
-        self._targets: dict[Tensor, _Target] | None = None
-        self._computed: list[str] = []
+        self.targets: dict[Tensor, _Target] | None = None
+        self.computed: list[str] = []
         self._aliases: dict[Tensor, list[str]] = defaultdict(list)
-        self._given: dict[Tensor, bool] = {}
-        self._held: set[Tensor] = set()
-        self._reported: set[str] = set()
-        self._left_out: set[str] = set()
-        self._said: dict[str, list[str]] = defaultdict(list)
-        self._names: dict[Tensor, str] = {}
+        self.given: dict[Tensor, bool] = {}
+        self.held: dict[Tensor, tuple[str, int, int] | None] = {}
+        self.names: dict[Tensor, str] = {}
         self._seen: dict[Tensor, tuple[int, ...]] = {}
         self.count = 0
         self._warned: set[str] = set()
         self._shards: Shards | None = None
         self._vectors: set[Tensor] = set()
-        self._uses = {} if model is None else uses_of(model)
-        self._told: set[Tensor] = set()
-        self._stuck: dict[str, bool] = {}
-        self._frozen: list[Tensor] = []
+        self.uses = {} if model is None else uses_of(model)
         if model is not None:
-            self._targets, self._computed = _targets(model, target_modules)
+            self.targets, self.computed = _targets(model, target_modules)
             for name, parameter in named_parameters(model):
-                self._names.setdefault(parameter, name)
+                self.names.setdefault(parameter, name)
             for name, module in named_layers(model):
                 if is_linear(module) and (weight := own_weight(module)) is not None:
                     self._aliases[weight].append(name)
@@ -131,45 +111,38 @@ class Layout:
 
     def name(self, parameter: Tensor) -> str:
         """What reports and errors call a parameter."""
-        return self._names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
+        return self.names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
 
     def add_group(self, group: Mapping[str, Any], position: int) -> list[Layer]:
         """The layers among a parameter group's parameters; the others take the plain inner step."""
         layers: list[Layer] = []
         full_rank: list[str] = []
-        plain: list[str] = []
         for place, parameter in enumerate(group["params"]):
             index, self.count = self.count, self.count + 1
             names = group.get("param_names")
-            self._names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
-            self._given[parameter] = group["subspace"]
+            self.names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
+            self.given[parameter] = group["subspace"]
             self.check_dtype(parameter)
-            protecting = self._protecting(parameter)
+            protecting = self.protecting(parameter)
             too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= smaller_side(parameter)
             if not self._decomposed(parameter, group, bool(protecting)):
-                if group["subspace"] and too_small and self._targets is None:
+                if group["subspace"] and too_small and self.targets is None:
                     full_rank.append(self.name(parameter))
                 if protecting and parameter.ndim == 1:
                     self._add_vector(parameter, protecting)
-                elif protecting:
-                    self._reported.update(protecting)
-                    if parameter.requires_grad:
-                        plain.append(self.name(parameter))
-                        self._told.add(parameter)
-                elif self.resting(parameter) is not None:
-                    self._held.add(parameter)
+                elif not protecting and self.resting(parameter) is not None:
+                    self.held[parameter] = None
                 continue
             if too_small:
                 full_rank.append(self.name(parameter))
             layers.append(self._layer(parameter, group, index, protecting))
         self._warn_full_rank(full_rank, group["rank"])
-        self._said["plain"] += plain
         return layers
 
     def resting(self, parameter: Tensor) -> Tensor | None:
         """Of an embedding of which some rows rest: which ones move (V, of truth values)."""
         rows = {} if self._null_space is None else self._null_space._free_rows
-        uses = self._uses.get(parameter, ())
+        uses = self.uses.get(parameter, ())
         if not rows or parameter.ndim != 2 or not (embeds_alone(uses) or self._model is None):
             return None
         called = [self.name(parameter), *(f"{name}.{use.key}" for use in uses for name in use.names)]
@@ -182,42 +155,40 @@ class Layout:
         return free
 
     def _add_vector(self, parameter: Tensor, protecting: list[str]) -> None:
-        self._reported.update(protecting)
         try:
             shards_of(parameter, self.name(parameter))
         except ValueError as error:
             self._warn("distributed vector", f"{error}. It is not protected; freeze it if it is to stay")
             return
         self._vectors.add(parameter)
-        self._held.add(parameter)
         self._seen[parameter] = self._versions(protecting)
         protected = self.vector(parameter)
         assert protected is not None
-        self._note_extremes(self.name(parameter), *protected.shape)
+        self.held[parameter] = (self.name(parameter), *protected.shape)
 
     def vector(self, parameter: Tensor) -> Tensor | None:
         """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
         if parameter not in self._vectors:
             return None
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return self._protected(self._protecting(parameter), parameter, parameter.numel(), dtype).to(parameter.device)
+        return self._protected(self.protecting(parameter), parameter, parameter.numel(), dtype).to(parameter.device)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
         if not self.may_decompose(parameter, group):
             return False
-        return self._targets is not None or protected or smaller_side(parameter) > group["rank"]
+        return self.targets is not None or protected or smaller_side(parameter) > group["rank"]
 
     def may_decompose(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a parameter is one to decompose, if it is large enough."""
         if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
             return False
-        if self._targets is None:
+        if self.targets is None:
             return self.resting(parameter) is None
-        return parameter in self._targets
+        return parameter in self.targets
 
     def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
-        target = (self._targets or {}).get(parameter)
-        axis = 1 if self._side == "input" else 0
+        target = (self.targets or {}).get(parameter)
+        axis = 1 if self.side == "input" else 0
         if target is not None and target.transposed:
             axis = 1 - axis
         self._check_memory(parameter)
@@ -235,11 +206,9 @@ class Layout:
         if not protecting:
             return layer
         layer.protected = self.keep(self._smaller(protecting, parameter, layer.dimension, layer.dtype), parameter)
-        self._note_extremes(layer.name, layer.dimension, layer.dimension - layer.free)
-        self._stuck[layer.name] = not layer.free
-        self._held.add(parameter)
+        self.held[parameter] = (layer.name, layer.dimension, layer.dimension - layer.free)
         self._seen[layer.parameter] = self._versions(protecting)
-        self._fit.look(layer, protecting)
+        self.fit.look(layer, protecting)
         return layer
 
     def widths(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
@@ -290,7 +259,7 @@ class Layout:
         None where autograd's gradient is taken: without a model, of a small weight, of a sharded one (which the module
         does not have during its forward pass), or of one that something else uses too.
         """
-        target = (self._targets or {}).get(parameter)
+        target = (self.targets or {}).get(parameter)
         if target is None or self._capture == "generic" or is_distributed(parameter):
             return None
         if isinstance(self._model, nn.DataParallel):
@@ -320,7 +289,7 @@ class Layout:
             parameter: a layer's weight, or a vector.
             kept: what was protected before (d x k).
         """
-        names = self._protecting(parameter)
+        names = self.protecting(parameter)
         if self._null_space is None or not names:
             return kept
         self._seen[parameter] = self._versions(names)
@@ -346,22 +315,22 @@ class Layout:
 
     def knows(self, parameter: Tensor) -> bool:
         """Whether the null space has something for a parameter."""
-        return bool(self._protecting(parameter))
+        return bool(self.protecting(parameter))
 
     def reconsider(self, parameter: Tensor) -> None:
         """Directions came from elsewhere: at the next occasion the null space says what it knows beyond them."""
-        if self._protecting(parameter):
+        if self.protecting(parameter):
             self._seen[parameter] = ()
 
     def outdated(self, parameter: Tensor) -> bool:
         """Whether the null space has seen more of a parameter since its directions were last taken."""
-        return parameter in self._seen and self._seen[parameter] != self._versions(self._protecting(parameter))
+        return parameter in self._seen and self._seen[parameter] != self._versions(self.protecting(parameter))
 
     def _versions(self, names: list[str]) -> tuple[int, ...]:
         assert self._null_space is not None
         return tuple(self._null_space.version(name) for name in names)
 
-    def _protecting(self, parameter: Tensor) -> list[str]:
+    def protecting(self, parameter: Tensor) -> list[str]:
         """The names under which the null space knows the parameter."""
         if self._null_space is None:
             return []
@@ -394,7 +363,7 @@ class Layout:
         if directions.shape[0] != dimension:
             raise ValueError(
                 f"null_space has directions of length {directions.shape[0]} for {name!r}, but the weight "
-                f"{tuple(parameter.shape)} has {dimension} on side={self._side!r}: "
+                f"{tuple(parameter.shape)} has {dimension} on side={self.side!r}: "
                 "collect it on this model, for this side"
             )
 
@@ -413,102 +382,10 @@ class Layout:
                 "pass master_weights=True",
             )
 
-    def check(self) -> None:
-        """Say what is not decomposed, and what the null space knows but nothing holds.
-
-        Raises:
-            ValueError: nothing of either can be found among the base optimizer's parameters.
-        """
-        if self._model is not None:
-            self._warn_left_out(self._model)
-        if self._null_space is None:
-            return
-        if not any(self._protecting(p) for p in list(self._names)) and not any(map(self._knows, self._computed)):
-            known = list(self._null_space)[:4]
-            raise ValueError(
-                f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
-                "pass the model= on which it was collected, or build the base optimizer from named_parameters()"
-            )
-        coverage = self._coverage()
-        self._check_adapters(coverage)
-        self._warn_protection()
-        self._fit.say(stacklevel=4)
-        self._warn_loose(self._null_space, coverage)
-        self._warn_free([parameter for parameter in self._given if self._moves_freely(parameter)], stacklevel=4)
-
-    def _knows(self, name: str) -> bool:
-        return self._null_space is not None and name in self._null_space
-
-    def _warn_left_out(self, model: nn.Module) -> None:
-        trained = max(1, sum(p.numel() for p in self._given if p.requires_grad))
-        for parameters, message, _, always in self._find_left_out(model):
-            new = {name: p for name, p in parameters.items() if name not in self._left_out}
-            new = {name: p for name, p in new.items() if always or not self._knows(name)}
-            self._left_out.update(new)
-            if new:
-                share = sum(parameter.numel() for parameter in new.values()) / trained
-                text = message.format(names=some(new, _NAMED), share=f"{share:.0%}")
-                warnings.warn(text, UserWarning, stacklevel=5)
-
-    def _find_left_out(self, model: nn.Module) -> Iterator[LeftOut]:
-        targets = {parameter: target.names[0] for parameter, target in (self._targets or {}).items()}
-        return left_out(model, self._target_modules, self._given, targets, self._computed, self.name)
-
-    def left_out(self) -> dict[str, str]:
-        """By name, what is not decomposed although one might think so: why."""
-        if self._model is None:
-            return {}
-        return {name: each.reason for each in self._find_left_out(self._model) for name in each.parameters}
-
-    def loose(self) -> dict[str, str]:
-        """By name, what the null space knows, but something moves that does not obey it: why."""
-        if self._null_space is None:
-            return {}
-        coverage = self._coverage()
-        reasons = {name: coverage.loose(name, self._side == "input") for name in self._null_space}
-        return {name: reason for name, reason in reasons.items() if reason is not None}
-
-    def why_not_decomposed(self, parameter: Tensor, group: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
-        """Why a parameter of a group is not trained inside subspaces, in a few words.
-
-        Args:
-            parameter: takes the plain inner step.
-            group: its own.
-            left_out: by name, what was found out already.
-        """
-        if not group["subspace"]:
-            return "its group has subspace=False"
-        if parameter.ndim < 2:
-            return "it is a vector"
-        if not parameter.is_floating_point() or not parameter.numel():
-            return "it has no floating-point entries"
-        if self._targets is None:
-            return f"rank={group['rank']} >= min(m, n) = {smaller_side(parameter)}"
-        name = self.name(parameter)
-        return left_out.get(
-            name, left_out.get(name.removesuffix(".weight"), "it is no weight of a layer that target_modules names")
-        )
-
-    def why_not_protected(self, parameter: Tensor) -> str | None:
-        """Why a parameter's updates may go anywhere, in a few words; None if they may not, or nothing is protected."""
-        if self._null_space is None or parameter in self._held or self.resting(parameter) is not None:
-            return None
-        knows = self._protecting(parameter)
-        return (
-            "it takes the plain inner step, which does not obey null_space"
-            if knows
-            else "null_space has nothing for it"
-        )
-
     def protected_share(self, parameter: Tensor) -> float:
         """k / d of a vector that the null space knows."""
         protected = self.vector(parameter)
         return 0.0 if protected is None else protected.shape[1] / protected.shape[0]
-
-    @property
-    def side(self) -> str:
-        """Which side of the weights the bases span."""
-        return self._side
 
     @property
     def protects(self) -> bool:
@@ -520,106 +397,12 @@ class Layout:
         """Whether protected directions lie in the host's memory between refreshes."""
         return self._placement.on_host
 
-    def _coverage(self) -> Coverage:
-        targeted = [*self._computed, *(name for target in (self._targets or {}).values() for name in target.names)]
-        return Coverage(self._model, self._given, self._held, self._names, targeted)
-
-    def _check_adapters(self, coverage: Coverage) -> None:
-        """Raise if no adapter can have any effect: B A x of a frozen layer's x, where B may move along no A x."""
-        if not any(self._stuck.values()):
-            return
-        adapters: dict[str, bool] = {}
-        for name, stuck in self._stuck.items():
-            outer = coverage.adapter(name)
-            if outer is not None:
-                adapters[outer] = adapters.get(outer, False) or stuck
-        if adapters and all(adapters.values()):
-            stuck_layers = [name for name, stuck in self._stuck.items() if stuck]
-            raise ValueError(
-                f"null_space protects all directions of {some(stuck_layers)}, so the adapters of "
-                f"{some(list(adapters))} would never move: general text uses every direction between the factors of so "
-                "small a rank. Train the layers themselves, whose updates are of low rank already (the model before "
-                "get_peft_model, or after merge_and_unload); or raise the adapters' rank, or lower energy"
-            )
-
-    def _warn_loose(self, null_space: NullSpace, coverage: Coverage) -> None:
-        """Name what the null space knows, but something moves that does not obey it."""
-        found: dict[str, list[str]] = defaultdict(list)
-        for name in null_space:
-            reason = None if name in self._reported else coverage.loose(name, self._side == "input")
-            if reason is not None:
-                self._reported.add(name)
-                found[reason].append(name)
-        if found:
-            listed = "; ".join(f"{some(names, _NAMED)}: {reason}" for reason, names in found.items())
-            warnings.warn(
-                f"null_space knows layers that nothing holds in it. {listed}. They are "
-                "not protected: freeze what moves, decompose it, or collect a null space of the model as it is now",
-                UserWarning,
-                stacklevel=5,
-            )
-
-    def _moves_freely(self, parameter: Tensor) -> bool:
-        """Whether nothing holds a parameter of the base optimizer, nobody has said so yet, and that is not meant."""
-        if parameter in self._told or not self._given[parameter] or not parameter.numel():
-            return False
-        if parameter in self._held:
-            uses = self._uses.get(parameter, ())
-            return parameter.ndim > 1 and not embeds_alone(uses) and not known_everywhere(uses, self._knows)
-        name = self.name(parameter)
-        if not parameter.requires_grad:
-            return True  # of which nobody speaks before it trains
-        if name in self._left_out:
-            return False
-        above = [name[: dot.start()] for dot in re.finditer(r"\.", name)]
-        # Of these it is told why nothing holds the layer; biases are not looked at there.
-        return not any(self._knows(layer) and not is_bias(name[len(layer) + 1 :]) for layer in above)
-
-    def _warn_free(self, free: list[Tensor], stacklevel: int) -> None:
-        """Name what trains and is not held, with its share; what is frozen now is remembered."""
-        self._frozen += [parameter for parameter in free if not parameter.requires_grad]
-        training = [parameter for parameter in free if parameter.requires_grad]
-        self._told.update(free)
-        plain = [parameter for parameter in training if parameter not in self._held and self.knows(parameter)]
-        if plain:
-            names = some([self.name(parameter) for parameter in plain], _NAMED)
-            warnings.warn(_SAID["plain"].format(names), UserWarning, stacklevel=stacklevel + 1)
-        training = [parameter for parameter in training if all(parameter is not other for other in plain)]
-        if not training:
-            return
-        trained = sum(parameter.numel() for parameter in self._given if parameter.requires_grad)
-        share = sum(parameter.numel() for parameter in training) / trained
-        more = "" if self._target_modules == ALL_LINEAR else f", {self._target_modules!r}"
-        call = f"gradsub.freeze_unprotected(model, null_space{more})"
-        names = some([self.name(parameter) for parameter in training], _NAMED)
-        message = _FREE.format(names=names, share=f"{share:.1%}", call=call)
-        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)
-
-    def check_unfrozen(self) -> None:
-        """Before a step: name what was frozen when it was looked at, trains by now, and is not held."""
-        if any(parameter.requires_grad for parameter in self._frozen):
-            frozen, self._frozen = self._frozen, []
-            self._warn_free(frozen, stacklevel=5)
-
-    def _note_extremes(self, name: str, dimension: int, count: int) -> None:
-        if count >= dimension:
-            self._said["no freedom"].append(f"{dimension} directions of {name}")
-        if not count:
-            self._said["no direction"].append(name)
-
-    def _warn_protection(self) -> None:
-        """Name all layers since the last call whose protection is not what one might think."""
-        for kind, names in self._said.items():
-            if names:
-                warnings.warn(_SAID[kind].format(some(names, _NAMED)), UserWarning, stacklevel=5)
-        self._said.clear()
-
     def _warn_full_rank(self, names: list[str], rank: int) -> None:
         if not names:
             return
         what = (
             "they get a basis of min(m, n) columns, as many as a gradient can have directions, so nothing is saved"
-            if self._targets is not None or self._null_space is not None
+            if self.targets is not None or self._null_space is not None
             else "they are not decomposed and take the plain inner step"
         )
         self._warn("full rank", f"rank={rank} >= min(m, n) for {some(names)}: {what}; lower rank to change that")

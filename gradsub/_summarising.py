@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gradsub._layout import Layout
+from gradsub._said import Said
 from gradsub.memory import layer_bytes
 from gradsub.subspace import Layer, local
 from gradsub.summary import ParameterSummary, Summary
@@ -19,6 +20,7 @@ _PROTECTION = (PROTECTED, FREE, ANCHOR)
 def summarise(
     tasks: Sequence[str],
     layout: Layout,
+    said: Said,
     groups: Sequence[Mapping[str, Any]],
     layers: Mapping[Tensor, Layer],
     state: MutableMapping[Tensor, Any],
@@ -27,13 +29,14 @@ def summarise(
 
     Args:
         tasks: their names.
-        layout: knows what is decomposed and protected, and why not.
+        layout: knows what is decomposed and protected.
+        said: knows why something is not.
         groups: the parameter groups.
         layers: by weight.
         state: of the parameters.
     """
     found, shared = [], {}
-    left_out, loose = layout.left_out(), layout.loose()
+    left_out, loose = said.left_out(), said.loose()
     for group in groups:
         for parameter in group["params"]:
             held, layer = state.get(parameter, {}), layers.get(parameter)
@@ -42,11 +45,11 @@ def summarise(
             shared.update({tensor.untyped_storage().data_ptr(): _bytes(tensor) for tensor in kept})
             host = sum(map(_bytes, kept))
             total = sum(_bytes(value) for value in held.values() if isinstance(value, Tensor))
-            free = layout.why_not_protected(parameter)
+            free = said.why_not_protected(parameter)
             name = layout.name(parameter) if layer is None else layer.name
             free = loose.pop(name, free)
             if layer is None:
-                why = layout.why_not_decomposed(parameter, group, left_out)
+                why = said.why_not_decomposed(parameter, group, left_out)
                 frozen = not parameter.requires_grad
                 found.append(
                     ParameterSummary(

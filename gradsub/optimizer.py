@@ -24,6 +24,7 @@ from gradsub._loading import StateDictReader
 from gradsub._lr_scale import asks
 from gradsub._probe import PLAIN, Probes, Traits
 from gradsub._reporting import LastKnown, Measurements, make_report
+from gradsub._said import Said
 from gradsub._state import group_parameters, show_shards
 from gradsub._stateful import Stateful
 from gradsub._step import Stepper
@@ -235,6 +236,7 @@ class GemsOptimizer(Optimizer):
             protection,
             anchor,
         )
+        self._said = Said(self._layout, null_space, model, target_modules)
         self._stepper = Stepper(
             self.tasks,
             self._layout,
@@ -257,7 +259,7 @@ class GemsOptimizer(Optimizer):
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
         self._check_group_count(base, probes, [layers for layers, _ in found])
-        self._layout.check()
+        self._said.check()
         # Nothing can be refused any more: only now is the base optimizer taken over, with the very dictionaries that
         # others may hold.
         for own_group, theirs in zip(self.param_groups, base.param_groups, strict=True):
@@ -434,7 +436,7 @@ class GemsOptimizer(Optimizer):
         """
         self._intake.check_closed("step()")
         self._check_unedited()
-        self._layout.check_unfrozen()
+        self._said.check_unfrozen()
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -629,7 +631,7 @@ class GemsOptimizer(Optimizer):
         count = self._layout.count
         try:
             found = self._lay_out(self._inner.base, self._inner.probes, group, len(self.param_groups) - 1)
-            self._layout.check()
+            self._said.check()
         except Exception:
             self.param_groups.pop()
             self._layout.count = count  # which seeds what is random in a layer
@@ -886,7 +888,7 @@ class GemsOptimizer(Optimizer):
             >>> summary.not_decomposed
             {'bias': 'it is a vector'}
         """
-        return summarise(self.tasks, self._layout, self.param_groups, self._stepper.layers, self.state)
+        return summarise(self.tasks, self._layout, self._said, self.param_groups, self._stepper.layers, self.state)
 
     def close(self) -> None:
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
@@ -909,6 +911,7 @@ _OWN_ATTRIBUTES = frozenset(
         "tasks",
         "_nonfinite",
         "_layout",
+        "_said",
         "_exchange",
         "_intake",
         "_skipped",
