@@ -104,6 +104,13 @@ def _orthonormalize_unchecked(
         return Q if K is None else independent_qr(_project_out(K, Q))
 
 
+def complement_of(basis: Tensor) -> Tensor:
+    """Orthonormal columns (d x (d - k)) that span what orthonormal columns (d x k) leave."""
+    with full_precision(basis.device):
+        Q: Tensor = torch.linalg.qr(basis, mode="complete").Q
+        return Q[:, basis.shape[1] :].contiguous()
+
+
 def _project_out(K: Outside | None, X: Tensor) -> Tensor:
     """(I - K K^T) X. Twice: after the first pass the rounding error is relative to X, not to what is left of it."""
     if K is None:

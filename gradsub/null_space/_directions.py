@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsub.linalg._arithmetic import full_precision
-from gradsub.null_space._protection import Protection, complement_of
+from gradsub.linalg._orthonormal import complement_of
+from gradsub.null_space._protection import Protection
 from gradsub.null_space._statistics import Spectrum, Statistics
 
 _LOOSE = 5e-5  # for sums of standard normal numbers that orthonormal columns leave as they are; rounding is below 3e-6

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsub.linalg._arithmetic import full_precision
+from gradsub.linalg._orthonormal import complement_of
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._statistics import Spectrum, Statistics
 
@@ -89,13 +90,6 @@ def protect(statistics: Statistics, criterion: Criterion) -> tuple[Protection, S
 def leading(spectrum: Spectrum, count: int) -> Tensor:
     """The first ``count`` eigenvectors, strongest first."""
     return _polished(spectrum.vectors[:, :count])
-
-
-def complement_of(basis: Tensor) -> Tensor:
-    """Orthonormal columns (d x (d - k)) that span the complement of orthonormal columns (d x k)."""
-    with full_precision(basis.device):
-        whole: Tensor = torch.linalg.qr(basis, mode="complete").Q
-        return whole[:, basis.shape[1] :].contiguous()
 
 
 def _too_weak(spectrum: Spectrum, count: int) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsub.linalg._arithmetic import full_precision
+from gradsub.linalg._orthonormal import complement_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +47,6 @@ class Protected:
         if 2 * count <= dimension + self.complement:
             return self
         return Protected(complement_of(self.directions), not self.complement)
-
-
-def complement_of(basis: Tensor) -> Tensor:
-    """Orthonormal columns (d x (d - k)) that span what orthonormal columns (d x k) leave."""
-    with full_precision(basis.device):
-        Q: Tensor = torch.linalg.qr(basis, mode="complete").Q
-        return Q[:, basis.shape[1] :].contiguous()
 
 
 def side_by_side(several: Sequence[Protected | None], like: Tensor) -> Protected | None:
