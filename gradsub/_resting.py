@@ -50,4 +50,4 @@ class RestingRows:
                 free, here = self._free[embedding], local(embedding)
                 if free.device != here.device:
                     free = self._free[embedding] = free.to(here.device)
-                here.copy_(torch.where(free, here, old))
+                torch.where(free, here, old, out=here)
