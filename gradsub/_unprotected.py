@@ -61,8 +61,8 @@ def freeze_unprotected(
     What stays trainable is what `GemsOptimizer` moves inside of its null space alone: weights of targeted linear layers
     that the null space knows, in each place where they are used, and the norm weights and biases of
     `NullSpace.collect_gradients`. Embeddings, other norms and biases, output heads, adapters, convolutions and layers
-    that were not collected are frozen. So is an embedding whose weight the output head shares. Call it before the base
-    optimizer is built, and again in a resumed run: checkpoints hold no ``requires_grad``.
+    that were not collected are frozen. So is an embedding whose weight the output head shares. Call it before
+    `GemsOptimizer` wraps the base optimizer, and again in a resumed run: checkpoints hold no ``requires_grad``.
 
     Args:
         model: the model to train; ``requires_grad`` is set to False, and ``.grad`` to None, of what is frozen.
