@@ -78,9 +78,7 @@ class Stepper:
         self.blocks: list[Block] = []
         self.plain: list[Tensor] = []
         self._fused: set[Tensor] = set()
-        self._warned = False
-        self._missed = False
-        self._unweighted = False
+        self._said: set[str] = set()
         self._as_stacks: list[bool] = []
         self.state: State = {}
         self.vectors = ProtectedVectors()
@@ -406,20 +404,19 @@ class Stepper:
 
     def _say_unseen(self, tasks: Sequence[int]) -> None:
         """Warn once of tasks whose loss the gate would have wanted."""
-        if not self._missed:
-            self._missed = True
-            warnings.warn(
-                f"the gate reads losses, and none was seen of {[self._tasks[task] for task in tasks]}: only a call of "
-                "backward() on the scalar loss itself tells it; pass task(name, loss=loss), or a gate that needs none, "
-                "such as gate='uniform'",
-                stacklevel=9,
-            )
+        self._say(
+            "unseen",
+            f"the gate reads losses, and none was seen of {[self._tasks[task] for task in tasks]}: only a call of "
+            "backward() on the scalar loss itself tells it; pass task(name, loss=loss), or a gate that needs none, "
+            "such as gate='uniform'",
+            stacklevel=9,
+        )
 
     def _say_unweighted(self, tasks: Sequence[int]) -> None:
         """Warn once of tasks whose loss the surgery would have wanted."""
-        if tasks and not self._unweighted:
-            self._unweighted = True
-            warnings.warn(
+        if tasks:
+            self._say(
+                "unweighted",
                 f"surgery={type(self._surgery).__name__} reads losses, and none was seen of "
                 f"{[self._tasks[task] for task in tasks]}: their weight is 1. Only a call of backward() on the scalar "
                 "loss itself tells it, or rows.loss(losses) inside of mixed(); pass task(name, loss=loss), or a "
@@ -429,14 +426,19 @@ class Stepper:
 
     def _say_kept(self, names: Collection[str]) -> None:
         """Warn once of what the base optimizer keeps and no rotation reaches."""
-        if names and self.moments == "rotate" and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if names and self.moments == "rotate":
+            self._say(
+                "kept",
                 f"moments='rotate' leaves {sorted(names)} of base={type(self._inner.base).__name__} as they are when a "
                 "basis changes: they are no moments of the gradients, or no floating-point numbers; pass "
                 "moments='keep' or 'reset' for all of the state to be treated alike",
                 stacklevel=6,
             )
+
+    def _say(self, kind: str, message: str, stacklevel: int) -> None:
+        if kind not in self._said:
+            self._said.add(kind)
+            warnings.warn(message, stacklevel=stacklevel + 1)
 
     def _operate(
         self,
