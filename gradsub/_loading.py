@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsub import _settings as settings
+from gradsub._converting import ANYTHING, check_usual, convert, count_of, described, is_finite
 from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
@@ -20,9 +20,7 @@ from gradsub.subspace import (
     Layer,
     Protected,
     SubspaceBank,
-    check_steps_taken,
     is_distributed,
-    local,
     orthonormality,
 )
 from gradsub.update import ANCHOR, FREE, PENDING_DECAY, PROTECTED, protected_in
@@ -221,7 +219,7 @@ class StateDictReader:
             whole = isinstance(given_as, Tensor) and not given_as.is_floating_point()
             if whole or not 0 <= float(share) <= 1:
                 raise ValueError(
-                    f"state_dict: {PENDING_DECAY!r} of {name} is {_described(given_as)}: it must be a share from 0 to 1"
+                    f"state_dict: {PENDING_DECAY!r} of {name} is {described(given_as)}: it must be a share from 0 to 1"
                 )
         found.update(self._protection(name, layer, parameter, theirs))
         if layer is not None and layer.sketched:
@@ -248,7 +246,7 @@ class StateDictReader:
         dimension = layer.dimension if layer is not None else parameter.numel()
         if not isinstance(K, Tensor) or K.ndim != 2 or K.shape[0] != dimension or K.shape[1] > dimension:
             raise ValueError(
-                f"state_dict: {key!r} of {name} is {_described(K)}, expected at most {dimension} directions of "
+                f"state_dict: {key!r} of {name} is {described(K)}, expected at most {dimension} directions of "
                 f"length {dimension}"
             )
         dtype = torch.promote_types(parameter.dtype, torch.float32)
@@ -309,9 +307,9 @@ class StateDictReader:
             for key in mine:
                 seen, what = usual.get(key.removeprefix(start)), f"{key!r} of {name}"
                 found[key] = convert(
-                    what, theirs[key], expected.get(key, _ANYTHING), parameter, device, finite=_finite(seen)
+                    what, theirs[key], expected.get(key, ANYTHING), parameter, device, finite=is_finite(seen)
                 )
-                _check_usual(f"state_dict: {what}", found[key], seen)
+                check_usual(f"state_dict: {what}", found[key], seen)
         if left:
             raise ValueError(
                 f"state_dict: the base optimizer's state of {name} {_difference(set(), left)}: use the same tasks and "
@@ -343,26 +341,10 @@ class StateDictReader:
         for prefix in self._proxies(layer.parameter):
             key = f"{INNER}{prefix}step"
             value = found.get(key)
-            if isinstance(value, (Tensor, float, int)) and _numbers(value) == 1 and float(value) > taken + 1:
+            if isinstance(value, (Tensor, float, int)) and count_of(value) == 1 and float(value) > taken + 1:
                 raise ValueError(
                     f"state_dict: {key!r} of {name} is {float(value):g}, but the layer took {taken:g} steps"
                 )
-
-
-_ANYTHING = object()
-
-
-def _check_usual(what: str, value: Any, seen: Any) -> None:
-    """Raise if a value is what the base optimizer never makes: where steps in both directions left nothing negative
-    (a second moment, a count), it makes nothing negative.
-    """
-    if not isinstance(seen, (Tensor, float, int)) or not isinstance(value, (Tensor, float, int)):
-        return
-    least, most = _range(seen)
-    if least >= 0 and most > 0 and _range(value)[0] < 0:
-        raise ValueError(f"{what} has negative entries, which the base optimizer never makes: it is damaged")
-    if least == most == Inner.TRIAL_STEPS and _numbers(value) == 1:
-        check_steps_taken(what, value)
 
 
 def check_structure(saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -401,7 +383,7 @@ def check_structure(saved: Any, groups: Sequence[Mapping[str, Any]]) -> list[Any
                 "keys of 'state' are the numbers in 'params' (JSON makes strings of them)"
             )
         if not isinstance(held, Mapping):
-            raise ValueError(f"state_dict: the state of parameter {index!r} is {_described(held)}, expected a dict")
+            raise ValueError(f"state_dict: the state of parameter {index!r} is {described(held)}, expected a dict")
     return order
 
 
@@ -419,99 +401,8 @@ def _check_option(what: str, there: Any, here: Any) -> None:
         fits = fits and len(there) == len(here)
     if not fits:
         raise ValueError(f"state_dict: {what} is {here!r} here: that is another kind of value")
-    if not _finite(there) and _finite(here):
+    if not is_finite(there) and is_finite(here):
         raise ValueError(f"state_dict: {what} is not finite")
-
-
-def _finite(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_finite, value))
-    if isinstance(value, Tensor):
-        return bool(local(value).isfinite().all())
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def convert(
-    what: str,
-    value: Any,
-    like: Any,
-    parameter: Tensor,
-    device: torch.device | None = None,
-    finite: bool = True,
-) -> Any:
-    """A copy of a saved value as it is used here: its dtype, device and memory format are those of ``like``.
-
-    Args:
-        what: names it in errors.
-        value: from a state dict.
-        like: what stands in its place here, or would; a number for a tensor and the reverse are converted.
-        parameter: whose state it is.
-        device: where numbers go, if not where ``like`` is.
-        finite: whether NaN and Inf are refused.
-
-    Raises:
-        ValueError: it is of another kind or shape, not finite, or cannot be had in that dtype.
-    """
-    if like is _ANYTHING:
-        if isinstance(value, Tensor):
-            like = value if value.device.type == "meta" else value.detach().to(parameter.device)
-        else:
-            like = value
-    if isinstance(like, Tensor):
-        return _tensor(what, value, like, device, finite)
-    if isinstance(like, (int, float)) and not isinstance(like, bool):
-        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ValueError(f"state_dict: {what} is {_described(value)}, expected a number")
-        if finite and not math.isfinite(value):
-            raise ValueError(f"state_dict: {what} is {value}: the checkpoint is damaged, or its run had diverged")
-        return value
-    if type(value) is not type(like):
-        raise ValueError(f"state_dict: {what} is {_described(value)}, expected {_described(like)}")
-    return copy.deepcopy(value)
-
-
-def _tensor(what: str, value: Any, like: Tensor, device: torch.device | None, finite: bool) -> Tensor:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and like.ndim == 0:
-        value = torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64, device="cpu")
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type == "meta":
-        raise ValueError(f"state_dict: {what} is {_described(value)}, expected a tensor of shape {tuple(like.shape)}")
-    if value.shape != like.shape:
-        raise ValueError(
-            f"state_dict: {what} has shape {tuple(value.shape)} there and {tuple(like.shape)} here: use the same "
-            "tasks, rank, task_rank, side and null space"
-        )
-    counts = like.ndim == 0 or not like.is_floating_point()
-    fits = value.dtype == like.dtype or (
-        not value.is_complex() and value.dtype != torch.bool and like.dtype != torch.bool
-    )
-    if not fits or not (counts or value.is_floating_point()):
-        raise ValueError(f"state_dict: {what} has dtype {value.dtype} there and {like.dtype} here")
-    value = value.detach()
-    # As an empty copy, so that it lies in memory like its parameter: fused optimizers read both side by side.
-    where = device if device is not None and like.ndim == 0 else like.device
-    found = torch.empty_like(like, device=where, requires_grad=False).copy_(value)
-    here = local(found)
-    if finite and not bool(here.isfinite().all()):
-        raise ValueError(f"state_dict: {what} holds NaN or Inf: the checkpoint is damaged, or its run had diverged")
-    if value.is_floating_point() and not like.is_floating_point() and not bool((value.cpu() == here.cpu()).all()):
-        raise ValueError(f"state_dict: {what} has values that are no {like.dtype}")
-    return found
-
-
-def _numbers(value: Tensor | float) -> int:
-    return value.numel() if isinstance(value, Tensor) else 1
-
-
-def _range(value: Tensor | float) -> tuple[float, float]:
-    """The smallest and the largest entry; NaN where there is none."""
-    if not isinstance(value, Tensor):
-        return float(value), float(value)
-    here = local(value)
-    if not here.numel() or here.is_complex() or here.dtype == torch.bool:
-        return math.nan, math.nan
-    return float(here.min()), float(here.max())
 
 
 def _overlap(protected: Protected, basis: Tensor) -> float:
@@ -522,13 +413,3 @@ def _overlap(protected: Protected, basis: Tensor) -> float:
 def _difference(missing: set[str] | frozenset[str], extra: set[str]) -> str:
     parts = [f"{verb} {sorted(keys)}" for verb, keys in (("lacks", missing), ("has in addition", extra)) if keys]
     return " and ".join(parts)
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)} ({value.layout}, {value.device})"
-    return (
-        f"{value!r} ({type(value).__name__})"
-        if value is None or isinstance(value, (int, str))
-        else f"a {type(value).__name__}"
-    )
