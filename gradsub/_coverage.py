@@ -73,7 +73,7 @@ class Coverage:
             return f"what it computes depends on {' and '.join(list(others)[:3])}"
         if weight is None or not is_linear(module):
             return None
-        if weight in self._held and not _carries(module, input_side):
+        if weight in self._held and weight.requires_grad and not _carries(module, input_side):
             return f"the forward pass of {type(module).__name__} computes with something else than its weight"
         return self._added(name, module, input_side)
 

@@ -57,6 +57,20 @@ def test_one_layer_that_differs_is_named_alone(device):
     assert ", of 2 by 26%. " in said  # of the larger one
 
 
+def test_what_was_said_is_not_said_again_when_a_group_is_added(device):
+    model = mlp((20, 24, 18), bias=False, device=device)
+    null_space = null_space_of(model)
+    for layer in (model[0], model[2]):
+        layer.weight.data *= 1.35
+    model[2].weight.requires_grad_(False)
+    base = torch.optim.SGD([model[0].weight], lr=0.1)
+    with pytest.warns(UserWarning, match=r", of 0 by 26%\. "):
+        optimizer = GemsOptimizer(base, rank=2, model=model, null_space=null_space)
+    model[2].weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r", of 2 by 26%\. "):
+        optimizer.add_param_group({"params": [model[2].weight]})
+
+
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_what_trained_since_in_the_null_space_is_the_same_as_far_as_it_matters(device, side):
     """As a resumed run finds it, whose weights are no longer what they were collected on."""

@@ -215,6 +215,23 @@ def test_parametrized_layers_are_frozen(device):
     assert wrapped(model, null_space)[1] == []
 
 
+class Ternary(nn.Linear):
+    """Its weight trains, and its forward pass computes with another one."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return nn.functional.linear(features, self.weight + (self.weight.sign() - self.weight).detach())
+
+
+def test_layers_that_compute_with_something_else_than_their_weight_are_frozen(device):
+    model = mlp((12, 16, 8), bias=False, device=device)
+    null_space = NullSpace(max_rank=3).collect(model, [noise(40, 12, like=model[0].weight)])
+    ternary = Ternary(16, 8, bias=False, device=device)
+    ternary.weight = model[2].weight
+    model[2] = ternary
+    assert freeze_unprotected(model, null_space) == ["2.weight"]
+    assert wrapped(model, null_space)[1] == []
+
+
 def test_without_a_null_space_it_says_how_to_get_one():
     model = mlp()
     with pytest.raises(TypeError, match=r"found NoneType: collect one with NullSpace\(\.\.\.\)\.collect"):
