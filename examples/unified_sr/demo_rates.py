@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,21 @@ def trials(config: Path, out: Path, rates: tuple[float, ...] = RATES, pairs: tup
         losses[f"{rate:g}"] = folder.read_json("run.json")["evaluated_loss"]
         perplexity[f"{rate:g}"] = folder.read_json("metrics.json")["final"]["general"]["perplexity"]
         environment = folder.read_json(ENVIRONMENT)
+    kept = {key: environment[key] for key in ("cores", "device", "precision", "git")}
+    best = choose(losses, perplexity)
+    return {"validation_loss": losses, "perplexity": perplexity, "lr": float(best), "environment": kept}
+
+
+def choose(losses: Mapping[str, Mapping[str, float]], perplexity: Mapping[str, float]) -> str:
+    """The rate with the least loss over all tasks; of those that are level with it, the one that forgets least.
+
+    Args:
+        losses: rate -> task -> loss.
+        perplexity: rate -> that of general text.
+    """
     totals = {rate: math.fsum(loss.values()) for rate, loss in losses.items()}
     level = [rate for rate, total in totals.items() if total <= (1 + LEVEL) * min(totals.values())]
-    best = min(level, key=perplexity.__getitem__)
-    kept = {key: environment[key] for key in ("cores", "device", "precision", "git")}
-    return {"validation_loss": losses, "perplexity": perplexity, "lr": float(best), "environment": kept}
+    return min(level, key=perplexity.__getitem__)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from examples.unified_sr import busy
 from examples.unified_sr.busy import busy_notice, cores
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import beside, read_yaml
-from examples.unified_sr.demo_rates import LEVEL, trials
+from examples.unified_sr.demo_rates import choose, trials
 from examples.unified_sr.estimates import TimeNotice
 from examples.unified_sr.training import History
 
@@ -125,10 +125,14 @@ def test_the_demos_rate_is_what_the_named_trials_chose() -> None:
     assert named is not None
     chosen = json.loads((ROOT / "examples/unified_sr" / named[1]).read_text(encoding="utf-8"))
     assert settings.lr == chosen["lr"]
-    totals = {float(rate): sum(loss.values()) for rate, loss in chosen["validation_loss"].items()}
-    forgotten = {float(rate): perplexity for rate, perplexity in chosen["perplexity"].items()}
-    level = [rate for rate, total in totals.items() if total <= (1 + LEVEL) * min(totals.values())]
-    assert settings.lr == min(level, key=forgotten.__getitem__)
+    assert settings.lr == float(choose(chosen["validation_loss"], chosen["perplexity"]))
+
+
+@pytest.mark.parametrize(("loss", "chosen"), [(2.0, "2e-4"), (2.001, "2e-4"), (2.01, "1e-4")])
+def test_of_level_rates_the_one_that_forgets_least_is_chosen(loss: float, chosen: str) -> None:
+    losses = {"1e-4": {"search": 1.0, "rec": 1.0}, "2e-4": {"search": loss - 1.5, "rec": 1.5}}
+    assert choose(losses, {"1e-4": 30.0, "2e-4": 20.0}) == chosen
+    assert choose(losses, {"1e-4": 20.0, "2e-4": 30.0}) == "1e-4"
 
 
 def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
