@@ -53,6 +53,7 @@ def test_the_demo_compares_with_adamw(
         for method, folder in {"gems": ".", "adamw": "adamw"}.items()
     }
     assert found["gems"]["zero_shot"] == found["adamw"]["zero_shot"], "measured once"
+    assert printed.count("zero-shot: as measured in") == 1
     for column, metrics in {
         1: found["gems"]["zero_shot"],
         2: found["adamw"]["final"],
