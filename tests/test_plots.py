@@ -127,3 +127,9 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"gradsub.plots needs matplotlib: pip install 'gradsub\[plots\]'"):
         gates(History())
+
+
+def test_a_step_may_have_another_number_than_its_report():
+    history, optimizer = trained(1)
+    history.add(optimizer.report(angles=False), step=9)
+    assert [step for step, _ in history] == [1, 9]

@@ -121,6 +121,9 @@ def test_every_parameter_has_its_place_and_its_reasons(device):
     assert set(decomposed) == {"linear", "frozen"}
     assert decomposed["linear"].ranks == (4, 2, 2)
     assert decomposed["linear"].protected_fraction == pytest.approx(3 / 24)
+    sizes = {name: layer.numel for name, layer in decomposed.items()}
+    shares = sum(layer.protected_fraction * sizes[name] for name, layer in decomposed.items())
+    assert summary.protected_fraction == pytest.approx(shares / sum(sizes.values()))
     assert decomposed["linear"].not_protected is None
     assert decomposed["frozen"].capture == "none"
     assert decomposed["frozen"].transient == 0

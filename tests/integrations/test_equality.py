@@ -38,6 +38,18 @@ def test_max_grad_norm_clips_what_was_captured(parts: int, tmp_path: Path) -> No
     assert min(norms) > 0.3  # those before clipping
 
 
+def test_max_grad_norm_clips_gradients_of_no_task(tmp_path: Path) -> None:
+    """With SGD nothing moves by more than the rate times the bound."""
+    moved = {}
+    for bound in (0.0, 0.05):
+        options = arguments(tmp_path, max_grad_norm=bound, optim="sgd", learning_rate=0.1, max_steps=1, warmup_steps=0)
+        trainer = Remembering(build_model(), options, train_dataset=Ragged(), gems={"tasks": (), "rank": 8})
+        trainer.train()
+        pairs = zip(trainer.model.parameters(), build_model().parameters(), strict=True)
+        moved[bound] = sum(float((a - b).detach().square().sum()) for a, b in pairs) ** 0.5
+    assert 0 < moved[0.05] <= 0.1 * 0.05 * (1 + 1e-5) < moved[0.0]
+
+
 def test_the_gate_knows_the_tasks_losses(tmp_path: Path) -> None:
     """The heuristic gate weighs them: without them it is another one."""
     trainers = []
