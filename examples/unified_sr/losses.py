@@ -1,77 +1,66 @@
-"""A task's loss in a step, cut into micro-batches where the whole batch does not fit into memory."""
+"""The tasks' losses of a step, one forward pass after the other."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .data import Example
-from .model import Batch, Collator, PromptBuilder, Ranker
+from .model import Batch, Ranker
 from .precision import Precision
 
 
-def micro_batches(
-    examples: Sequence[Example], count: int, prompts: PromptBuilder, collate: Collator
-) -> tuple[Batch, ...]:
-    """Cut a batch into parts whose sizes differ by one at most, each padded by itself.
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass and the tasks' losses that come out of it.
 
     Args:
-        examples: of one task.
-        count: the number of parts.
-        prompts: turns examples into tokens.
-        collate: pads them.
-
-    Raises:
-        ValueError: if there are fewer examples than parts.
+        samples: task -> how many targets it has in this pass.
+        compute: runs the forward pass and returns each task's mean loss over these, with its graph.
     """
-    if not 1 <= count <= len(examples):
-        raise ValueError(
-            f"accumulation must lie between 1 and batch_size, got accumulation={count} for {len(examples)} examples"
-        )
-    limits = [part * len(examples) // count for part in range(count + 1)]
-    parts = [examples[start:end] for start, end in itertools.pairwise(limits)]
-    return tuple(collate([prompts(row) for row in part], [row.target for row in part]) for part in parts)
+
+    samples: Mapping[str, int]
+    compute: Callable[[], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class TaskLoss:
-    """The mean loss of a task's batch, one part after the other.
+def passes_of(ranker: Ranker, batches: Sequence[Batch], precision: Precision) -> list[Pass]:
+    """Return the passes of a step.
 
-    Whoever runs the backward pass of each part before taking the next one has the activations of one part in memory at
-    a time, and in the end the gradient of the whole batch.
+    Whoever runs the backward passes of each before computing the next one has the activations of one batch in memory at
+    a time, and in the end the gradient of all of them.
 
     Args:
         ranker: the model.
-        task: its name, for errors.
-        parts: of ``micro_batches``.
+        batches: of the step.
         precision: of the forward passes.
     """
+    return [Pass(batch.samples, _Losses(ranker, batch, precision)) for batch in batches if batch.tasks]
 
+
+def total_samples(passes: Sequence[Pass]) -> dict[str, int]:
+    """Return how many targets each task has in all passes together."""
+    total: Counter[str] = Counter()
+    for each in passes:
+        total.update(each.samples)
+    return dict(total)
+
+
+@dataclass(frozen=True)
+class _Losses:
     ranker: Ranker
-    task: str
-    parts: tuple[Batch, ...]
+    batch: Batch
     precision: Precision
 
-    def __iter__(self) -> Iterator[Tensor]:
-        """Yield each part's share of the loss, with its graph; the shares sum to the mean over the batch.
-
-        Raises:
-            FloatingPointError: naming the task whose loss is NaN or infinite.
-        """
-        total = sum(len(part.targets) for part in self.parts)
-        for part in self.parts:
-            yield self._of(part) * (len(part.targets) / total)
-
-    def _of(self, batch: Batch) -> Tensor:
+    def __call__(self) -> dict[str, Tensor]:
         with self.precision.context():
-            loss = self.ranker.loss(batch)
-        if not bool(torch.isfinite(loss)):
-            raise FloatingPointError(
-                f"the loss of the task {self.task!r} is {float(loss.detach())}; nothing was changed by this step. "
-                "Lower lr and item_lr, or set autocast=none"
-            )
-        return loss
+            losses = self.ranker.losses(self.batch)
+        for task, loss in losses.items():
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(
+                    f"the loss of the task {task!r} is {float(loss.detach())}; nothing was changed by this step. "
+                    "Lower lr and item_lr, or set autocast=none"
+                )
+        return losses

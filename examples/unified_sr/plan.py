@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sized
 from dataclasses import dataclass
 
-from .data import Example
 from .settings import Settings
 
 
@@ -16,15 +15,19 @@ class Plan:
 
     Args:
         steps: optimizer steps, if nothing ends it earlier.
-        per_epoch: steps in which the task with most examples is read once.
+        per_epoch: steps in which the largest stream is read once.
     """
 
     steps: int
     per_epoch: int
 
 
-def plan_training(settings: Settings, examples: Mapping[str, Sequence[Example]]) -> Plan:
+def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
     """Settle the number of steps.
+
+    Args:
+        settings: of the run.
+        pools: what an epoch goes through, by stream.
 
     Raises:
         ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
@@ -38,5 +41,5 @@ def plan_training(settings: Settings, examples: Mapping[str, Sequence[Example]])
             f"accumulation={settings.accumulation} parts cannot be cut from batch_size={settings.batch_size} examples; "
             "lower it"
         )
-    per_epoch = max(math.ceil(len(rows) / settings.batch_size) for rows in examples.values())
+    per_epoch = max(math.ceil(len(rows) / settings.batch_size) for rows in pools.values())
     return Plan(settings.steps if settings.epochs is None else settings.epochs * per_epoch, per_epoch)

@@ -20,12 +20,13 @@ from .checkpoint import Checkpoint
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
 from .environment import describe_environment
-from .estimates import MemoryEstimate, TimeNotice, estimate_memory, prompt_tokens, shape_of
+from .estimates import MemoryEstimate, TimeNotice, estimate_memory, row_size, shape_of
 from .evaluation import Evaluator, TaskResult, choose_examples
+from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
 from .general_domain import general_batches, token_windows
 from .general_text import load_general_text
 from .methods import Setup, Updater, method_named
-from .model import Collator, LanguageModel, PromptBuilder, Ranker, load_language_model
+from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder, load_language_model
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .plan import plan_training
 from .precision import Precision, choose_precision
@@ -124,8 +125,8 @@ def _run(
         shape = shape_of(language_model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
         trained = tasks_to_train(settings.train_tasks, parts.tasks)
-        train_examples = {task: parts.train[task] for task in trained}
-    plan = plan_training(settings, train_examples)
+        feed = parts.feed(dataset, trained)
+    plan = plan_training(settings, feed.pools)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
     say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
@@ -133,7 +134,8 @@ def _run(
         settings,
         shape,
         items=len(dataset.items),
-        tokens=prompt_tokens(train_examples, lambda row: len(parts.prompts(row))),
+        tasks=len(trained),
+        rows=row_size(feed.pools, feed.size),
         autocast=precision.autocast is not None,
         on_gpu=precision.device.type == "cuda",
     )
@@ -164,9 +166,7 @@ def _run(
             history = train(
                 parts.ranker,
                 updater,
-                train_examples,
-                parts.prompts,
-                parts.collate,
+                feed,
                 precision,
                 settings,
                 folder.file("steps.jsonl"),
@@ -271,13 +271,7 @@ class _Parts:
             )
         ranker = Ranker(language_model, dataset.items).to(precision.device)
         tokenizer = language_model.tokenizer
-        prompts = PromptBuilder(
-            tokenizer,
-            first_item=ranker.first_item,
-            encoder_decoder=language_model.encoder_decoder,
-            max_history=settings.max_history,
-            max_query_tokens=settings.max_query_tokens,
-        )
+        prompts = _prompts(settings, language_model, ranker.first_item)
         if settings.gradient_checkpointing:
             ranker.recompute_activations()
         collate = Collator(tokenizer.pad_token_id or 0)
@@ -315,6 +309,12 @@ class _Parts:
             retention=retention,
         )
 
+    def feed(self, dataset: Dataset, tasks: Sequence[str]) -> Feed:
+        pools = training_pools(dataset, self.settings, tasks)
+        if isinstance(self.prompts, SequenceBuilder):
+            return SequenceFeed(pools, self.collate, self.prompts)
+        return PromptFeed(pools, self.collate, self.prompts)
+
     def general(self) -> Iterator[Mapping[str, torch.Tensor]]:
         return general_batches(self.language_model, self.fit_windows, self.precision.device)
 
@@ -344,6 +344,19 @@ class _Parts:
 
     def measure(self, name: str) -> Measured:
         return Measured(self.ranked(self.evaluated, name), self.retention.measure(name))
+
+
+def _prompts(settings: Settings, language_model: LanguageModel, first_item: int) -> PromptBuilder:
+    limits = {"max_history": settings.max_history, "max_query_tokens": settings.max_query_tokens}
+    if settings.format == "prompt":
+        encoder_decoder = language_model.encoder_decoder
+        return PromptBuilder(language_model.tokenizer, first_item=first_item, encoder_decoder=encoder_decoder, **limits)
+    if language_model.encoder_decoder:
+        raise ValueError(
+            f"format='sequence' predicts behind every item, which the encoder-decoder {settings.model!r} cannot; "
+            "set format to 'prompt', or take a decoder alone"
+        )
+    return SequenceBuilder(language_model.tokenizer, first_item=first_item, **limits)
 
 
 def describe_result(folder: RunFolder) -> str:

@@ -60,8 +60,11 @@ class Settings:
     max_query_tokens: int = setting(32, "tokens kept of a query", minimum=1)
     general_text: str | None = setting(None, "file of general-domain English; null takes text that Python brings along")
 
+    format: typing.Literal["prompt", "sequence"] = setting(
+        "prompt", "prompt has a target an example; sequence a target at each event of a user (decoders alone)"
+    )
     train_tasks: str | None = setting(None, "tasks that are trained, separated by commas; null trains all")
-    batch_size: int = setting(32, "examples per task and step", minimum=1)
+    batch_size: int = setting(32, "examples per task and step, or sequences per step", minimum=1)
     accumulation: int = setting(
         1,
         "micro-batches that a task's batch is cut into; more than 1 saves memory",

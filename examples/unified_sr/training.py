@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,15 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
-from .data import Example
 from .early_stopping import EarlyStopping
-from .losses import TaskLoss, micro_batches
+from .feeds import Feed, cut
+from .losses import passes_of, total_samples
 from .methods import Diagnostics, Updater
-from .model import Collator, PromptBuilder, Ranker
+from .model import Ranker
 from .plan import plan_training
 from .precision import Precision
 from .processes import current
 from .settings import Settings
-
-_TOKENS = "(tokens)"
 
 
 @dataclass
@@ -85,19 +84,6 @@ def tasks_to_train(wanted: str | None, available: Sequence[str]) -> tuple[str, .
     return tuple(task for task in available if task in names)
 
 
-def example_batches(examples: Sequence[Example], size: int, seed: int, task: str) -> Iterator[list[Example]]:
-    """Yield batches for ever, each epoch in a new order that depends on the seed, the task and the epoch alone."""
-    if not examples:
-        raise ValueError(f"the task {task!r} has no training example")
-    generator = np.random.default_rng([seed, *task.encode()])
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < size:
-            waiting.extend(int(index) for index in generator.permutation(len(examples)))
-        yield [examples[index] for index in waiting[:size]]
-        del waiting[:size]
-
-
 def warmup_cosine(step: int, steps: int, warmup: float) -> float:
     """Return the share of the peak learning rate: a linear rise over ``warmup * steps``, then a cosine to 0.
 
@@ -114,9 +100,7 @@ def warmup_cosine(step: int, steps: int, warmup: float) -> float:
 def train(
     ranker: Ranker,
     updater: Updater,
-    examples: Mapping[str, Sequence[Example]],
-    prompts: PromptBuilder,
-    collate: Collator,
+    feed: Feed,
     precision: Precision,
     settings: Settings,
     log: Path,
@@ -125,14 +109,12 @@ def train(
     stopping: EarlyStopping | None = None,
     watch: Callable[[History], object] = lambda history: None,
 ) -> History:
-    """Take as many steps as planned, each on one batch of every task.
+    """Take as many steps as planned, each on one batch of every stream.
 
     Args:
         ranker: the model.
         updater: turns the tasks' losses into a step.
-        examples: the training examples per task.
-        prompts: turns examples into tokens.
-        collate: pads them.
+        feed: of training rows.
         precision: of the forward passes.
         settings: of the run.
         log: a file that gets one JSON object per step.
@@ -143,10 +125,10 @@ def train(
     Raises:
         FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
     """
-    streams = {task: example_batches(rows, settings.batch_size, settings.seed, task) for task, rows in examples.items()}
+    streams = {name: pool.batches(settings.batch_size, settings.seed) for name, pool in feed.pools.items()}
     processes = current()
     processes.check_batch(settings.batch_size, settings.accumulation)
-    plan = plan_training(settings, examples)
+    plan = plan_training(settings, feed.pools)
     schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.warmup))
     done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
     history = History.of(state)
@@ -161,19 +143,21 @@ def train(
         file.writelines(json.dumps(record) + "\n" for record in history.records)
         for step in range(done + 1, plan.steps + 1):
             start = time.perf_counter()
-            parts = {
-                task: micro_batches(processes.part(next(stream)), settings.accumulation, prompts, collate)
-                for task, stream in streams.items()
-            }
+            batches = [
+                feed.batch(rows)
+                for stream in streams.values()
+                for rows in cut(feed.arranged(processes.part(next(stream))), settings.accumulation)
+            ]
+            passes = passes_of(ranker, batches, precision)
             reported = step % settings.report_every == 0 or step in (1, plan.steps)
-            losses = updater.update(
-                {task: TaskLoss(ranker, task, batches, precision) for task, batches in parts.items()},
-                dict.fromkeys(parts, settings.batch_size // processes.count),
-                measure=reported,
-            )
-            tokens = sum(int(batch.attention_mask.sum()) for batches in parts.values() for batch in batches)
-            losses = processes.average({**losses, _TOKENS: tokens})
-            history.tokens += round(losses.pop(_TOKENS) * processes.count)
+            taken = [
+                updater.update(passes, measure=reported),
+                total_samples(passes),
+                sum(each.tokens for each in batches),
+            ]
+            losses, samples, tokens = _of_all(processes.gather(taken))
+            history.tokens += tokens
+            history.examples += samples
             rates = {str(group["name"]): float(group["lr"]) for group in updater.optimizer.param_groups}
             schedule.step()
             seconds = time.perf_counter() - start
@@ -192,7 +176,6 @@ def train(
             file.flush()
             history.records.append(record)
             history.seconds += seconds
-            history.examples += settings.batch_size * len(parts)
             bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
             bar.update()
             watch(history)
@@ -204,3 +187,14 @@ def train(
         stopping.restore_best(ranker)
     ranker.eval()
     return history
+
+
+def _of_all(taken: Sequence[Sequence[Any]]) -> tuple[dict[str, float], int, int]:
+    """Each task's loss over the targets of all processes, and how many targets and tokens these are."""
+    counts: Counter[str] = Counter()
+    sums: dict[str, float] = {}
+    for losses, samples, _ in taken:
+        counts.update(samples)
+        for task, loss in losses.items():
+            sums[task] = sums.get(task, 0.0) + loss * samples[task]
+    return {task: value / counts[task] for task, value in sums.items()}, counts.total(), sum(each[2] for each in taken)

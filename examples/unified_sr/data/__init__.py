@@ -16,9 +16,9 @@ from ._recbole import MOVIELENS
 from ._sources import read_source
 from ._split import make_split
 from ._statistics import format_statistics
-from ._types import TASKS, Dataset, Example, Item
+from ._types import TASKS, Dataset, Example, Item, Timeline, Turn
 
-__all__ = ["MOVIELENS", "TASKS", "Dataset", "Example", "Item", "format_statistics", "load_dataset"]
+__all__ = ["MOVIELENS", "TASKS", "Dataset", "Example", "Item", "Timeline", "Turn", "format_statistics", "load_dataset"]
 
 CHOICES = {
     "repeats": ("drop", "keep"),
@@ -120,6 +120,7 @@ def load_dataset(
         },
         met=made.met,
         positions=made.positions,
+        timelines=tuple(made.timelines),
         counts={
             **{f"{task}_events": sum(event.task == task for event in kept) for task in TASKS},
             "left_out": dict(raw.left_out),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ._events import SPLITS, Event
-from ._types import Example
+from ._types import Example, Turn
 
 HISTORIES = ("recorded", "recorded-newest-first", "events")
 TRAIN_TARGETS = ("share", "each")
@@ -71,9 +71,10 @@ class ExampleMaker:
         self._rules = rules
         self._ranked = ranked
         # For each part the items met so far that its histories may hold, and those that they must not.
-        self._known: list[list[int]] = [[] for _ in SPLITS]
+        self._known: list[list[tuple[int, tuple[str, ...]]]] = [[] for _ in SPLITS]
         self._hidden: list[set[int]] = [set() for _ in SPLITS]
         self._numbers: Counter[tuple[str, str]] = Counter()
+        self._asked: list[str] = []  # by derived events, of the next one that is none
 
     def __call__(self, event: Event, part: str) -> list[Example] | None:
         """Return the examples of an event, more than one only in training, or ``None`` if it has no history to go by.
@@ -83,10 +84,13 @@ class ExampleMaker:
             part: one of ``SPLITS``, or empty for an event that only adds to the histories of later ones.
         """
         rank = SPLITS.index(part) if self._ranked else 0
-        history = self._history(event, rank)
+        history, asked = self._history(event, rank)
         items = tuple(self._index[item] for item in event.items)
-        if not event.derived:
-            self._add(items, rank)
+        if event.derived:
+            self._asked.append(event.query)
+        else:
+            self._add(items, self._queries(event), rank)
+            self._asked.clear()
         if not part:
             return []
         if not history and event.task == "rec":
@@ -94,21 +98,57 @@ class ExampleMaker:
         each = part == "train" and self._rules.train_targets == "each"
         targets = [(item,) for item in items] if each else [items]
         return [
-            Example(event.task, self._user, history, event.query, target, event.timestamp, self._qid(part, event.task))
+            Example(
+                event.task,
+                self._user,
+                history,
+                event.query,
+                target,
+                event.timestamp,
+                self._qid(part, event.task),
+                asked,
+            )
             for target in targets
         ]
 
-    def _history(self, event: Event, rank: int) -> tuple[int, ...]:
-        if event.history is None or self._rules.histories == "events":
-            return tuple(self._known[rank][-self._rules.max_history :])
+    def turn(self, event: Event) -> tuple[tuple[int, ...] | None, Turn] | None:
+        """Return an event of the training part as a turn, before it is called with it.
+
+        Args:
+            event: the next event.
+
+        Returns:
+            The history that the source recorded with it, or ``None`` where it follows what came before, and the turn;
+            ``None`` for a derived event, whose query is part of the turn that it was derived from.
+        """
+        if event.derived:
+            return None
+        history, _ = self._history(event, 0)
+        queries = self._queries(event)
+        recommended = not event.query and bool(history)
+        tasks = tuple(task for task, there in (("rec", recommended), ("search", bool(queries))) if there)
+        turn = Turn(tuple(self._index[item] for item in event.items), queries, tasks)
+        return (history if self._recorded(event) else None), turn
+
+    def _queries(self, event: Event) -> tuple[str, ...]:
+        return (*self._asked, *([event.query] if event.query else []))
+
+    def _recorded(self, event: Event) -> bool:
+        return event.history is not None and self._rules.histories != "events"
+
+    def _history(self, event: Event, rank: int) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
+        if event.history is None or not self._recorded(event):
+            known = self._known[rank][-self._rules.max_history :]
+            return tuple(item for item, _ in known), tuple(asked for _, asked in known)
         recorded = event.history[::-1] if self._rules.histories == "recorded-newest-first" else event.history
         items = [self._index[item] for item in recorded if item in self._index]
-        return tuple([item for item in items if item not in self._hidden[rank]][-self._rules.max_history :])
+        return tuple([item for item in items if item not in self._hidden[rank]][-self._rules.max_history :]), ()
 
-    def _add(self, items: Sequence[int], rank: int) -> None:
+    def _add(self, items: Sequence[int], queries: tuple[str, ...], rank: int) -> None:
         for reader in range(len(SPLITS)):
             if reader >= rank:
-                self._known[reader].extend(items)
+                # A query stands before the first of the items that answered it.
+                self._known[reader].extend((item, () if place else queries) for place, item in enumerate(items))
             else:
                 self._hidden[reader].update(items)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ._events import SPLITS, Event
 from ._examples import ExampleMaker, Rules, meetings, steps
-from ._types import TASKS, Example
+from ._types import TASKS, Example, Timeline, Turn
 
 MIN_HELD_OUT = 3
 """Events of a task that a user needs before any is held out: one each to test, validate and train on."""
@@ -21,6 +21,7 @@ class Split:
         parts: split -> task -> examples.
         met: user -> the items met, in the order of the first time.
         positions: qid -> how many of these precede the example's event.
+        timelines: the training events of each user as they follow one another.
         after_held_out: events that leave-one-out neither holds out nor trains on.
         without_history: recommendations that nothing precedes.
     """
@@ -30,6 +31,7 @@ class Split:
     )
     met: dict[str, tuple[int, ...]] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
+    timelines: list[Timeline] = field(default_factory=list)
     after_held_out: int = 0
     without_history: int = 0
 
@@ -62,13 +64,23 @@ def make_split(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int],
         parts = [event.split for event in events] if own else _leave_one_out(events)
         maker = ExampleMaker(user, index, rules, ranked=own)
         split.met[user], counts = meetings(events, index)
+        turns: list[Turn] = []
         for event, count, part in zip(events, counts, parts, strict=True):
+            found = maker.turn(event) if part == "train" else None
+            if found is not None:
+                recorded, turn = found
+                if recorded is None:
+                    turns.append(turn)
+                elif turn.tasks:
+                    split.timelines.append(Timeline(user, recorded, (turn,)))
             made = maker(event, part)
             split.after_held_out += not part
             split.without_history += made is None
             for example in made or ():
                 split.parts[part][example.task].append(example)
                 split.positions[example.qid] = count
+        if any(turn.tasks for turn in turns):
+            split.timelines.append(Timeline(user, (), tuple(turns)))
     return split
 
 

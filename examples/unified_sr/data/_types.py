@@ -40,6 +40,7 @@ class Example:
         timestamp: the event's time in the source's unit.
         qid: unique in the data set; ``"rec-USER"`` and ``"search-USER"`` for a user's first test examples, with a
             number before them for further ones and a prefix in the other splits.
+        asked: for each item of ``history`` the queries that it answered; empty where the source recorded the history.
     """
 
     task: str
@@ -49,6 +50,38 @@ class Example:
     target: tuple[int, ...]
     timestamp: float
     qid: str
+    asked: tuple[tuple[str, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One event of a timeline.
+
+    Args:
+        items: indices into ``Dataset.items`` of what was chosen, at least one.
+        queries: what was asked for before, one or more exactly where ``"search"`` is among the tasks or was before
+            tasks were left out.
+        tasks: those for which its items are a target; none where they only lead to later ones.
+    """
+
+    items: tuple[int, ...]
+    queries: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Training events of one user, in order of time.
+
+    Args:
+        user: the user's identifier in the source.
+        context: what the source recorded as met before the first of them.
+        turns: the events.
+    """
+
+    user: str
+    context: tuple[int, ...]
+    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -67,6 +100,8 @@ class Dataset:
         events: each user's item indices in order of time, after filtering.
         met: the same, each item once and with those that the source only recorded as met before an event.
         positions: how many of ``met[example.user]`` precede the example with a qid.
+        timelines: the events of ``train`` again, as they follow one another; several of a user where the source
+            recorded a history with each event.
         counts: what loading counted, see ``statistics``.
     """
 
@@ -78,6 +113,7 @@ class Dataset:
     events: Mapping[str, tuple[int, ...]] = field(repr=False)
     met: Mapping[str, tuple[int, ...]] = field(repr=False)
     positions: Mapping[str, int] = field(repr=False)
+    timelines: tuple[Timeline, ...] = field(repr=False)
     counts: Mapping[str, Any] = field(repr=False)
 
     @property

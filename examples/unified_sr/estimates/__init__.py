@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._memory import MemoryEstimate, estimate_memory
-from ._shape import Layer, ModelShape, prompt_tokens, shape_of
+from ._shape import Layer, ModelShape, RowSize, row_size, shape_of
 from ._time import Cost, TimeNotice, format_duration
 
 __all__ = [
@@ -11,9 +11,10 @@ __all__ = [
     "Layer",
     "MemoryEstimate",
     "ModelShape",
+    "RowSize",
     "TimeNotice",
     "estimate_memory",
     "format_duration",
-    "prompt_tokens",
+    "row_size",
     "shape_of",
 ]

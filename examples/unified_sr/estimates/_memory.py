@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,7 @@ from gradsub.memory import layer_bytes
 
 from ..methods import method_named
 from ..settings import Settings
-from ._shape import Layer, ModelShape
+from ._shape import Layer, ModelShape, RowSize
 
 FLOAT = 4
 """Bytes of a weight, a gradient and a moment: all are kept in fp32."""
@@ -60,7 +59,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    settings: Settings, shape: ModelShape, *, items: int, tokens: Mapping[str, float], autocast: bool, on_gpu: bool
+    settings: Settings, shape: ModelShape, *, items: int, tasks: int, rows: RowSize, autocast: bool, on_gpu: bool
 ) -> MemoryEstimate:
     """Estimate the peak of a run's training.
 
@@ -68,20 +67,21 @@ def estimate_memory(
         settings: of the run.
         shape: of the model.
         items: size of the catalogue.
-        tokens: task -> mean length of a prompt.
+        tasks: how many are trained.
+        rows: the mean size of a row of a batch.
         autocast: whether products are computed in bfloat16.
         on_gpu: whether the memory is a GPU's, where Python takes none.
     """
-    rows = items * shape.width * (1 if shape.tied else 2)
-    training = _training(settings, shape, len(tokens)) if method_named(settings.method).build else _NOTHING
-    trained_rows = rows if training is not _NOTHING else 0
+    item_rows = items * shape.width * (1 if shape.tied else 2)
+    training = _training(settings, shape, tasks) if method_named(settings.method).build else _NOTHING
+    trained_rows = item_rows if training is not _NOTHING else 0
     return MemoryEstimate(
-        weights=FLOAT * (shape.weights + rows + training.adapters),
-        gradients=training.gradients + len(tokens) * FLOAT * trained_rows,
+        weights=FLOAT * (shape.weights + item_rows + training.adapters),
+        gradients=training.gradients + tasks * FLOAT * trained_rows,
         optimizer=training.optimizer + 2 * FLOAT * trained_rows,
         null_space=training.null_space,
         intact=0 if on_gpu or training is _NOTHING else _intact(settings, shape),
-        activations=0 if training is _NOTHING else _activations(settings, shape, items, tokens, autocast),
+        activations=0 if training is _NOTHING else _activations(settings, shape, items, rows, autocast),
         overhead=0 if on_gpu else OVERHEAD,
     )
 
@@ -152,14 +152,14 @@ def _galore(layer: Layer, rank: int) -> int:
     return rank * short + 2 * rank * long
 
 
-def _activations(settings: Any, shape: ModelShape, items: int, tokens: Mapping[str, float], autocast: bool) -> int:
+def _activations(settings: Any, shape: ModelShape, items: int, rows: RowSize, autocast: bool) -> int:
     """What is kept for the backward pass, roughly inputs and outputs of every linear layer for every token.
 
     Outputs stand for what norms, attention and activation functions keep. With GEMS on the input side, only the inputs'
     coordinates in the subspaces are kept. The logits of the catalogue are kept three times: raw, in fp32, normalised.
     """
-    examples = -(-settings.batch_size // settings.accumulation)
-    count = examples * max(tokens.values())
+    micro = -(-settings.batch_size // settings.accumulation)
+    count = micro * rows.tokens
     kept = None
     if settings.method.startswith("gems") and settings.side == "input":
         kept = settings.rank + (max(1, settings.rank // 2) if settings.task_rank is None else settings.task_rank)
@@ -171,4 +171,4 @@ def _activations(settings: Any, shape: ModelShape, items: int, tokens: Mapping[s
         per_token = per_token // max(1, shape.blocks) + shape.blocks * shape.width * FLOAT
     # Under autocast a layer's weight is kept in bfloat16 too, as long as a backward pass needs it.
     weights = FLOAT // 2 * sum(layer.weights for layer in shape.layers) if autocast else 0
-    return int(count * per_token + weights + 3 * FLOAT * examples * items)
+    return int(count * per_token + weights + 3 * FLOAT * micro * rows.targets * items)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from torch import nn
 
 from gradsub.layers import is_transposed, select_layers
 
-from ..data import Example
+from ..feeds import Pool
 from ..model import LanguageModel
 
 SAMPLE = 256
-"""Examples per task whose prompts are measured."""
+"""Rows of a stream that are measured."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,31 @@ def shape_of(language_model: LanguageModel) -> ModelShape:
     )
 
 
-def prompt_tokens(examples: Mapping[str, Sequence[Example]], length: Callable[[Example], int]) -> dict[str, float]:
-    """Return the mean length of a task's training prompts, from a sample spread over them.
+@dataclass(frozen=True)
+class RowSize:
+    """What a row of a batch holds, on average over the largest stream.
 
     Args:
-        examples: per task.
-        length: of one prompt, in tokens.
+        tokens: of the row.
+        targets: predicted in it.
     """
-    return {
-        task: statistics.fmean(length(row) for row in rows[:: max(1, len(rows) // SAMPLE)])
-        for task, rows in examples.items()
-    }
+
+    tokens: float
+    targets: float
+
+
+def row_size(pools: Mapping[str, Pool], measure: Callable[[Any], tuple[int, int]]) -> RowSize:
+    """Return the mean size of the rows of a training batch, from a sample of each stream.
+
+    Args:
+        pools: what is trained on.
+        measure: tokens and targets of a row.
+    """
+    means = []
+    for pool in pools.values():
+        sizes = [measure(row) for row in pool.epoch(np.random.default_rng(0))[:SAMPLE]]
+        means.append(RowSize(*map(statistics.fmean, zip(*sizes, strict=True))))
+    return max(means, key=lambda size: size.tokens)
 
 
 def _layer(module: nn.Module, per_token: bool) -> Layer:

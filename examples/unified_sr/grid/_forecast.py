@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..data import Dataset, Example
-from ..estimates import Cost, ModelShape, estimate_memory, prompt_tokens, shape_of
+from ..data import Dataset
+from ..estimates import Cost, ModelShape, estimate_memory, row_size, shape_of
+from ..feeds import Pool, Window, training_pools
 from ..methods import method_named
 from ..model import describe_language_model
 from ..plan import plan_training
@@ -72,8 +73,7 @@ class Forecast:
         queries = sum(min(settings.eval_users or len(rows), len(rows)) for rows in split.values())
         if not job.trained:
             return Cost.typical(known).seconds(steps=0, queries=queries, evaluations=1)
-        train = _trained(dataset, settings)
-        steps = plan_training(settings, train).steps
+        steps = plan_training(settings, _pools(dataset, settings)).steps
         return Cost.typical(known).seconds(steps=steps, queries=queries)
 
     def total(self, jobs: Iterable[Job]) -> float:
@@ -92,12 +92,12 @@ class Forecast:
             return f"unknown ({error})"
         dataset = self.dataset(settings)
         precision = choose_precision(settings)
-        train = _trained(dataset, settings)
         found = estimate_memory(
             settings,
             self._shapes[settings.model],
             items=len(dataset.items),
-            tokens=prompt_tokens(train, lambda row: _rough_length(row, settings.max_query_tokens)),
+            tasks=len(_tasks(dataset, settings)),
+            rows=row_size(_pools(dataset, settings), lambda row: _rough_size(row, settings.max_query_tokens)),
             autocast=precision.autocast is not None,
             on_gpu=precision.device.type == "cuda",
         )
@@ -115,15 +115,23 @@ def _without_language_model(job: Job) -> bool:
     return method_named(job.entry.method).fit is not None
 
 
-def _trained(dataset: Dataset, settings: Settings) -> dict[str, Sequence[Example]]:
-    tasks = tasks_to_train(settings.train_tasks, [task for task in dataset.tasks if dataset.train[task]])
-    return {task: dataset.train[task] for task in tasks}
+def _tasks(dataset: Dataset, settings: Settings) -> tuple[str, ...]:
+    return tasks_to_train(settings.train_tasks, [task for task in dataset.tasks if dataset.train[task]])
+
+
+def _pools(dataset: Dataset, settings: Settings) -> dict[str, Pool]:
+    return training_pools(dataset, settings, _tasks(dataset, settings))
 
 
 def _cost(folder: Path) -> Cost:
     return Cost.of(json.loads((folder / "run.json").read_text(encoding="utf-8")))
 
 
-def _rough_length(example: Example, most: int) -> int:
-    """Tokens of a prompt without a tokenizer: one an item, two a word of the query, and the fixed words."""
-    return 6 + len(example.history) + min(most, 2 * len(example.query.split()))
+def _rough_size(row: Any, most: int) -> tuple[int, int]:
+    """Tokens and targets of a row without a tokenizer: one an item, two a word of a query, and the fixed words."""
+    if isinstance(row, Window):
+        queries = [query for turn in row.turns for query in turn.queries]
+        items = len(row.context) + sum(len(turn.items) for turn in row.turns)
+        words = sum(4 + min(most, 2 * len(query.split())) for query in queries)
+        return 2 + items + words, max(1, sum(bool(turn.tasks) for turn in row.turns))
+    return 6 + len(row.history) + min(most, 2 * len(row.query.split())), 1

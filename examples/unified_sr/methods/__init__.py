@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
-from ._base import Diagnostics, Fitted, Method, Setup, Updater, backward
+from ._base import Diagnostics, Fitted, Method, Setup, Updater
 from ._baselines import BM25, EASE, POPULARITY
 from ._galore import GALORE
 from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PAPER, GEMS_UNIFORM

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Dataset, Example
+from ..losses import Pass
 from ..model import Ranker
 from ..settings import Settings
 
@@ -75,14 +76,11 @@ class Updater(ABC):
         self.notes = tuple(notes)
 
     @abstractmethod
-    def update(
-        self, losses: Mapping[str, Iterable[Tensor]], samples: Mapping[str, int], *, measure: bool = False
-    ) -> dict[str, float]:
+    def update(self, passes: Sequence[Pass], *, measure: bool = False) -> dict[str, float]:
         """Take one step.
 
         Args:
-            losses: task -> the shares of the mean loss of its batch, see `backward`.
-            samples: task -> number of examples in the batch.
+            passes: the forward passes of the step; a task's loss is its mean over the targets of all of them.
             measure: whether ``diagnostics`` will be asked for; the step itself is the same.
 
         Returns:
@@ -130,21 +128,13 @@ class Method:
     variant_of: str | None = None
 
 
-def backward(shares: Iterable[Tensor], weight: float = 1.0) -> float:
-    """Run the backward passes of a loss.
-
-    Args:
-        shares: sum to the loss; each is computed when it is its turn, so that the activations of one are in memory.
-        weight: factor of the gradient.
-
-    Returns:
-        The loss, without the factor.
-    """
-    values = []
-    for share in shares:
-        (share * weight).backward()  # type: ignore[no-untyped-call]
-        values.append(share.detach())
-    return float(torch.stack(values).sum())
+def step_losses(found: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Return each task's loss from its shares of several passes, fetched from the device at once."""
+    shares: dict[str, list[Tensor]] = {}
+    for task, share in found:
+        shares.setdefault(task, []).append(share.detach())
+    values = torch.stack([torch.stack(each).sum() for each in shares.values()]).tolist() if shares else []
+    return dict(zip(shares, values, strict=True))
 
 
 def train_only(ranker: Ranker, trained: Iterable[nn.Parameter]) -> None:

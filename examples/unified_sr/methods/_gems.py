@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,16 +12,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from ..losses import Pass, total_samples
 from ..null_space_cache import fingerprint, fitted_once
 from ._base import (
     Diagnostics,
     Method,
     Setup,
     Updater,
-    backward,
     item_group,
     model_parameters,
     parameter_groups,
+    step_losses,
     train_only,
 )
 from ._conflict import mean_values
@@ -37,7 +38,7 @@ from ._mixed import MixedLossUpdater
 
 
 class GemsUpdater(Updater):
-    """Steps with a ``gradsub.GemsOptimizer``: one forward and backward pass per task.
+    """Steps with a ``gradsub.GemsOptimizer``: one backward pass per task, from one forward pass where tasks share it.
 
     Args:
         optimizer: a ``GemsOptimizer``.
@@ -49,20 +50,20 @@ class GemsUpdater(Updater):
         super().__init__(optimizer, notes)
         self._grad_clip = grad_clip
 
-    def update(
-        self, losses: Mapping[str, Iterable[Tensor]], samples: Mapping[str, int], *, measure: bool = False
-    ) -> dict[str, float]:
+    def update(self, passes: Sequence[Pass], *, measure: bool = False) -> dict[str, float]:
         """Take one step from the tasks' separate gradients; the optimizer measures every step."""
         optimizer: Any = self.optimizer
-        values: dict[str, float] = {}
-        for task, shares in losses.items():
-            with optimizer.task(task, samples=samples[task]):
-                values[task] = backward(shares)
+        total = total_samples(passes)
+        found: list[tuple[str, Tensor]] = []
+        for each in passes:
+            shares = {task: loss * (each.samples[task] / total[task]) for task, loss in each.compute().items()}
+            optimizer.backward(shares, each.samples)
+            found += shares.items()
         if self._grad_clip is not None:
             optimizer.clip_grad_norm_(self._grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        return values
+        return step_losses(found)
 
     def diagnostics(self) -> Diagnostics:
         """Average the optimizer's report over the layers."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..losses import Pass, total_samples
 from ..processes import current
-from ._base import Diagnostics, Updater, backward
+from ._base import Diagnostics, Updater, step_losses
 from ._conflict import cosines, gramians, mean_cosines
 
 Surgery = Callable[[Tensor], Tensor]
@@ -19,8 +20,8 @@ Surgery = Callable[[Tensor], Tensor]
 class MixedLossUpdater(Updater):
     """Steps on the gradient of the mixed batch, or on what a surgery makes of its parts.
 
-    Each task's mean loss is weighted by its share of the examples, so the sum of the gradients is that of the mean
-    loss over all examples; only one task's activations are in memory at a time. The tasks' gradients are kept apart
+    Each task's mean loss is weighted by its share of the targets, so the sum of the gradients is that of the mean
+    loss over all targets; only one task's activations are in memory at a time. The tasks' gradients are kept apart
     only where a surgery needs them or the step is measured; then K gradients are in memory instead of one.
 
     The items' rows take no part in surgery and measurement: they are embedding and classifier of both tasks, outside
@@ -47,31 +48,47 @@ class MixedLossUpdater(Updater):
         self._items = _weights(group for group in optimizer.param_groups if group["name"] == "items")
         self._found: Diagnostics | None = None
 
-    def update(
-        self, losses: Mapping[str, Iterable[Tensor]], samples: Mapping[str, int], *, measure: bool = False
-    ) -> dict[str, float]:
+    def update(self, passes: Sequence[Pass], *, measure: bool = False) -> dict[str, float]:
         """Take one step of the mixed batch."""
-        apart = len(losses) > 1 and (measure or self._surgery is not None)
+        counts = total_samples(passes)
+        processes = current()
+        everywhere = processes.gather(counts)
+        tasks = list(dict.fromkeys(task for each in everywhere for task in each))
+        # The mean over the processes, which have fewer or more targets, is that over all targets.
+        total = sum(sum(each.values()) for each in everywhere) / processes.count
+        apart = len(tasks) > 1 and (measure or self._surgery is not None)
         weights = [*self._layers, *self._items]
-        total = sum(samples.values())
-        values: dict[str, float] = {}
-        parts: dict[str, list[Tensor | None]] = {}
-        for task, shares in losses.items():
-            values[task] = backward(shares, samples[task] / total)
+        parts: dict[str, list[Tensor | None]] = {task: [None] * len(weights) for task in tasks}
+        found: list[tuple[str, Tensor]] = []
+        for each in passes:
+            losses = each.compute()
+            found += [(task, loss * (each.samples[task] / counts[task])) for task, loss in losses.items()]
+            weighted = {task: loss * (each.samples[task] / total) for task, loss in losses.items()}
             if apart:
-                _average(weights)
-                parts[task] = [weight.grad for weight in weights]
-                _give(weights, [None] * len(weights))
+                self._backward_apart(weighted, parts, weights)
+            else:
+                sum(weighted.values()).backward()  # type: ignore[union-attr]
         self._found = None
         if apart:
-            self._combine(parts, measure)
+            self._combine({task: _averaged(own, weights) for task, own in parts.items()}, measure)
         else:
-            _average(weights)
+            _give(weights, _averaged([weight.grad for weight in weights], weights))
         if self._grad_clip is not None:
             nn.utils.clip_grad_norm_(weights, self._grad_clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return values
+        return step_losses(found)
+
+    def _backward_apart(
+        self, losses: Mapping[str, Tensor], parts: dict[str, list[Tensor | None]], weights: Sequence[nn.Parameter]
+    ) -> None:
+        """Add each task's gradients of one pass to its own."""
+        last = len(losses) - 1
+        for position, (task, loss) in enumerate(losses.items()):
+            _give(weights, parts[task])
+            loss.backward(retain_graph=position < last)  # type: ignore[no-untyped-call]
+            parts[task] = [weight.grad for weight in weights]
+            _give(weights, [None] * len(weights))
 
     def diagnostics(self) -> Diagnostics | None:
         """Return the conflict of the tasks in the last step, if it was measured and there were several."""
@@ -91,9 +108,18 @@ class MixedLossUpdater(Updater):
         _give(self._items, [_sum(column, plain) for column in columns[count:]])
 
 
-def _average(weights: Sequence[nn.Parameter]) -> None:
-    """The gradients of all processes' examples, of which each has as many."""
-    current().average_(weight.grad for weight in weights if weight.grad is not None)
+def _averaged(gradients: list[Tensor | None], weights: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """The mean over the processes; a gradient that some of them do not have counts as zero there."""
+    processes = current()
+    if processes.count == 1:
+        return gradients
+    there = processes.gather([gradient is not None for gradient in gradients])
+    found = [
+        torch.zeros_like(weight) if gradient is None and any(each[place] for each in there) else gradient
+        for place, (gradient, weight) in enumerate(zip(gradients, weights, strict=True))
+    ]
+    processes.average_(gradient for gradient in found if gradient is not None)
+    return found
 
 
 def _weights(groups: Iterable[Mapping[str, Any]]) -> list[nn.Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._batch import Batch, Collator, length_buckets
 from ._items import ItemEmbedding, title_rows, token_name
 from ._load import SMOLLM2, LanguageModel, describe_language_model, load_language_model
-from ._prompts import PromptBuilder
+from ._prompts import Place, PromptBuilder, SequenceBuilder
 from ._ranker import Ranker
 
 __all__ = [
@@ -14,8 +14,10 @@ __all__ = [
     "Collator",
     "ItemEmbedding",
     "LanguageModel",
+    "Place",
     "PromptBuilder",
     "Ranker",
+    "SequenceBuilder",
     "describe_language_model",
     "length_buckets",
     "load_language_model",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from ..data import Example
+from ..data import Example, Turn
 from ._items import token_name
 
 HISTORY = "History:"
@@ -56,10 +58,10 @@ class PromptBuilder:
         ids = list(self._prefix)
         history = example.history[-self._max_history :]
         if history:
-            ids += [*self._words(HISTORY), *(self._first_item + item for item in history)]
+            ids += [*self._words(HISTORY), *map(self._token, history)]
         if example.query:
             ids += self._words(SEARCH if history else SEARCH.strip())
-            ids += self._words(f" {example.query}")[: self._max_query_tokens]
+            ids += self._query(example.query)
         ids += self._words(RESULT if example.query else RECOMMEND)
         return [*ids, *self._suffix]
 
@@ -76,5 +78,82 @@ class PromptBuilder:
             words = []
         return "".join([*pieces, self._tokenizer.decode(words)]).strip()
 
+    def _token(self, item: int) -> int:
+        return self._first_item + item
+
+    def _query(self, query: str) -> tuple[int, ...]:
+        return self._words(f" {query}")[: self._max_query_tokens]
+
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of a sequence at which items are predicted.
+
+    Args:
+        position: index of the token whose hidden state predicts.
+        task: whose loss this is.
+        target: indices of the relevant items.
+    """
+
+    position: int
+    task: str
+    target: tuple[int, ...]
+
+
+class SequenceBuilder(PromptBuilder):
+    """Turns a user's events, in order of time, into one sequence of token ids with a target at each of them.
+
+    ``History: <item_3> Search: comedy 1990s Result: <item_8> <item_5>``: behind an item the next one is predicted as a
+    recommendation, behind ``Result:`` as the answer to a query. An example's prompt is the beginning of such a
+    sequence, up to where its own target is predicted: what was asked for in its history is part of it.
+
+    Args:
+        tokenizer: the language model's, a decoder alone.
+        first_item: the token id of item 0.
+        max_history: the most recent items that are kept of a history.
+        max_query_tokens: the first tokens that are kept of a query.
+    """
+
+    def __init__(self, tokenizer: Any, *, first_item: int, max_history: int = 50, max_query_tokens: int = 32) -> None:
+        super().__init__(
+            tokenizer,
+            first_item=first_item,
+            encoder_decoder=False,
+            max_history=max_history,
+            max_query_tokens=max_query_tokens,
+        )
+
+    def __call__(self, example: Example) -> list[int]:
+        """Return the prompt's token ids: those of the history and, for a search, of the query."""
+        asked = example.asked or ((),) * len(example.history)
+        ids = [*self._prefix, *self._words(HISTORY)]
+        for item, queries in list(zip(example.history, asked, strict=True))[-self._max_history :]:
+            for query in queries:
+                ids += self._question(query)
+            ids.append(self._token(item))
+        return ids + self._question(example.query) if example.query else ids
+
+    def sequence(self, context: Sequence[int], turns: Sequence[Turn]) -> tuple[list[int], list[Place]]:
+        """Return the token ids of some turns, and where their items are predicted.
+
+        Args:
+            context: items that precede the turns and are no targets.
+            turns: in order of time; a recommendation needs an item before it.
+        """
+        ids = [*self._prefix, *self._words(HISTORY), *map(self._token, context)]
+        places = []
+        for turn in turns:
+            if "rec" in turn.tasks:
+                places.append(Place(len(ids) - 1, "rec", turn.items))
+            for query in turn.queries:
+                ids += self._question(query)
+                if "search" in turn.tasks:
+                    places.append(Place(len(ids) - 1, "search", turn.items))
+            ids += map(self._token, turn.items)
+        return ids, places
+
+    def _question(self, query: str) -> list[int]:
+        return [*self._words(SEARCH), *self._query(query), *self._words(RESULT)]

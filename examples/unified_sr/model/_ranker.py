@@ -81,36 +81,55 @@ class Ranker(nn.Module):
         enable({"use_reentrant": False})
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Return (B, d): the hidden states from which the answers are predicted."""
+        """Return (P, d): the hidden states from which the answers are predicted."""
+        starts_together = batch.starts_together
         batch = batch.to(self.device)
-        rows = torch.arange(len(batch.input_ids), device=self.device)
         if not self.encoder_decoder:
-            positions = {"position_ids": batch.position_ids} if self._takes_positions else {}
-            states = self.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **positions)
-            last: Tensor = states.last_hidden_state[rows, batch.last]
-            return last
+            more: dict[str, Any] = {}
+            if not starts_together:
+                more["attention_mask"] = batch.attention_mask
+                more |= {"position_ids": batch.position_ids} if self._takes_positions else {}
+            # What follows changes nothing in a causal model, and attention without a mask is the faster one.
+            states = self.backbone(input_ids=batch.input_ids, **more)
+            found: Tensor = states.last_hidden_state[batch.rows, batch.columns]
+            return found
         encoded = self.lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        start = torch.full((len(rows), 1), self.lm.config.decoder_start_token_id, device=self.device)
+        start = torch.full((len(batch.input_ids), 1), self.lm.config.decoder_start_token_id, device=self.device)
         decoded = self.lm.get_decoder()(
             input_ids=start,
             encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=batch.attention_mask,
         )
-        first: Tensor = decoded.last_hidden_state[:, 0] * self._scale
+        first: Tensor = decoded.last_hidden_state[batch.rows, 0] * self._scale
         return first
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return (B, items): the logit of each item as the answer to each prompt, in fp32."""
+        """Return (P, items): the logit of each item as the answer at each place, in fp32."""
         hidden = self.hidden(batch)
         rows = self.embedding.new_rows if self.output_rows is None else self.output_rows
         # bf16 has 8 bits of precision: many items would tie.
         with torch.autocast(hidden.device.type, enabled=False):
             return hidden.float() @ rows.float().T
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over the catalogue; several targets of a prompt share its weight equally."""
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return each task's mean cross-entropy over the catalogue, all from one forward pass.
+
+        Several targets of a place share its weight equally.
+        """
         log_probabilities = torch.log_softmax(self(batch), dim=1)
-        rows = torch.tensor([row for row, target in enumerate(batch.targets) for _ in target], device=self.device)
-        columns = torch.tensor([item for target in batch.targets for item in target], device=self.device)
-        weights = torch.tensor([1 / len(target) for target in batch.targets for _ in target], device=self.device)
-        return -(log_probabilities[rows, columns] * weights).sum() / len(batch.targets)
+        return {task: self._mean(log_probabilities, batch, task) for task in batch.samples}
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over all places, whatever their task."""
+        return self._mean(torch.log_softmax(self(batch), dim=1), batch, None)
+
+    def _mean(self, log_probabilities: Tensor, batch: Batch, task: str | None) -> Tensor:
+        chosen = [
+            (place, target)
+            for place, (target, own) in enumerate(zip(batch.targets, batch.tasks, strict=True))
+            if task in (None, own)
+        ]
+        rows = torch.tensor([place for place, target in chosen for _ in target], device=self.device)
+        columns = torch.tensor([item for _, target in chosen for item in target], device=self.device)
+        weights = torch.tensor([1 / len(target) for _, target in chosen for _ in target], device=self.device)
+        return -(log_probabilities[rows, columns] * weights).sum() / len(chosen)

@@ -1,0 +1,182 @@
+"""What a step of training reads: examples as prompts of one target each, or users' events as sequences of many."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .data import Dataset, Example, Timeline, Turn
+from .model import Batch, Collator, PromptBuilder, SequenceBuilder
+from .settings import Settings
+
+Examples = Mapping[str, Sequence[Example]]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Neighbouring turns of one timeline, short enough for one sequence.
+
+    Args:
+        context: items that precede them.
+        turns: in order of time.
+    """
+
+    context: tuple[int, ...]
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What an epoch goes through.
+
+    Args:
+        name: of the stream, for the seed and for errors.
+        units: examples, or timelines that are cut into windows.
+        length: the most turns of a window; None where the units are examples.
+    """
+
+    name: str
+    units: Sequence[Any]
+    length: int | None = None
+
+    def __len__(self) -> int:
+        """How many rows of a batch an epoch has; the cuts differ from epoch to epoch, their number does not."""
+        if self.length is None:
+            return len(self.units)
+        return sum(-(-len(unit.turns) // self.length) for unit in self.units)
+
+    def epoch(self, generator: np.random.Generator) -> list[Any]:
+        """Return the rows of an epoch in a new order."""
+        rows = self.units if self.length is None else self._windows(self.length, generator)
+        return [rows[int(index)] for index in generator.permutation(len(rows))]
+
+    def batches(self, size: int, seed: int) -> Iterator[list[Any]]:
+        """Yield batches for ever, in an order that depends on the seed, the pool's name and the epoch alone."""
+        if not self.units:
+            raise ValueError(f"the task {self.name!r} has no training example")
+        generator = np.random.default_rng([seed, *self.name.encode()])
+        waiting: list[Any] = []
+        while True:
+            while len(waiting) < size:
+                waiting.extend(self.epoch(generator))
+            yield waiting[:size]
+            del waiting[:size]
+
+    def _windows(self, length: int, generator: np.random.Generator) -> list[Window]:
+        """Cut each timeline anew: the first and the last window take what the others leave over."""
+        found = []
+        for timeline in self.units:
+            count = len(timeline.turns)
+            spare = -count % length
+            first = length - int(generator.integers(spare + 1)) if count > length else count
+            bounds = [0, *range(first, count, length), count]
+            for start, end in itertools.pairwise(bounds):
+                context = timeline.context if start == 0 else timeline.turns[start - 1].items
+                found.append(Window(context[-length:], timeline.turns[start:end]))
+        return found
+
+
+def training_pools(dataset: Dataset, settings: Settings, tasks: Sequence[str]) -> dict[str, Pool]:
+    """Return what is trained on, by the name of its stream.
+
+    Args:
+        dataset: of the run.
+        settings: whose ``format`` decides.
+        tasks: those that are trained; in sequences the others' events only lead to later ones.
+    """
+    if settings.format == "prompt":
+        return {task: Pool(task, dataset.train[task]) for task in tasks}
+    timelines = [_only(timeline, tasks) for timeline in dataset.timelines]
+    return {"sequences": Pool("sequences", [each for each in timelines if each is not None], settings.max_history)}
+
+
+def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline | None:
+    """A timeline with the targets of some tasks; none if nothing is left to predict."""
+    turns = tuple(replace(turn, tasks=tuple(task for task in turn.tasks if task in tasks)) for turn in timeline.turns)
+    return replace(timeline, turns=turns) if any(turn.tasks for turn in turns) else None
+
+
+class Feed(ABC):
+    """Turns the rows of a pool into batches for the model.
+
+    Args:
+        pools: of ``training_pools``.
+        collate: pads.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], collate: Collator) -> None:
+        self.pools = dict(pools)
+        self._collate = collate
+
+    @abstractmethod
+    def batch(self, rows: Sequence[Any]) -> Batch:
+        """Return the batch of some rows of one pool."""
+
+    def arranged(self, rows: Sequence[Any]) -> list[Any]:
+        """Return rows in the order in which they are cut into micro-batches."""
+        return list(rows)
+
+    def size(self, row: Any) -> tuple[int, int]:
+        """Return how many tokens a row has, and how many targets."""
+        batch = self.batch([row])
+        return batch.tokens, len(batch.targets)
+
+
+class PromptFeed(Feed):
+    """A row is an example: one prompt, whose target is predicted behind its last token.
+
+    Args:
+        pools: one a task.
+        collate: pads.
+        prompts: turns examples into tokens.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], collate: Collator, prompts: PromptBuilder) -> None:
+        super().__init__(pools, collate)
+        self._prompts = prompts
+
+    def batch(self, rows: Sequence[Example]) -> Batch:
+        """Return the batch of examples of one task."""
+        return self._collate([self._prompts(row) for row in rows], [row.target for row in rows], rows[0].task)
+
+
+class SequenceFeed(Feed):
+    """A row is a window of a user's events: one sequence, at each of whose events items are predicted.
+
+    Args:
+        pools: of windows.
+        collate: pads.
+        builder: turns windows into tokens.
+    """
+
+    def __init__(self, pools: Mapping[str, Pool], collate: Collator, builder: SequenceBuilder) -> None:
+        super().__init__(pools, collate)
+        self._builder = builder
+
+    def arranged(self, rows: Sequence[Window]) -> list[Window]:
+        """Return the shorter ones first, so that little of a micro-batch is padding."""
+        return sorted(rows, key=lambda row: len(self._builder.sequence(row.context, row.turns)[0]))
+
+    def batch(self, rows: Sequence[Window]) -> Batch:
+        """Return the batch of windows."""
+        made = [self._builder.sequence(row.context, row.turns) for row in rows]
+        return self._collate.sequences([ids for ids, _ in made], [places for _, places in made])
+
+
+def cut(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """Cut a batch into parts whose sizes differ by one at most.
+
+    Raises:
+        ValueError: if there are fewer rows than parts.
+    """
+    if not 1 <= count <= len(rows):
+        raise ValueError(
+            f"accumulation must lie between 1 and batch_size, got accumulation={count} for {len(rows)} rows"
+        )
+    limits = [part * len(rows) // count for part in range(count + 1)]
+    return [rows[start:end] for start, end in itertools.pairwise(limits)]
