@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,8 +10,10 @@ import torch
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Item
 from examples.unified_sr.general_domain import general_batches, token_windows
+from examples.unified_sr.losses import Pass, passes_of
 from examples.unified_sr.methods import METHODS, Setup, Updater
 from examples.unified_sr.model import Batch, Collator, Ranker, load_language_model
+from examples.unified_sr.precision import Precision
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red chair", "blue lamp", "glass", "spoon"))]
 TEXT = "A language model must not forget what it knew about the world outside the catalogue. " * 40
@@ -51,23 +51,15 @@ def batches(ranker: Ranker) -> dict[str, Batch]:
     first = ranker.first_item
     collate = Collator(0)
     return {
-        "rec": collate([[40, first, 41], [first + 1, 42]], [(1,), (3,)]),
-        "search": collate([[50, 51, first + 2]], [(0,)]),
+        "rec": collate([[40, first, 41], [first + 1, 42]], [(1,), (3,)], "rec"),
+        "search": collate([[50, 51, first + 2]], [(0,)], "search"),
     }
 
 
-@dataclass(frozen=True)
-class Whole:
-    """A task's loss, not divided into shares."""
-
-    compute: Callable[[], torch.Tensor]
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        yield self.compute()
-
-
-def losses(ranker: Ranker) -> dict[str, Whole]:
-    return {task: Whole(partial(ranker.loss, batch)) for task, batch in batches(ranker).items()}
+def losses(ranker: Ranker) -> dict[str, Pass]:
+    """A forward pass of its own for each task."""
+    precision = Precision(torch.device("cpu"), None)
+    return {task: passes_of(ranker, [batch], precision)[0] for task, batch in batches(ranker).items()}
 
 
 SAMPLES = {"rec": 2, "search": 1}

@@ -13,9 +13,11 @@ from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.early_stopping import EarlyStopping
-from examples.unified_sr.losses import TaskLoss, micro_batches
-from examples.unified_sr.methods import Setup, backward, method_named
-from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
+from examples.unified_sr.feeds import PromptFeed, cut
+from examples.unified_sr.losses import passes_of
+from examples.unified_sr.methods import Setup, method_named
+from examples.unified_sr.methods._mixed import MixedLossUpdater
+from examples.unified_sr.model import Batch, Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision
 
@@ -32,6 +34,11 @@ SMALL = ["batch_size=4", "perplexity_tokens=256", "perplexity_window=64", "leak_
 def small_folder(request: pytest.FixtureRequest) -> str:
     folder: str = request.getfixturevalue(f"{request.param}_folder")
     return folder
+
+
+def micro_batches(rows: list[Example], count: int, prompts: PromptBuilder) -> list[Batch]:
+    feed = PromptFeed({}, Collator(0), prompts)
+    return [feed.batch(part) for part in cut(rows, count)]
 
 
 def after_steps(
@@ -57,9 +64,8 @@ def after_steps(
     ranker.train()
     losses = []
     for _ in range(steps):
-        cut = {task: micro_batches(rows, parts, prompts, Collator(0)) for task, rows in ROWS.items()}
-        computed = {task: TaskLoss(ranker, task, batches, precision) for task, batches in cut.items()}
-        losses.append(updater.update(computed, {"rec": 5, "search": 5}))
+        batches = [part for rows in ROWS.values() for part in micro_batches(rows, parts, prompts)]
+        losses.append(updater.update(passes_of(ranker, batches, precision)))
     return ranker, losses
 
 
@@ -92,8 +98,8 @@ def test_the_gradient_of_micro_batches_is_that_of_the_batch(parts: int, small_fo
         prompts = PromptBuilder(
             language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
         )
-        for share in TaskLoss(ranker, "search", micro_batches(ROWS["search"], count, prompts, Collator(0)), FP32):
-            share.backward()
+        for each in passes_of(ranker, micro_batches(ROWS["search"], count, prompts), FP32):
+            (each.compute()["search"] * each.samples["search"] / 5).backward()
         found.append([weight.grad for weight in ranker.parameters() if weight.grad is not None])
     for gradient, twin in zip(*found, strict=True):
         torch.testing.assert_close(gradient, twin, rtol=1e-4, atol=1e-6)
@@ -104,7 +110,8 @@ def test_one_micro_batch_at_a_time_is_in_memory(llama_folder: str, monkeypatch: 
     language_model = load_language_model(llama_folder)
     ranker = Ranker(language_model, ITEMS).train()
     prompts = PromptBuilder(language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=False)
-    parts = micro_batches(ROWS["rec"], 3, prompts, Collator(0))
+    parts = micro_batches(ROWS["rec"], 3, prompts)
+    updater = MixedLossUpdater(torch.optim.SGD([{"params": ranker.item_parameters(), "name": "items"}], lr=0.1))
     plain = ranker.hidden
 
     def watched(batch: Any) -> torch.Tensor:
@@ -115,17 +122,17 @@ def test_one_micro_batch_at_a_time_is_in_memory(llama_folder: str, monkeypatch: 
         return hidden
 
     monkeypatch.setattr(ranker, "hidden", watched)
-    backward(TaskLoss(ranker, "rec", parts, FP32))
+    updater.update(passes_of(ranker, parts, FP32))
     assert events == [f"{what} {number}" for number in range(3) for what in ("forward", "backward")]
 
 
 def test_parts_cover_the_batch_and_differ_by_one_at_most(llama_folder: str) -> None:
     prompts = PromptBuilder(load_language_model(llama_folder).tokenizer, first_item=260, encoder_decoder=False)
-    parts = micro_batches(ROWS["rec"], 3, prompts, Collator(0))
+    parts = micro_batches(ROWS["rec"], 3, prompts)
     assert [len(part.targets) for part in parts] == [1, 2, 2]
     assert [target for part in parts for target in part.targets] == [row.target for row in ROWS["rec"]]
-    with pytest.raises(ValueError, match="accumulation=6 for 5 examples"):
-        micro_batches(ROWS["rec"], 6, prompts, Collator(0))
+    with pytest.raises(ValueError, match="accumulation=6 for 5 rows"):
+        micro_batches(ROWS["rec"], 6, prompts)
 
 
 @pytest.mark.parametrize("method", ["adamw", "gems"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_worlds import SAMPLES, built, losses
+from method_worlds import built, losses
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.methods import METHODS
@@ -23,16 +23,16 @@ WHOLE = ("adamw", "lora", "galore", "pcgrad", "cagrad", "gems-no-task")
 def test_the_cosine_is_that_of_the_whole_gradients(model_folder: str, method: str) -> None:
     ranker, updater = built(model_folder, method)
     for _ in range(2):  # LoRA's first gradients of one half are zero
-        updater.update(losses(ranker), SAMPLES)
+        updater.update([*losses(ranker).values()])
     weights = [w for name, w in ranker.named_parameters() if w.requires_grad and not name.endswith("_rows")]
-    tasks = [torch.autograd.grad(loss.compute(), weights) for loss in losses(ranker).values()]
+    tasks = [torch.autograd.grad(loss.compute()[task], weights) for task, loss in losses(ranker).items()]
     whole = [torch.cat([gradient.flatten() for gradient in task]) for task in tasks]
     each = [
         float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0))
         for a, b in zip(*tasks, strict=True)
         if a.norm() > 1e-6 * whole[0].norm() and b.norm() > 1e-6 * whole[1].norm()
     ]
-    updater.update(losses(ranker), SAMPLES, measure=True)
+    updater.update([*losses(ranker).values()], measure=True)
     found = updater.diagnostics()
     assert found is not None
     expected = float(torch.cosine_similarity(whole[0], whole[1], dim=0))
@@ -47,7 +47,7 @@ def test_measuring_changes_nothing(llama_folder: str, method: str) -> None:
         torch.manual_seed(0)  # of the adapters
         ranker, updater = built(llama_folder, method)
         for _ in range(3):
-            values = updater.update(losses(ranker), SAMPLES, measure=measure)
+            values = updater.update([*losses(ranker).values()], measure=measure)
         found.append((values, {name: weight.detach().clone() for name, weight in ranker.named_parameters()}))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(weight, found[1][1][name]) for name, weight in found[0][1].items())
@@ -55,14 +55,14 @@ def test_measuring_changes_nothing(llama_folder: str, method: str) -> None:
 
 def test_an_unmeasured_step_reports_nothing_old(llama_folder: str) -> None:
     ranker, updater = built(llama_folder, "adamw")
-    updater.update(losses(ranker), SAMPLES, measure=True)
-    updater.update(losses(ranker), SAMPLES)
+    updater.update([*losses(ranker).values()], measure=True)
+    updater.update([*losses(ranker).values()])
     assert updater.diagnostics() is None
 
 
 def test_gems_reports_the_angles_of_its_bases(llama_folder: str) -> None:
     ranker, updater = built(llama_folder, "gems", "task_rank=3")
-    updater.update(losses(ranker), SAMPLES, measure=True)
+    updater.update([*losses(ranker).values()], measure=True)
     found = updater.diagnostics()
     assert found is not None
     assert set(found.angles) == {"shared|rec", "shared|search", "rec|search"}
@@ -84,7 +84,7 @@ def test_gems_measures_the_cosine_inside_the_shared_subspaces(llama_folder: str)
     values = []
     for method, pairs in (("gems-no-null", ("rank=40",)), ("gems-no-task", ("rank=40", "protect=false"))):
         ranker, updater = built(llama_folder, method, *pairs)
-        updater.update(losses(ranker), SAMPLES, measure=True)
+        updater.update([*losses(ranker).values()], measure=True)
         found = updater.diagnostics()
         assert found is not None
         values.append((found.cosine["rec|search"], found.cosines["rec|search"]))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import doctest
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from method_worlds import Whole
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
-from examples.unified_sr.estimates import Cost, _time, estimate_memory, prompt_tokens, shape_of
+from examples.unified_sr.estimates import Cost, RowSize, _time, estimate_memory, row_size, shape_of
+from examples.unified_sr.feeds import Pool
+from examples.unified_sr.losses import Pass
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, describe_language_model, load_language_model
@@ -27,8 +29,8 @@ CPU = torch.device("cpu")
 
 def estimated(settings: Any, folder: str, tokens: float = 20.0) -> Any:
     shape = shape_of(load_language_model(folder))
-    both = {"rec": tokens, "search": tokens}
-    return estimate_memory(settings, shape, items=len(ITEMS), tokens=both, autocast=False, on_gpu=True)
+    rows = RowSize(tokens, 1.0)
+    return estimate_memory(settings, shape, items=len(ITEMS), tasks=2, rows=rows, autocast=False, on_gpu=True)
 
 
 def test_a_model_on_the_meta_device_has_the_same_shape(model_folder: str) -> None:
@@ -56,7 +58,7 @@ def test_weights_gradients_and_state_are_counted_exactly(
     build = method_named(method).build
     assert build is not None
     updater = build(Setup(ranker, settings, ("rec", "search"), lambda: iter(()), print))
-    batch = Collator(0)([prompts(row) for row in ROWS], [row.target for row in ROWS])
+    batch = Collator(0)([prompts(row) for row in ROWS], [row.target for row in ROWS], "rec")
     apart: list[int] = []
     if isinstance(updater, MixedLossUpdater):
         combine = updater._combine
@@ -67,9 +69,9 @@ def test_weights_gradients_and_state_are_counted_exactly(
             combine(parts, measure)
 
         monkeypatch.setattr(updater, "_combine", watched)
-    losses = {task: Whole(lambda: ranker.loss(batch)) for task in ("rec", "search")}
+    passes = [Pass({task: 8}, lambda task=task: {task: ranker.loss(batch)}) for task in ("rec", "search")]  # type: ignore[misc]
     for measure in (True, False):
-        updater.update(losses, {"rec": 8, "search": 8}, measure=measure)
+        updater.update(passes, measure=measure)
     found = estimated(settings, model_folder)
     assert found.weights == 4 * sum(weight.numel() for weight in ranker.parameters())
     held = sum(
@@ -127,12 +129,12 @@ def test_what_saves_memory_lowers_the_estimate(llama_folder: str) -> None:
     assert str(protected).startswith("about 0.0 GiB (weights 0.00, gradients")
 
 
-def test_prompts_are_measured_on_a_sample_of_each_task() -> None:
-    rows = {"rec": ROWS * 200, "search": ROWS[:1]}
+def test_rows_are_measured_on_a_sample_of_the_longest_stream() -> None:
+    pools = {"rec": Pool("rec", ROWS * 200), "search": Pool("search", [replace(ROWS[0], history=(1,))])}
     seen: list[Example] = []
-    found = prompt_tokens(rows, lambda row: seen.append(row) or len(row.history))
-    assert found == {"rec": 6.0, "search": 6.0}
-    assert 256 <= len(seen) < 600
+    found = row_size(pools, lambda row: seen.append(row) or (len(row.history), 2))  # type: ignore[func-returns-value]
+    assert found == RowSize(6.0, 2.0)
+    assert len(seen) == 257
 
 
 def test_a_run_costs_what_the_like_of_it_cost() -> None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_worlds import SAMPLES, Whole, batches, built, losses
+from method_worlds import SAMPLES, batches, built, losses
 from torch import Tensor, nn
 
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import differences, resolve
+from examples.unified_sr.losses import Pass
 from examples.unified_sr.methods import METHODS, Updater
 from examples.unified_sr.methods._gems_settings import GemsSettings
 from examples.unified_sr.model import Ranker
@@ -63,30 +64,34 @@ def test_the_tasks_to_train_are_those_of_the_data() -> None:
         tasks_to_train("rec,serach", ["rec", "search"])
 
 
-def opposed(ranker: Ranker) -> dict[str, Whole]:
+def opposed(ranker: Ranker) -> dict[str, Pass]:
     """Losses whose gradients oppose each other: the second task also unlearns the first."""
     found = losses(ranker)
-    return {"rec": found["rec"], "search": Whole(lambda: found["search"].compute() - 2 * found["rec"].compute())}
+
+    def search() -> dict[str, Tensor]:
+        return {"search": found["search"].compute()["search"] - 2 * found["rec"].compute()["rec"]}
+
+    return {"rec": found["rec"], "search": Pass({"search": 1}, search)}
 
 
-def gradients_of(ranker: Ranker, loss: Whole) -> dict[str, Tensor]:
+def gradients_of(ranker: Ranker, loss: Pass) -> dict[str, Tensor]:
     names = [name for name, weight in ranker.named_parameters() if weight.requires_grad]
     weights = [weight for weight in ranker.parameters() if weight.requires_grad]
-    return dict(zip(names, torch.autograd.grad(loss.compute(), weights), strict=True))
+    return dict(zip(names, torch.autograd.grad(next(iter(loss.compute().values())), weights), strict=True))
 
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
     return torch.cat([value.flatten() for name, value in gradients.items() if "new_rows" not in name])
 
 
-def stepped_on(ranker: Ranker, updater: Updater, found: dict[str, Whole]) -> dict[str, Tensor]:
+def stepped_on(ranker: Ranker, updater: Updater, found: dict[str, Pass]) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
     def look() -> None:
         seen.update({name: w.grad.clone() for name, w in ranker.named_parameters() if w.grad is not None})
 
     updater.optimizer.step = look  # type: ignore[method-assign,assignment]
-    updater.update(found, SAMPLES)
+    updater.update([*found.values()])
     return seen
 
 
@@ -111,7 +116,8 @@ def test_without_conflict_pcgrad_is_adamw(llama_folder: str) -> None:
     for method in ("pcgrad", "adamw"):
         ranker, updater = built(llama_folder, method)
         same = losses(ranker)["rec"]
-        seen.append(stepped_on(ranker, updater, {"rec": same, "search": same}))
+        twin = Pass({"search": 2}, lambda same=same: {"search": same.compute()["rec"]})  # type: ignore[misc]
+        seen.append(stepped_on(ranker, updater, {"rec": same, "search": twin}))
     for name, gradient in seen[0].items():
         torch.testing.assert_close(gradient, seen[1][name], msg=name)
 
@@ -139,7 +145,7 @@ def test_cagrad_without_a_ball_is_adamw(llama_folder: str) -> None:
 def test_a_checkpoint_continues_a_method_exactly(llama_folder: str, tmp_path: Path, method: str) -> None:
     def advanced(ranker: Ranker, updater: Updater, steps: int) -> None:
         for _ in range(steps):
-            updater.update(losses(ranker), SAMPLES)
+            updater.update([*losses(ranker).values()])
 
     pairs = ("rank=4", "update_proj_gap=3") if method == "galore" else ()
     whole, straight = built(llama_folder, method, *pairs)
@@ -164,7 +170,7 @@ def change_of_layers(folder: str, method: str, *pairs: str) -> dict[str, Tensor]
     ranker, updater = built(folder, method, "weight_decay=0", *pairs)
     layers = {name: m for name, m in ranker.backbone.named_modules() if isinstance(m, nn.Linear)}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    updater.update(losses(ranker), SAMPLES)
+    updater.update([*losses(ranker).values()])
     return {name: layer.weight.detach() - before[name] for name, layer in layers.items()}
 
 
@@ -195,7 +201,7 @@ def test_ablations_change_one_thing(llama_folder: str) -> None:
         assert any(note in text for text in updater.notes)
         assert not any(note in text for text in full.notes)
         for _ in range(3):
-            updater.update(losses(ranker), SAMPLES, measure=True)
+            updater.update([*losses(ranker).values()], measure=True)
         found = updater.diagnostics()
         assert found is not None
         if method == "gems-uniform":
@@ -208,7 +214,7 @@ def test_hypergradient_gates_move(llama_folder: str) -> None:
     ranker, updater = built(llama_folder, "gems-hypergradient", "lr=1.0e-2")
     gates = []
     for _ in range(4):
-        updater.update(losses(ranker), SAMPLES)
+        updater.update([*losses(ranker).values()])
         found = updater.diagnostics()
         assert found is not None
         gates.append(found.gates["rec"])
@@ -220,7 +226,7 @@ def test_gems_clips_where_asked(llama_folder: str) -> None:
     norms = []
     for pairs in ((), ("grad_clip=1.0e-3",)):
         ranker, updater = built(llama_folder, "gems", *pairs)
-        updater.update(losses(ranker), SAMPLES)
+        updater.update([*losses(ranker).values()])
         gramian = updater.optimizer.report().gramian  # type: ignore[attr-defined]
         norms.append(max(math.sqrt(gramian[task, task]) for task in SAMPLES))
     assert norms[1] < 1.001e-3 < norms[0]
@@ -229,7 +235,7 @@ def test_gems_clips_where_asked(llama_folder: str) -> None:
 def test_batches_of_one_task_have_no_conflict(llama_folder: str) -> None:
     ranker, updater = built(llama_folder, "adamw-rec")
     assert set(batches(ranker)) == {"rec", "search"}
-    updater.update({"rec": losses(ranker)["rec"]}, {"rec": 2}, measure=True)
+    updater.update([losses(ranker)["rec"]], measure=True)
     assert updater.diagnostics() is None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_worlds import SAMPLES, built, losses
+from method_worlds import built, losses
 
 from examples.unified_sr.null_space_cache import fingerprint
 from gradsub import NullSpace
@@ -36,7 +36,7 @@ def trained(folder: str, *pairs: str, method: str = "gems", tokens: int = 256) -
     torch.manual_seed(0)
     ranker, updater = built(folder, method, *pairs, tokens=tokens)
     for _ in range(3):
-        updater.update(losses(ranker), SAMPLES)
+        updater.update([*losses(ranker).values()])
     return [parameter.detach().clone() for parameter in ranker.parameters()]
 
 

@@ -30,14 +30,18 @@ def start(command_line: tuple[str, ...], processes: int, *arguments: str) -> sub
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.parametrize(("method", "launcher"), [("gems", TORCHRUN), ("adamw", ACCELERATE)], ids=["gems", "adamw"])
+@pytest.mark.parametrize(
+    ("method", "launcher", "format"),
+    [("gems", TORCHRUN, "prompt"), ("adamw", ACCELERATE, "sequence")],  # the halves of a step's targets differ in size
+    ids=["gems", "adamw"],
+)
 def test_two_processes_measure_what_one_does(
-    method: str, launcher: tuple[str, ...], data_folder: str, llama_folder: str, tmp_path: Path
+    method: str, launcher: tuple[str, ...], format: str, data_folder: str, llama_folder: str, tmp_path: Path
 ) -> None:
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        sizes = ["steps=6", "batch_size=8", "perplexity_tokens=200", "perplexity_window=64"]
+        sizes = ["steps=6", "batch_size=8", f"format={format}", "perplexity_tokens=200", "perplexity_window=64"]
         options = ["--method", method, "--data", data_folder, "--model", llama_folder, "--out", str(out)]
         own = ["rank=6", "update_proj_gap=3", "null_space_tokens=600"] if method == "gems" else []
         done = start(launcher, processes, "run", *options, "--set", *sizes, *own, "autocast=none", "checkpoint_every=2")

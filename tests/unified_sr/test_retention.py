@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from method_worlds import ITEMS, SAMPLES, TEXT, built, losses
+from method_worlds import ITEMS, TEXT, built, losses
 from torch import nn
 
 from examples.unified_sr.cli import main
@@ -214,7 +214,7 @@ def test_layers_that_read_the_same_tensor_share_it(llama_folder: str) -> None:
 def test_leak_of_adapters_is_that_of_the_merged_weight(llama_folder: str) -> None:
     ranker, updater, intact = built_and_recorded(llama_folder, "lora", "lr=1.0e-2")
     for _ in range(3):
-        updater.update(losses(ranker), SAMPLES)
+        updater.update([*losses(ranker).values()])
     found = intact.leak()
     assert min(found.values()) > 0
     name = "layers.1.mlp.down_proj"
@@ -228,7 +228,7 @@ def test_leak_of_adapters_is_that_of_the_merged_weight(llama_folder: str) -> Non
 def leak_after_training(folder: str, method: str, *pairs: str, tokens: int = 256) -> list[float]:
     ranker, updater, intact = built_and_recorded(folder, method, "lr=1.0e-2", *pairs, tokens=tokens)
     for _ in range(5):
-        updater.update(losses(ranker), SAMPLES)
+        updater.update([*losses(ranker).values()])
     return list(intact.leak().values())
 
 

@@ -10,11 +10,12 @@ import torch
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
+from examples.unified_sr.feeds import Pool, PromptFeed
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.precision import Precision, choose_precision
-from examples.unified_sr.training import History, example_batches, train, warmup_cosine
+from examples.unified_sr.training import History, train, warmup_cosine
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood"))]
 ROWS = {
@@ -34,9 +35,8 @@ def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) ->
     prompts = PromptBuilder(
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
-    return ranker, train(
-        ranker, updater, ROWS, prompts, Collator(0), precision, settings, log, Checkpoint(log.with_suffix(".pt"))
-    )
+    feed = PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
+    return ranker, train(ranker, updater, feed, precision, settings, log, Checkpoint(log.with_suffix(".pt")))
 
 
 def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_loss_that_is_nan_names_its_task(llama_folder: str, tmp_path: Path) ->
 
 def test_batches_cover_each_epoch_and_depend_on_seed_and_task_alone() -> None:
     def taken(seed: int, task: str) -> list[str]:
-        stream = example_batches(ROWS["rec"], 2, seed, task)
+        stream = Pool(task, ROWS["rec"]).batches(2, seed)
         return [row.qid for batch in itertools.islice(stream, 5) for row in batch]
 
     found = taken(0, "rec")
@@ -86,7 +86,7 @@ def test_batches_cover_each_epoch_and_depend_on_seed_and_task_alone() -> None:
     assert found == taken(0, "rec")
     assert len({tuple(taken(seed, task)) for seed in (0, 1) for task in ("rec", "search")}) > 1
     with pytest.raises(ValueError, match="'rec' has no training example"):
-        next(example_batches([], 2, 0, "rec"))
+        next(Pool("rec", []).batches(2, 0))
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (10, 0.0), (100, 0.05), (7, 0.5)])
