@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def write_whole(path: Path, content: Any, name: str) -> None:
         ) from error
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """Put text into a file that others read meanwhile, who find the earlier one or this one."""
+    partial = _partial(path)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
 def _partial(path: Path) -> Path:
     return path.with_suffix(".partial")
 
@@ -53,10 +61,14 @@ class Checkpoint:
 
     Args:
         path: the file.
+
+    Attributes:
+        renew: writes it again as training is or ended, for whoever is interrupted later.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.renew: Callable[[], None] = lambda: None
 
     def save(
         self, step: int, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler, history: dict[str, Any]

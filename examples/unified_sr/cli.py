@@ -12,7 +12,8 @@ from typing import Any
 from .beside import run_beside, summary
 from .compare import compare
 from .config import beside, resolve
-from .grid import read_grid, run_grid
+from .grid import GRACE, read_grid, run_grid
+from .interruption import UNFINISHED
 from .methods import METHODS
 from .processes import joined, launched
 from .run import describe_result
@@ -77,6 +78,26 @@ def _add_grid(commands: Any) -> None:
         help="run what matches, such as gems or 'movielens/*/seed-0', with its trials",
     )
     command.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    command.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs side by side, which share the cores (default: 1)",
+    )
+    command.add_argument(
+        "--deadline",
+        type=float,
+        metavar="SECONDS",
+        help="stop then: what runs writes a checkpoint and leaves, and the same command goes on",
+    )
+    command.add_argument(
+        "--grace",
+        type=float,
+        default=GRACE,
+        metavar="SECONDS",
+        help=f"after the deadline, until what does not leave is ended (default: {GRACE:g})",
+    )
     command.set_defaults(carry_out=_grid)
 
 
@@ -101,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 1 if some runs of a grid failed; 2 after an error that the user can mend, which is printed without a
-        traceback; 130 if it was interrupted.
+        traceback; 75 if a deadline left some runs of a grid unfinished and none failed; 130 if it was interrupted.
     """
     options = build_parser().parse_args(arguments)
     try:
@@ -127,16 +148,28 @@ def _grid(options: argparse.Namespace) -> int:
         raise ValueError("grid runs on one process: start it without a launcher, or each run by torchrun")
     grid = read_grid(options.config, data=options.data, pairs=options.pairs)
     out = Path(options.out or Path("runs") / Path(options.config).stem)
-    try:
-        outcome = run_grid(grid, out, only=options.only, dry_run=options.dry_run)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    outcome = run_grid(
+        grid,
+        out,
+        only=options.only,
+        dry_run=options.dry_run,
+        parallel=options.jobs,
+        deadline=options.deadline,
+        grace=options.grace,
+    )
     for name, reason in outcome.failed.items():
         print(f"failed: {name}: {reason} (see {out / name}.log)", file=sys.stderr)
+    for name, state in outcome.left.items():
+        print(f"left: {name}: {state}", file=sys.stderr)
     if not options.dry_run:
-        print(f"{len(outcome.done)} runs finished, {len(outcome.failed)} failed; results in {out}")
-    return 1 if outcome.failed else 0
+        left = f", {len(outcome.left)} left" if outcome.left else ""
+        print(f"{len(outcome.done)} runs finished, {len(outcome.failed)} failed{left}; results in {out}")
+    if outcome.left:
+        why = "interrupted" if outcome.interrupted else "not finished"
+        print(f"{why}; the same command goes on from the last checkpoints", file=sys.stderr)
+    if outcome.interrupted:
+        return 130
+    return 1 if outcome.failed else UNFINISHED if outcome.left else 0
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ empty ``GRADSUB_CACHE`` keeps none. A file may be deleted at any time: it is fit
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from gradsub import NullSpace
 
+from .alone import alone
 from .processes import current
 
 _VERSION = 1
@@ -58,7 +60,8 @@ def _add(digest: Any, name: str, tensor: Tensor) -> None:
 def fitted_once(key: str, fit: Callable[[], NullSpace], device: torch.device, say: Callable[[str], None]) -> NullSpace:
     """The null space of this name, from its file or else fitted and filed; on all processes the same.
 
-    One that was just fitted is read from its file too, so that all runs go on alike, bit for bit.
+    Runs side by side fit it once: one does, the others wait. One that was just fitted is read from its file too, so
+    that all runs go on alike, bit for bit.
 
     Args:
         key: of `fingerprint`.
@@ -70,6 +73,16 @@ def fitted_once(key: str, fit: Callable[[], NullSpace], device: torch.device, sa
     if place is None:
         return fit()
     path = place / f"{key}.safetensors"
+    # Read without the lock where it is there: of several processes of one run only the first could hold it.
+    with contextlib.ExitStack() as held:
+        if processes.first and not path.is_file():
+            held.enter_context(alone(place.parent / "locks" / f"{key}.lock", "null space", say))
+        processes.wait()
+        return _fitted(path, fit, device, say)
+
+
+def _fitted(path: Path, fit: Callable[[], NullSpace], device: torch.device, say: Callable[[str], None]) -> NullSpace:
+    processes = current()
     found = _load(path, device, say)
     if all(processes.gather(found is not None)):
         assert found is not None
@@ -78,7 +91,7 @@ def fitted_once(key: str, fit: Callable[[], NullSpace], device: torch.device, sa
     null_space = fit()
     if processes.first:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             null_space.save(path, statistics=False)
         except OSError as error:
             say(f"null space: cannot be kept for other runs ({error})")

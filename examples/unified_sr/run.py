@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .evaluation import Evaluator, TaskResult, choose_examples
 from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
 from .general_domain import general_batches, token_windows
 from .general_text import load_general_text
+from .interruption import Interrupted
 from .methods import Setup, Updater, method_named
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder, load_language_model
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
@@ -35,15 +37,20 @@ from .report import write_report
 from .retention import Retention, retention_summary
 from .run_baseline import run_baseline
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
-from .settings import Settings
+from .sealed import seal
+from .settings import Settings, on_split
 from .training import History, tasks_to_train, train
-from .zero_shot import Measured, ZeroShot
+from .zero_shot import Measured, Shared, ZeroShot
 
 VALIDATION_METRIC = "ndcg@10"
 """Its mean over the tasks decides when training ends early."""
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
+
+
+UNSEEN_BEFORE, UNSEEN_AFTER = f"{BEFORE}, test split", f"{AFTER}, test split"
+_UNSEEN = {UNSEEN_BEFORE: BEFORE, UNSEEN_AFTER: AFTER}
 
 
 @dataclass
@@ -59,6 +66,11 @@ class Clock:
         yield
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 2)
 
+    def of_unseen(self) -> dict[str, float]:
+        """The seconds of the run on the test split that was measured in the same process."""
+        others = {name: taken for name, taken in self.seconds.items() if name not in (BEFORE, AFTER, *_UNSEEN)}
+        return {**others, **{name: self.seconds[key] for key, name in _UNSEEN.items() if key in self.seconds}}
+
 
 def run(
     settings: Settings,
@@ -67,6 +79,8 @@ def run(
     *,
     zero_shot: str | Path | None = None,
     further: Sequence[str] = (),
+    measured: Shared | None = None,
+    sealing: bool = False,
 ) -> RunFolder:
     """Carry out a run, or find that it was carried out already.
 
@@ -77,6 +91,8 @@ def run(
         zero_shot: a finished run that evaluated alike (``evaluates_alike``), whose measurement of the intact model is
             taken over; without it, and where nothing is trained, it is measured.
         further: names of methods that the same command runs after this one, for its estimate of the time.
+        measured: where runs side by side keep what they measure of the intact model.
+        sealing: whether a run on the validation split also leaves its evaluation on the test split, see ``sealed``.
 
     Returns:
         The folder with all results.
@@ -85,8 +101,9 @@ def run(
     if not processes.first:
         # Everything is written once; what this process would write as well goes where nobody looks.
         with tempfile.TemporaryDirectory() as elsewhere:
-            return _run(settings, RunFolder(out), RunFolder(elsewhere), lambda line: None, zero_shot, further)
-    return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot, further)
+            nobody: Callable[[str], None] = lambda line: None  # noqa: E731
+            return _run(settings, RunFolder(out), RunFolder(elsewhere), nobody, zero_shot, further, measured, sealing)
+    return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot, further, measured, sealing)
 
 
 def _run(
@@ -96,6 +113,8 @@ def _run(
     say: Callable[[str], None],
     zero_shot: str | Path | None,
     further: Sequence[str],
+    measured: Shared | None,
+    sealing: bool,
 ) -> RunFolder:
     processes = current()
     state = processes.of_first(lambda: shared.check(settings))
@@ -144,14 +163,24 @@ def _run(
     if memory.further > free:
         say("the estimate exceeds what is free: raise accumulation, set gradient_checkpointing, or lower batch_size")
     build = method.build if plan.steps > 0 else None
-    taken = None
-    if build is not None and zero_shot is not None:
-        taken = processes.of_first(lambda: ZeroShot.read(zero_shot))
-        say(f"zero-shot: as measured in {zero_shot}")
-    if taken is None:
+    unseen = parts.on_test(dataset, say) if sealing and build is not None else None
+    after: Measured
+
+    def measure() -> ZeroShot:
+        nonlocal after
         with clock.phase(BEFORE):
             after = parts.measure("zero-shot")
-    before = taken or ZeroShot.of(after, clock.seconds[BEFORE])
+        return ZeroShot.of(after, clock.seconds[BEFORE])
+
+    if build is not None and zero_shot is not None:
+        before = processes.of_first(lambda: ZeroShot.read(zero_shot))
+        say(f"zero-shot: as measured in {zero_shot}")
+    elif measured is not None:
+        before = measured.once(settings, measure, say, again=build is None)
+    else:
+        before = measure()
+    if unseen is not None:
+        before_unseen = _measure_unseen(unseen, before, clock, measured, say)
     updater, history, leak = None, History(), {}
     stopping = parts.early_stopping(shared.file("best.pt"))
     # Loading may take more than training, and would hide what a method takes.
@@ -175,27 +204,65 @@ def _run(
                 watch=TimeNotice(plan.steps, before.seconds, say, further),
             )
         peak = peak_memory(precision.device)
-        with clock.phase(AFTER):
-            after = parts.measure(settings.method)
-            leak = intact.leak() if intact else {}
+        try:
+            with clock.phase(AFTER):
+                after = parts.measure(settings.method)
+                leak = intact.leak() if intact else {}
+            if unseen is not None:
+                with clock.phase(UNSEEN_AFTER):
+                    after_unseen = Measured(unseen.ranked(unseen.evaluated, "test"), after.general)
+        except Interrupted:
+            checkpoint.renew()
+            raise
     else:
         folder.file("steps.jsonl").write_text("", encoding="utf-8")
     if not processes.first:
         return folder  # the first one writes, and takes away what is done with
-    for task, result in after.results.items():
-        folder.write_rankings(task, result, settings.method)
-    folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    retained = retention_summary(before.questions, after.general, leak)
-    losses = {task: result.loss for task, result in after.results.items()}
-    folder.write_json(
-        "run.json", {**_summary(parts, updater, history, clock, memory, peak), "evaluated_loss": losses, **retained}
-    )
-    folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
-    write_report(folder)
+    weights = sum(weight.numel() for weight in parts.ranker.parameters() if weight.requires_grad) if updater else 0
+    summary = {"trained_parameters": weights, **_summary(updater, history, clock, memory, peak)}
+    if unseen is not None:
+
+        def write(sealed: RunFolder) -> None:
+            sealed.start(unseen.settings, describe_environment(settings.seed, precision))
+            for name in ("statistics.json", "steps.jsonl"):
+                shutil.copy(folder.file(name), sealed.path)
+            _write_results(sealed, unseen, before_unseen, after_unseen, leak, {**summary, "seconds": clock.of_unseen()})
+
+        seal(folder, write)
+    _write_results(folder, parts, before, after, leak, summary)
     checkpoint.remove()
     if stopping is not None:
         stopping.remove()
     return folder
+
+
+def _measure_unseen(
+    unseen: _Parts, before: ZeroShot, clock: Clock, measured: Shared | None, say: Callable[[str], None]
+) -> ZeroShot:
+    def measure() -> ZeroShot:
+        with clock.phase(UNSEEN_BEFORE):
+            results = unseen.ranked(unseen.evaluated, "zero-shot, test")
+        return before.on(results, clock.seconds[UNSEEN_BEFORE])
+
+    return measure() if measured is None else measured.once(unseen.settings, measure, say)
+
+
+def _write_results(
+    folder: RunFolder,
+    parts: _Parts,
+    before: ZeroShot,
+    after: Measured,
+    leak: Mapping[str, float],
+    summary: Mapping[str, Any],
+) -> None:
+    for task, result in after.results.items():
+        folder.write_rankings(task, result, parts.settings.method)
+    folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
+    retained = retention_summary(before.questions, after.general, leak)
+    losses = {task: result.loss for task, result in after.results.items()}
+    folder.write_json("run.json", {**parts.summary(), **summary, "evaluated_loss": losses, **retained})
+    folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
+    write_report(folder)
 
 
 DATA_SETTINGS = (
@@ -211,7 +278,6 @@ def load_data(settings: Settings) -> Dataset:
 
 
 def _summary(
-    parts: _Parts,
     updater: Updater | None,
     history: History,
     clock: Clock,
@@ -219,12 +285,6 @@ def _summary(
     peak: dict[str, int | None],
 ) -> dict[str, Any]:
     return {
-        "tasks": list(parts.tasks),
-        "evaluated": {task: len(parts.evaluated[task]) for task in parts.tasks},
-        "prompts": {task: parts.prompts.text(parts.evaluated[task][0]) for task in parts.tasks},
-        "trained_parameters": sum(weight.numel() for weight in parts.ranker.parameters() if weight.requires_grad)
-        if updater
-        else 0,
         "notes": list(updater.notes) if updater else [],
         "steps": len(history.records),
         "validation": history.validation,
@@ -340,6 +400,23 @@ class _Parts:
         return {
             task: TaskResult.joined([each[task] for each in gathered], [example.qid for example in examples])
             for task, examples in chosen.items()
+        }
+
+    def on_test(self, dataset: Dataset, say: Callable[[str], None]) -> _Parts | None:
+        """The same parts with the test examples to evaluate, or None if other tasks would be trained there."""
+        settings = on_split(self.settings, "test")
+        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
+        if tasks != self.tasks:
+            say(f"the test split is not evaluated in the same run: it has the tasks {tasks}, validation {self.tasks}")
+            return None
+        chosen = {task: choose_examples(dataset.test[task], settings.eval_users, settings.eval_seed) for task in tasks}
+        return replace(self, settings=settings, evaluated=chosen)
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "tasks": list(self.tasks),
+            "evaluated": {task: len(self.evaluated[task]) for task in self.tasks},
+            "prompts": {task: self.prompts.text(self.evaluated[task][0]) for task in self.tasks},
         }
 
     def measure(self, name: str) -> Measured:

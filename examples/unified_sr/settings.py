@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import types
 import typing
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -102,6 +102,11 @@ class Settings:
     multiple_choice_questions: int = setting(0, "questions asked, evenly spread over the file; 0 asks all", minimum=0)
     checkpoint_every: int = setting(25, "steps between two checkpoints of the training; 0 writes none", minimum=0)
     report_every: int = setting(5, "steps between two diagnostics of the optimizer", minimum=1)
+
+
+def on_split(settings: Settings, split: typing.Literal["test", "valid"]) -> Settings:
+    """The same run, evaluated on other examples."""
+    return replace(settings, eval_split=split)
 
 
 def kind_of(owner: type[Settings], name: str) -> Any:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .checkpoint import Checkpoint
 from .early_stopping import EarlyStopping
 from .feeds import Feed, cut
+from .interruption import INTERRUPTION, Interrupted
 from .losses import passes_of, total_samples
 from .methods import Diagnostics, Updater
 from .model import Ranker
@@ -124,6 +125,7 @@ def train(
 
     Raises:
         FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
+        Interrupted: if this process was asked to stop, after the step that was going on and a checkpoint.
     """
     streams = {name: pool.batches(settings.batch_size, settings.seed) for name, pool in feed.pools.items()}
     processes = current()
@@ -137,11 +139,33 @@ def train(
             next(stream)
     ranker.train()
     with (
+        INTERRUPTION.deferred(),
         log.open("w", encoding="utf-8") as file,
         tqdm(total=plan.steps, initial=done, desc="training", unit="step", disable=not processes.first) as bar,
     ):
-        file.writelines(json.dumps(record) + "\n" for record in history.records)
+
+        def save() -> None:
+            if settings.checkpoint_every and processes.first:
+                checkpoint.save(len(history.records), ranker, updater.optimizer, schedule, history.state())
+
+        def end_epoch() -> bool:
+            """Validate, unless that was done before an interruption, and tell whether training is over."""
+            if stopping is None or not history.records or len(history.records) % plan.per_epoch:
+                return False
+            if "validation" not in history.records[-1]:
+                # It may take minutes, so a request to stop ends it, and training goes on with it.
+                with INTERRUPTION.deferred(wait=False):
+                    history.records[-1]["validation"] = stopping.validate()
+                ranker.train()
+                _write_log(file, history)
+            return stopping.over(history.validation, ranker)
+
+        _write_log(file, history)
+        checkpoint.renew = save
+        over = end_epoch()
         for step in range(done + 1, plan.steps + 1):
+            if over:
+                break
             start = time.perf_counter()
             batches = [
                 feed.batch(rows)
@@ -168,10 +192,6 @@ def train(
                     history.last = found
                     short = {key: value for key, value in asdict(found).items() if key not in ("protected", "full")}
                     record["diagnostics"] = short
-            epoch_ends = stopping is not None and step % plan.per_epoch == 0
-            if stopping is not None and epoch_ends:
-                record["validation"] = stopping.validate()
-                ranker.train()
             file.write(json.dumps(record) + "\n")
             file.flush()
             history.records.append(record)
@@ -179,10 +199,15 @@ def train(
             bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
             bar.update()
             watch(history)
-            if stopping is not None and epoch_ends and stopping.over(history.validation, ranker):
-                break
-            if settings.checkpoint_every and step % settings.checkpoint_every == 0 and processes.first:
-                checkpoint.save(step, ranker, updater.optimizer, schedule, history.state())
+            try:
+                over = end_epoch()
+            except Interrupted:
+                save()
+                raise
+            if INTERRUPTION.wanted or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+                save()
+            if INTERRUPTION.wanted:
+                raise Interrupted
     if stopping is not None:
         stopping.restore_best(ranker)
     ranker.eval()
@@ -198,3 +223,10 @@ def _of_all(taken: Sequence[Sequence[Any]]) -> tuple[dict[str, float], int, int]
         for task, loss in losses.items():
             sums[task] = sums.get(task, 0.0) + loss * samples[task]
     return {task: value / counts[task] for task, value in sums.items()}, counts.total(), sum(each[2] for each in taken)
+
+
+def _write_log(file: TextIO, history: History) -> None:
+    file.seek(0)
+    file.truncate()
+    file.writelines(json.dumps(record) + "\n" for record in history.records)
+    file.flush()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from .alone import alone
+from .checkpoint import write_text_whole
 from .config import read_yaml
 from .evaluation import TaskResult
 from .retention import General
@@ -62,6 +67,12 @@ class ZeroShot:
         questions = measured.general.questions
         return cls(measured.metrics, measured.sampled, questions.summary if questions else None, seconds)
 
+    def on(self, results: Mapping[str, TaskResult], seconds: float) -> ZeroShot:
+        """Return the same model's scores on other examples; what it knows of general text does not depend on these."""
+        ranking = {task: result.metrics for task, result in results.items()}
+        sampled = {task: result.sampled for task, result in results.items()}
+        return ZeroShot({**ranking, "general": self.metrics["general"]}, sampled, self.questions, seconds)
+
     @classmethod
     def read(cls, path: str | Path) -> ZeroShot:
         """Read it out of a finished run with a language model."""
@@ -73,6 +84,52 @@ class ZeroShot:
         return cls(metrics, sampled, questions, seconds)
 
 
+@dataclass(frozen=True)
+class Shared:
+    """A folder with what runs side by side measure of the intact model: the first one does, the others read it.
+
+    Args:
+        path: the folder.
+    """
+
+    path: Path
+
+    def file(self, settings: Settings) -> Path:
+        """The file of all runs that evaluate as this one."""
+        chosen = {name: getattr(settings, name) for name in _of_evaluation()}
+        text = json.dumps(sorted(chosen.items()), ensure_ascii=False)
+        return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
+
+    def write(self, settings: Settings, found: ZeroShot) -> None:
+        """Keep a measurement."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text_whole(self.file(settings), json.dumps(asdict(found), indent=1))
+
+    def once(
+        self, settings: Settings, measure: Callable[[], ZeroShot], say: Callable[[str], None], *, again: bool = False
+    ) -> ZeroShot:
+        """Read the measurement, or make and keep it; who comes in between waits for it.
+
+        Args:
+            settings: of the run.
+            measure: makes it.
+            say: prints a line to the user.
+            again: whether it is made even if it is there, for a run that wants more of it than is kept.
+        """
+        file = self.file(settings)
+        with alone(file.with_suffix(".lock"), "zero-shot", say):
+            if file.is_file() and not again:
+                say(f"zero-shot: as measured before, {file}")
+                return ZeroShot(**json.loads(file.read_text(encoding="utf-8")))
+            found = measure()
+            self.write(settings, found)
+            return found
+
+
+def _of_evaluation() -> list[str]:
+    return [item.name for item in fields(Settings) if item.name not in _OF_TRAINING]
+
+
 def evaluates_alike(path: str | Path, settings: Settings) -> bool:
     """Tell whether a folder holds a finished run that measured the same intact model on the same examples.
 
@@ -82,5 +139,4 @@ def evaluates_alike(path: str | Path, settings: Settings) -> bool:
     if not folder.finished or not folder.read_json(METRICS)["zero_shot"]:
         return False
     written = read_yaml(folder.file(CONFIG))
-    names = [item.name for item in fields(Settings) if item.name not in _OF_TRAINING]
-    return all(name in written and written[name] == getattr(settings, name) for name in names)
+    return all(name in written and written[name] == getattr(settings, name) for name in _of_evaluation())

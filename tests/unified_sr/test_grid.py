@@ -58,9 +58,11 @@ def test_every_run_has_its_folder(finished: Path) -> None:
 
 def test_the_intact_model_is_measured_once_for_each_split(finished: Path) -> None:
     logs = {path.stem: path.read_text(encoding="utf-8") for path in (finished / "adamw").glob("*.log")}
-    taken = {name: re.findall(r"zero-shot: as measured in .*/(\S+)", log) for name, log in logs.items()}
+    taken = {name: re.findall(r"zero-shot: as measured before, .*/(\S+)", log) for name, log in logs.items()}
     assert taken["lr-0.0001"] == taken["seed-0"] == [], "the first of each"
-    assert (taken["lr-0.01"], taken["seed-1"]) == (["lr-0.0001"], ["seed-0"])
+    assert taken["lr-0.01"] != taken["seed-1"]
+    kept = sorted(path.name for path in (finished.parent / "intact-model").glob("*.json"))
+    assert sorted([*taken["lr-0.01"], *taken["seed-1"]]) == kept
     found = [read(finished / "adamw" / f"seed-{seed}" / "metrics.json") for seed in (0, 1)]
     assert found[0]["zero_shot"] == found[1]["zero_shot"]
     assert found[0]["final"] != found[1]["final"]

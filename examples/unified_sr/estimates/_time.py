@@ -24,7 +24,7 @@ class Cost:
     """Seconds of the parts of a run.
 
     Args:
-        fixed: to load everything and to prepare the training.
+        fixed: of all but training and the evaluations: to load everything, to prepare the training.
         per_step: of one training step.
         per_query: of one evaluated example, with its share of the perplexity.
     """
@@ -40,7 +40,7 @@ class Cost:
         evaluations = [seconds[name] for name in (BEFORE, AFTER) if name in seconds]
         queries = len(evaluations) * sum(summary["evaluated"].values())
         return cls(
-            fixed=seconds.get("loading", 0.0) + seconds.get("preparation", 0.0),
+            fixed=sum(taken for name, taken in seconds.items() if name not in (BEFORE, AFTER, "training")),
             per_step=summary["throughput"].get("seconds_per_step", 0.0),
             per_query=sum(evaluations) / max(1, queries),
         )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from ._config import Entry, Grid, Selection, read_grid
 from ._jobs import Job, list_jobs, matching
-from ._runner import run_grid
-from ._select import SELECTION, Choice, Trial, choose
+from ._runner import GRACE, run_grid
+from ._select import SELECTION, Choice, Trial, choose, next_rate
 
 __all__ = [
+    "GRACE",
     "SELECTION",
     "Choice",
     "Entry",
@@ -22,6 +23,7 @@ __all__ = [
     "choose",
     "list_jobs",
     "matching",
+    "next_rate",
     "read_grid",
     "run_grid",
 ]

@@ -15,7 +15,7 @@ from ..metrics import CUTOFFS
 KEYS = ("data", "seeds", "settings", "select", "methods")
 DATA_KEYS = ("source", "settings")
 ENTRY_KEYS = ("name", "method", "settings", "seeds", "rates", "select")
-SELECT_KEYS = ("rates", "seed", "metric", "max_perplexity_increase", "settings")
+SELECT_KEYS = ("rates", "trials", "seed", "metric", "max_perplexity_increase", "settings")
 RESERVED = ("data", "method", "seed", "eval_split")
 """Settings that the grid itself gives to each run."""
 
@@ -41,13 +41,16 @@ class Selection:
         seed: of the trials.
         metric: whose mean over the tasks is compared.
         max_perplexity_increase: share by which a trial may raise the perplexity of general text; ``None``: any.
-        settings: of the trials, over those of the method, such as fewer steps.
+        settings: of the trials, over those of the method, such as fewer steps; without any a trial is trained as the
+            run is, and the run with the trials' seed at the chosen rate is its trial.
+        trials: how many rates are tried, the first ones included, see ``next_rate``; ``None``: these alone.
     """
 
     seed: int = 0
     metric: str = "ndcg@10"
     max_perplexity_increase: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    trials: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Entry:
         method: whose settings these are.
         settings: of its own.
         seeds: of its runs.
-        rates: learning rates of its trials; with none, or where settings name ``lr``, the method keeps its rate.
+        rates: learning rates of its first trials; with none, or where settings name ``lr``, the method keeps its rate.
         selection: how one of them is chosen.
     """
 
@@ -153,9 +156,13 @@ def _entry(item: Any, seeds: tuple[int, ...], select: Mapping[str, Any], grid: s
     settings = _settings(_mapping(content.get("settings"), f"settings of {where}"), where)
     select = {**select, **_select(content.get("select"), where)}
     rates = _rates(content.get("rates", select.get("rates", [])), where)
-    return Entry(
-        name, method, settings, _seeds(content.get("seeds", list(seeds)), where), rates, _selection(select, where)
-    )
+    selection = _selection(select, where)
+    if selection.trials is not None and selection.trials < len(rates):
+        raise ValueError(
+            f"trials of select of {where} counts all trials, so it must be at least the number of rates, {len(rates)}, "
+            f"got {selection.trials}"
+        )
+    return Entry(name, method, settings, _seeds(content.get("seeds", list(seeds)), where), rates, selection)
 
 
 def _select(content: Any, where: str) -> dict[str, Any]:
@@ -174,6 +181,8 @@ def _selection(content: Mapping[str, Any], grid: str) -> Selection:
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, (int, float)) or limit < 0):
         raise ValueError(f"max_perplexity_increase of select must be null or a share such as 0.05, got {limit!r}")
     _seeds([selection.seed], f"select of {grid}")
+    if selection.trials is not None and (not isinstance(selection.trials, int) or isinstance(selection.trials, bool)):
+        raise ValueError(f"trials of select must be null or a whole number, got {selection.trials!r}")
     return selection
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,7 @@ class Forecast:
     """Learns from finished runs what further ones cost."""
 
     costs: dict[tuple[str, str], list[Cost]] = field(default_factory=dict)
+    _starts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _probed: list[Cost] = field(default_factory=list)
     _datasets: dict[Any, Dataset] = field(default_factory=dict)
     _shapes: dict[str, ModelShape] = field(default_factory=dict)
@@ -46,10 +48,34 @@ class Forecast:
         short = replace(job.settings(), **PROBE)  # type: ignore[arg-type]
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, "probe")
-            failure = execute(short, folder, Path(scratch, "probe.log"), lambda: None)
+            failure = execute(short, folder, Path(scratch, "probe.log"))
             if failure is None:
                 self._probed = [_cost(folder)]
         return failure
+
+    def begun(self, job: Job, seconds: float) -> None:
+        """Take in how long a run took from its start to its first step."""
+        self._starts.setdefault((job.data, job.entry.name), []).append(seconds)
+
+    def to_checkpoint(self, job: Job) -> float:
+        """Estimate how long a run takes from its start to the first checkpoint that it could leave; NaN if unknown.
+
+        It leaves one after any step once it is told to stop, so that is loading, measuring the intact model and a step;
+        without checkpoints and without training it is all of it. A run that goes on from a checkpoint starts likewise.
+        """
+        if not job.trained or not job.settings().checkpoint_every:
+            return self.seconds(job)
+        near = [seconds for (data, _), found in self._starts.items() if data == job.data for seconds in found]
+        known = (
+            self._starts.get((job.data, job.entry.name))
+            or near
+            or [s for found in self._starts.values() for s in found]
+        )
+        if known:
+            return statistics.median(known)
+        cost = self._typical(job)
+        # Whether the intact model is measured, or was before, is not known here: it is left out rather than counted.
+        return math.nan if cost is None else cost.fixed + cost.per_step
 
     def seconds(self, job: Job) -> float:
         """Estimate how long a run takes; NaN as long as nothing of the kind was measured.
@@ -59,22 +85,26 @@ class Forecast:
         """
         if _without_language_model(job):
             return 0.0  # it is over before anything could be estimated
-        costs = {
-            kind: [cost for cost in found if cost.per_step > 0 or not job.trained] for kind, found in self.costs.items()
-        }
-        own = costs.get((job.data, job.entry.name), [])
-        near = [cost for (data, _), found in costs.items() if data == job.data for cost in found]
-        known = own or near or [cost for found in costs.values() for cost in found] or self._probed
-        if not known:
+        cost = self._typical(job)
+        if cost is None:
             return math.nan
         settings = job.settings()
         dataset = self.dataset(settings)
         split = dataset.valid if settings.eval_split == "valid" else dataset.test
         queries = sum(min(settings.eval_users or len(rows), len(rows)) for rows in split.values())
         if not job.trained:
-            return Cost.typical(known).seconds(steps=0, queries=queries, evaluations=1)
+            return cost.seconds(steps=0, queries=queries, evaluations=1)
         steps = plan_training(settings, _pools(dataset, settings)).steps
-        return Cost.typical(known).seconds(steps=steps, queries=queries)
+        return cost.seconds(steps=steps, queries=queries)
+
+    def _typical(self, job: Job) -> Cost | None:
+        costs = {
+            kind: [cost for cost in found if cost.per_step > 0 or not job.trained] for kind, found in self.costs.items()
+        }
+        own = costs.get((job.data, job.entry.name), [])
+        near = [cost for (data, _), found in costs.items() if data == job.data for cost in found]
+        known = own or near or [cost for found in costs.values() for cost in found] or self._probed
+        return Cost.typical(known) if known else None
 
     def total(self, jobs: Iterable[Job]) -> float:
         """Estimate the seconds of several runs together."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config import build_settings, differences, read_yaml, section_of
 from ..methods import method_named
 from ..run_folder import CONFIG, RunFolder, State
-from ..settings import Settings
+from ..settings import Settings, on_split
 from ._config import Entry, Grid
 
 DIVERGED = "diverged.txt"
@@ -53,10 +53,21 @@ class Job:
 
     @property
     def trials(self) -> list[Job]:
-        """The trials of its method on its data, if it has a rate and nobody has fixed it."""
+        """The first trials of its method on its data, if it has a rate and nobody has fixed it."""
         if not self.trained or "lr" in self._given():
             return []
-        return [Job(self.grid, self.data, self.entry, self.entry.selection.seed, rate) for rate in self.entry.rates]
+        return [self.trial(rate) for rate in self.entry.rates]
+
+    def trial(self, rate: float) -> Job:
+        """The trial of its method on its data at a rate."""
+        return replace(self, seed=self.entry.selection.seed, rate=rate)
+
+    @property
+    def is_a_run(self) -> bool:
+        """Whether this trial is the same training as the run with its seed at its rate, but for what is evaluated."""
+        if self.rate is None or self.seed not in self.entry.seeds:
+            return False
+        return replace(self, rate=None).settings(self.rate) == on_split(self.settings(), "test")
 
     def settings(self, rate: float | None = None) -> Settings:
         """Return the settings of the run.
@@ -94,6 +105,10 @@ class Job:
         """Return the file with what it prints."""
         return out / f"{self.name}.log"
 
+    def over(self, out: Path) -> bool:
+        """Tell whether it has come to a result, be it that training diverged."""
+        return self.diverged(out) is not None or self.folder(out).finished
+
     def diverged(self, out: Path) -> str | None:
         """Return why it diverged, if it did."""
         file = self.folder(out).file(DIVERGED)
@@ -122,8 +137,8 @@ def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
                 if matching(main.name, only):
                     wanted = [*main.trials, main]
                 else:
-                    rated = [Job(grid, data, entry, entry.selection.seed, rate) for rate in entry.rates]
-                    wanted = [job for job in rated if matching(job.name, only) and job in job.trials]
+                    rated = [main.trial(rate) for rate in entry.rates]
+                    wanted = [trial for trial in rated if matching(trial.name, only) and trial in main.trials]
                 jobs.update({job.name: job for job in wanted if job.name not in jobs})
     if not jobs:
         raise ValueError(f"--only {' '.join(only)} matches none of the runs {', '.join(names)}")

@@ -10,8 +10,11 @@ from typing import Any
 
 from ..run_folder import METRICS, RunFolder
 from ..settings import Settings
-from ._config import Selection
+from ._config import Entry, Selection
 from ._jobs import Job
+
+FACTOR = 2.0
+"""Between the best rate at the edge of those tried and the next one beyond."""
 
 SELECTION = "selection.json"
 """The file beside a method's runs that says how its rate was chosen."""
@@ -69,6 +72,55 @@ def choose(trials: Sequence[Trial], max_perplexity_increase: float | None = None
     return Choice(best, bool(allowed), len(rates) > 1 and best.rate in (rates[0], rates[-1]))
 
 
+def next_rate(trials: Sequence[Trial], max_perplexity_increase: float | None = None) -> float:
+    """Return the rate that is to be tried after some others.
+
+    As long as the best one is at an edge, that is the next one beyond, by the factor 2. Once it is inside, the wider of
+    the two gaps beside it is halved (on a scale of logarithms); of equal ones that on whose other side it is better.
+
+    Args:
+        trials: at different rates.
+        max_perplexity_increase: as of ``choose``.
+
+    Example:
+        >>> next_rate([Trial(1e-4, 0.1, 0.0), Trial(2e-4, 0.2, 0.0)])
+        0.0004
+        >>> next_rate([Trial(1e-4, 0.1, 0.0), Trial(2e-4, 0.2, 0.0), Trial(4e-4, 0.15, 0.1)])
+        0.0002828
+    """
+    by_rate = {trial.rate: trial for trial in trials}
+    rates = sorted(by_rate)
+    try:
+        best = choose(trials, max_perplexity_increase).trial.rate
+    except ValueError:
+        return _rounded(rates[0] / FACTOR)  # training diverged at every rate
+    position = rates.index(best)
+    if position == len(rates) - 1:
+        return _rounded(best * FACTOR)
+    if position == 0:
+        return _rounded(best / FACTOR)
+    below, above = rates[position - 1], rates[position + 1]
+    if math.isclose(above / best, best / below, rel_tol=1e-2):
+        try:
+            other = choose([by_rate[below], by_rate[above]], max_perplexity_increase).trial.rate
+        except ValueError:
+            other = below  # training diverged at the other one
+    else:
+        other = max(below, above, key=lambda rate: abs(math.log(rate / best)))
+    return _rounded(math.sqrt(best * other))
+
+
+def trials_of(job: Job, out: Path) -> list[Job]:
+    """Return the trials of a run as far as they are known: a further one depends on how the others came out."""
+    jobs = job.trials
+    selection = job.entry.selection
+    wanted = max(len(jobs), selection.trials or 0) if jobs else 0
+    while len(jobs) < wanted and all(trial.over(out) for trial in jobs):
+        found = [_read(trial, selection, out) for trial in jobs]
+        jobs.append(job.trial(next_rate(found, selection.max_perplexity_increase)))
+    return jobs
+
+
 def choose_rate(job: Job, out: Path) -> Choice:
     """Choose the rate of a run from its trials.
 
@@ -86,11 +138,11 @@ def record_choice(job: Job, out: Path, choice: Choice) -> None:
     """Write down how the rate of a run was chosen, and from what."""
     trials = _trials(job, out)
     folder = RunFolder((out / job.name).parent)
-    folder.write_json(SELECTION, _record(job.entry.selection, job.trials[0].settings(), trials, choice))
+    folder.write_json(SELECTION, _record(job.entry, job.trials[0].settings(), trials, choice))
 
 
 def _trials(job: Job, out: Path) -> list[Trial]:
-    return [_read(trial, job.entry.selection, out) for trial in job.trials]
+    return [_read(trial, job.entry.selection, out) for trial in trials_of(job, out)]
 
 
 def _read(job: Job, selection: Selection, out: Path) -> Trial:
@@ -103,13 +155,21 @@ def _read(job: Job, selection: Selection, out: Path) -> Trial:
     return Trial(job.rate, math.fsum(task[selection.metric] for task in tasks) / len(tasks), after / before - 1)
 
 
-def _record(selection: Selection, settings: Settings, trials: Sequence[Trial], choice: Choice) -> dict[str, Any]:
+def _record(entry: Entry, settings: Settings, trials: Sequence[Trial], choice: Choice) -> dict[str, Any]:
+    selection, first = entry.selection, entry.rates
     limit = selection.max_perplexity_increase
     criterion = f"largest mean over the tasks of {selection.metric} on the validation split"
     if limit is not None:
         criterion += f", among the rates that raise the perplexity of general text by at most {100 * limit:g} %"
+    rule = f"the rates {', '.join(f'{rate:g}' for rate in first)}"
+    if len(trials) > len(first):
+        rule += (
+            f", then {len(trials) - len(first)} more: beyond the best one by the factor {FACTOR:g} while it is at an "
+        )
+        rule += "edge, then halfway (on a scale of logarithms) to its neighbour across the wider gap"
     return {
         "criterion": criterion,
+        "rule": rule,
         "metric": selection.metric,
         "max_perplexity_increase": limit,
         "budget": {
@@ -131,3 +191,8 @@ def _record(selection: Selection, settings: Settings, trials: Sequence[Trial], c
 
 def _increase(trial: Trial) -> float:
     return math.inf if trial.perplexity_increase is None else trial.perplexity_increase
+
+
+def _rounded(rate: float) -> float:
+    """To four digits, as it stands in names and tables."""
+    return float(f"{rate:.4g}")
