@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import doctest
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.unified_sr.grid import Trial, _jobs, choose, list_jobs, matching, read_grid
+from examples.unified_sr.grid import Trial, _jobs, _select, choose, list_jobs, matching, next_rate, read_grid
 from examples.unified_sr.grid._config import Selection
 
 FILE = """
@@ -114,6 +116,8 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
         ("seeds: [3, 1]", "sedes: [3, 1]", "no key 'sedes'; did you mean 'seeds'?"),
         ("rates: [1e-2, 1.0e-4]", "rates: [0]", r"rates of .* must be a list of learning rates above 0, got \[0\]"),
         ("rates: [1e-2, 1.0e-4]", "rates: fast", "rates of .* must be a list of learning rates above 0, got 'fast'"),
+        ("seed: 5", "trials: many", "trials of select must be null or a whole number, got 'many'"),
+        ("seed: 5", "trials: 1", "it must be at least the number of rates, 2, got 1"),
         ("seed: 5", "metric: speed", "metric of select must be one of hit@5"),
         ("seed: 5", "max_perplexity_increase: -1", "must be null or a share such as 0.05, got -1"),
         ("  steps: 7", "  seed: 7", "cannot set 'seed': the grid gives it to each run"),
@@ -148,7 +152,7 @@ def test_other_errors(tmp_path: Path) -> None:
         read_grid(written(tmp_path, "data: {a: b}\n"))
     with pytest.raises(FileNotFoundError, match="is no file"):
         read_grid(tmp_path / "none.yaml")
-    assert doctest.testmod(_jobs).failed == 0
+    assert doctest.testmod(_jobs).failed == doctest.testmod(_select).failed == 0
     assert matching("a/b/seed-0", []) is True
 
 
@@ -176,3 +180,58 @@ def test_the_best_rate_within_the_limit_is_chosen(found: list[tuple[float | None
         assert choice.trial.perplexity_increase == min(trial.perplexity_increase for trial in finished)  # type: ignore[type-var]
     edges = {trials[0].rate, trials[-1].rate}
     assert choice.at_edge == (len(trials) > 1 and choice.trial.rate in edges)
+
+
+def searched(value: Callable[[float], float | None], rates: list[float], trials: int) -> list[Trial]:
+    found = [Trial(rate, value(rate), 0.0) for rate in rates]
+    while len(found) < trials:
+        rate = next_rate(found)
+        found.append(Trial(rate, value(rate), None if value(rate) is None else 0.0))
+    return found
+
+
+@given(st.floats(-6, 6), st.floats(-2, 8), st.integers(1, 3), st.integers(1, 9))
+def test_the_search_ends_around_the_best_rate(peak: float, wall: float, first: int, further: int) -> None:
+    """One peak on a scale of octaves around 1e-3, and a wall behind which training diverges."""
+
+    def value(rate: float) -> float | None:
+        octave = math.log2(rate / 1e-3)
+        return None if octave > wall else -abs(octave - peak)
+
+    rates = [1e-3 * 2**number for number in range(first)]
+    found = searched(value, rates, first + further)
+    assert len({trial.rate for trial in found}) == len(found), "no rate twice"
+    for count in range(first, len(found)):
+        before, rate = found[:count], found[count].rate
+        tried = sorted(trial.rate for trial in before)
+        if all(trial.value is None for trial in before):
+            assert rate == pytest.approx(tried[0] / 2, rel=1e-3)
+            continue
+        best = choose(before).trial.rate
+        position = tried.index(best)
+        if best == tried[-1]:
+            assert rate == pytest.approx(2 * best, rel=1e-3)
+        elif best == tried[0]:
+            assert rate == pytest.approx(best / 2, rel=1e-3)
+        else:
+            assert tried[position - 1] < rate < tried[position + 1]
+            sides = {
+                neighbour: abs(math.log(neighbour / best)) for neighbour in (tried[position - 1], tried[position + 1])
+            }
+            chosen = min(sides, key=lambda neighbour: abs(math.log(rate / math.sqrt(neighbour * best))))
+            assert sides[chosen] >= max(sides.values()) - 0.01, "the wider gap"
+    if further == 9 and min(peak, wall) > -6:
+        choice = choose(found)
+        assert not choice.at_edge or wall < peak
+
+
+def test_ties_at_the_search() -> None:
+    level = [Trial(1e-4, 0.2, 0.0), Trial(2e-4, 0.2, 0.0)]
+    assert next_rate(level) == 5e-5, "of equals the smaller rate is the best one, and it is at the edge"
+    inside = [Trial(1e-4, 0.1, 0.0), Trial(2e-4, 0.2, 0.0), Trial(4e-4, 0.1, 0.0)]
+    assert next_rate(inside) == 1.414e-4, "neighbours as good as each other: towards the smaller rate"
+    assert next_rate([*inside, Trial(1.414e-4, 0.1, 0.0)]) == 2.828e-4, "then the gap that is wider now"
+    broken = [Trial(1e-4, 0.1, 0.0), Trial(2e-4, 0.2, 0.0), Trial(4e-4)]
+    assert next_rate(broken) == 1.414e-4, "not towards where training diverged"
+    harmful = [Trial(1e-4, 0.1, 0.0), Trial(2e-4, 0.2, 0.5)]
+    assert next_rate(harmful, 0.05) == 5e-5, "the better one is beyond the limit of perplexity"

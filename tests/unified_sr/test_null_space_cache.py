@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fitting_process import fit
 from method_worlds import built, losses
 
 from examples.unified_sr.null_space_cache import fingerprint
@@ -114,3 +116,29 @@ def test_the_name_depends_on_every_weight_token_and_setting() -> None:
     names.add(fingerprint(model, [{"input_ids": torch.arange(4)[None] + 1}], {"energy": 0.9}))
     names.add(fingerprint(model.float(), tokens, {"energy": 0.9}))
     assert len(names) == 4
+
+
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a fork server")
+def test_of_several_processes_one_fits_even_if_one_has_died_over_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["examples.unified_sr.grid"])
+
+    def started(count: int, *, dying: bool) -> list[Any]:
+        arguments = (str(tmp_path / "cache"), str(tmp_path), dying)
+        processes = [context.Process(target=fit, args=arguments) for _ in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        return processes
+
+    started(1, dying=True)
+    assert len(list(tmp_path.glob("*.fit"))) == 1
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert [process.exitcode for process in started(4, dying=False)] == [0] * 4, "the lock is free"
+    assert len(list(tmp_path.glob("*.fit"))) == 2
+    said = [path.read_text(encoding="utf-8") for path in tmp_path.glob("*.said")]
+    assert sum("as fitted before" in text for text in said) == 3
+    bases = [torch.load(path) for path in tmp_path.glob("*.pt")]
+    assert len(bases) == 4
+    assert all(torch.equal(basis, bases[0]) for basis in bases)
