@@ -1,4 +1,4 @@
-"""The command line: ``python -m examples.unified_sr run|grid|compare ...``."""
+"""The command line: ``python -m examples.unified_sr run|grid|bundle|compare ...``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from .beside import run_beside, summary
 from .compare import compare
 from .config import beside, resolve
-from .grid import GRACE, read_grid, run_grid
+from .grid import BUNDLE, GRACE, read_grid, run_grid, write_bundle
 from .interruption import UNFINISHED
 from .methods import METHODS
 from .processes import joined, launched
@@ -28,6 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_run(commands)
     _add_grid(commands)
+    _add_bundle(commands)
     _add_compare(commands)
     return parser
 
@@ -101,6 +102,33 @@ def _add_grid(commands: Any) -> None:
     command.set_defaults(carry_out=_grid)
 
 
+def _add_bundle(commands: Any) -> None:
+    command = commands.add_parser(
+        "bundle",
+        help="pack a grid for a machine without a network",
+        description="Write one archive with the code, models, data and texts of a grid, and its file with paths in the "
+        f"archive. There: tar xf FILE; python -m examples.unified_sr grid --config {BUNDLE}/grid.yaml.",
+    )
+    command.add_argument("--config", metavar="GRID.yaml", required=True, help="as for grid")
+    command.add_argument("--out", metavar="FILE.tar[.gz|.xz]", required=True)
+    command.add_argument("--data", metavar="NAME=SOURCE", action="append", default=[], help="as for grid")
+    command.add_argument(
+        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs", help="as for grid"
+    )
+    command.add_argument(
+        "--package",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="installed packages that are missing there, for the same Python and platform",
+    )
+    command.add_argument(
+        "--part-bytes", type=int, metavar="N", help="cut the archive into FILE.000, FILE.001 ... of at most N bytes"
+    )
+    command.set_defaults(carry_out=_bundle)
+
+
 def _add_compare(commands: Any) -> None:
     command = commands.add_parser(
         "compare",
@@ -170,6 +198,23 @@ def _grid(options: argparse.Namespace) -> int:
     if outcome.interrupted:
         return 130
     return 1 if outcome.failed else UNFINISHED if outcome.left else 0
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    parts = write_bundle(
+        options.config,
+        options.out,
+        data=options.data,
+        pairs=options.pairs,
+        packages=options.package,
+        part_bytes=options.part_bytes,
+    )
+    for part in parts:
+        print(f"{part}: {part.stat().st_size:,} bytes")
+    whole = Path(options.out).name
+    unpack = f"tar xf {whole}" if len(parts) == 1 else f"cat {whole}.* > {whole} && tar xf {whole}"
+    print(f"there: {unpack} && python -m examples.unified_sr grid --config {BUNDLE}/grid.yaml --out runs/NAME")
+    return 0
 
 
 def _compare(options: argparse.Namespace) -> int:

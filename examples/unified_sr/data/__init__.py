@@ -12,13 +12,24 @@ from collections.abc import Mapping, Sequence
 from ._events import SPLITS, Event, Reading
 from ._examples import HISTORIES, TRAIN_TARGETS, Rules
 from ._filters import ITEM_COUNTS, Minima, drop_repeats, k_core, mentioned
-from ._recbole import MOVIELENS
+from ._recbole import MOVIELENS, movielens_folder
 from ._sources import read_source
 from ._split import make_split
 from ._statistics import format_statistics
 from ._types import TASKS, Dataset, Example, Item, Timeline, Turn
 
-__all__ = ["MOVIELENS", "TASKS", "Dataset", "Example", "Item", "Timeline", "Turn", "format_statistics", "load_dataset"]
+__all__ = [
+    "MOVIELENS",
+    "TASKS",
+    "Dataset",
+    "Example",
+    "Item",
+    "Timeline",
+    "Turn",
+    "format_statistics",
+    "load_dataset",
+    "movielens_folder",
+]
 
 CHOICES = {
     "repeats": ("drop", "keep"),

@@ -1,17 +1,20 @@
 """A grid of runs from one file: data sets x methods x seeds, each method with a learning rate chosen beforehand.
 
 ``_config`` reads the file, ``_jobs`` lists the runs in order, ``_select`` chooses a rate from the trials on the
-validation split, ``_process`` carries out one run in a process of its own, ``_runner`` all of them.
+validation split, ``_process`` carries out one run in a process of its own, ``_runner`` all of them. ``_bundle`` packs
+what a grid needs on another machine.
 """
 
 from __future__ import annotations
 
+from ._bundle import BUNDLE, write_bundle
 from ._config import Entry, Grid, Selection, read_grid
 from ._jobs import Job, list_jobs, matching
 from ._runner import GRACE, run_grid
 from ._select import SELECTION, Choice, Trial, choose, next_rate
 
 __all__ = [
+    "BUNDLE",
     "GRACE",
     "SELECTION",
     "Choice",
@@ -26,4 +29,5 @@ __all__ = [
     "next_rate",
     "read_grid",
     "run_grid",
+    "write_bundle",
 ]

