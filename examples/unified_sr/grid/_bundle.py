@@ -85,7 +85,7 @@ def split(path: Path, size: int) -> list[Path]:
     """Cut a file into parts of so many bytes at most, unless it is no larger; the file itself goes."""
     if path.stat().st_size <= size:
         return [path]
-    parts = []
+    parts: list[Path] = []
     with path.open("rb") as file:
         while chunk := file.read(size):
             parts.append(path.with_name(f"{path.name}.{len(parts):03d}"))
