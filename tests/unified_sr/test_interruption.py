@@ -14,6 +14,7 @@ from test_train import FP32, ITEMS, ROWS
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.early_stopping import EarlyStopping
+from examples.unified_sr.feeds import Pool, PromptFeed
 from examples.unified_sr.interruption import INTERRUPTION, Interrupted
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
@@ -65,9 +66,7 @@ class Attempt:
         self.train: Callable[[], History] = lambda: train(
             self.ranker,
             MixedLossUpdater(optimizer),
-            ROWS,
-            prompts,
-            Collator(0),
+            PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts),
             FP32,
             resolve(pairs=pairs, flags={"method": "adamw"}),
             self.log,
