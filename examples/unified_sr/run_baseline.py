@@ -12,7 +12,7 @@ from torch import Tensor
 from .data import Dataset, Example
 from .environment import describe_environment
 from .evaluation import TaskResult, choose_examples, rank_catalogue
-from .methods import Method
+from .methods import Fitted, Method
 from .peak_memory import peak_memory, reset_peak_memory
 from .precision import Precision
 from .report import write_report
@@ -66,7 +66,7 @@ def run_baseline(
         raise ValueError(
             f"{settings.data!r} has no {settings.eval_split} example of what {method.name!r} serves; pass other data"
         )
-    folder.start(settings, describe_environment(settings.seed, Precision(_CPU, None)))
+    folder.start(settings, describe_environment(settings.seed, Precision(fitted.device, None)))
     folder.write_json("statistics.json", dataset.statistics())
     folder.file("steps.jsonl").write_text("", encoding="utf-8")
     results: dict[str, TaskResult] = {}
@@ -83,7 +83,7 @@ def run_baseline(
             )
             folder.write_rankings(task, results[task], method.name)
     folder.write_json(SAMPLED, {"zero_shot": {}, "final": {task: result.sampled for task, result in results.items()}})
-    folder.write_json("run.json", {**_summary(test, fitted.notes, seconds), "peak_memory": peak_memory(_CPU)})
+    folder.write_json("run.json", {**_summary(test, fitted, seconds), "peak_memory": peak_memory(fitted.device)})
     folder.write_json(METRICS, {"zero_shot": {}, "final": {task: result.metrics for task, result in results.items()}})
     write_report(folder)
     return folder
@@ -97,16 +97,14 @@ def _batches(
         yield batch, scores([examples[index] for index in batch])
 
 
-def _summary(
-    test: Mapping[str, Sequence[Example]], notes: Sequence[str], seconds: Mapping[str, float]
-) -> dict[str, Any]:
+def _summary(test: Mapping[str, Sequence[Example]], fitted: Fitted, seconds: Mapping[str, float]) -> dict[str, Any]:
     return {
         "tasks": list(test),
         "evaluated": {task: len(examples) for task, examples in test.items()},
         "prompts": {},
         "perplexity_tokens": 0,
-        "trained_parameters": 0,
-        "notes": list(notes),
+        "trained_parameters": fitted.weights,
+        "notes": list(fitted.notes),
         "throughput": {},
         "seconds": dict(seconds),
         "protected": {},

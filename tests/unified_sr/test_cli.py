@@ -91,7 +91,7 @@ def check_files(out: Path, method: str) -> None:
         assert set(found["angles"]) == {"shared|rec", "shared|search", "rec|search"}
 
 
-BASELINES = {"popularity": {"rec", "search"}, "ease": {"rec"}, "bm25": {"search"}}
+BASELINES = {"popularity": {"rec", "search"}, "ease": {"rec"}, "bm25": {"search"}, "sasrec": {"rec"}}
 
 
 @pytest.mark.parametrize("method", BASELINES)

@@ -5,5 +5,6 @@ from __future__ import annotations
 from ._bm25 import Bm25
 from ._ease import ease_weights
 from ._interactions import histories, interactions
+from ._sasrec import ItemSequence, SasRec, train_sasrec
 
-__all__ = ["Bm25", "ease_weights", "histories", "interactions"]
+__all__ = ["Bm25", "ItemSequence", "SasRec", "ease_weights", "histories", "interactions", "train_sasrec"]

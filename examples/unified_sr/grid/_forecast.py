@@ -33,6 +33,7 @@ class Forecast:
     """Learns from finished runs what further ones cost."""
 
     costs: dict[tuple[str, str], list[Cost]] = field(default_factory=dict)
+    _fits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _starts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _probed: list[Cost] = field(default_factory=list)
     _datasets: dict[Any, Dataset] = field(default_factory=dict)
@@ -40,8 +41,11 @@ class Forecast:
 
     def learn(self, job: Job, folder: Path) -> None:
         """Take in what a finished run took; one without a language model tells nothing about the others."""
-        if not _without_language_model(job):
-            self.costs.setdefault((job.data, job.entry.name), []).append(_cost(folder))
+        kind = (job.data, job.entry.name)
+        if _without_language_model(job):
+            self._fits.setdefault(kind, []).append(math.fsum(_summary(folder)["seconds"].values()))
+        else:
+            self.costs.setdefault(kind, []).append(_cost(folder))
 
     def probe(self, job: Job) -> str | None:
         """Measure a run of a few steps, whose results are thrown away; return why it failed, if it did."""
@@ -81,10 +85,12 @@ class Forecast:
         """Estimate how long a run takes; NaN as long as nothing of the kind was measured.
 
         What the same method took on the same data counts first, then what any took on that data, then anything. For a
-        run that trains only those that did count: zero-shot tells nothing about a step.
+        run that trains only those that did count: zero-shot tells nothing about a step. A method without a language
+        model counts for itself alone; until one of its runs has finished, its own rough figure stands.
         """
         if _without_language_model(job):
-            return 0.0  # it is over before anything could be estimated
+            rough = method_named(job.entry.method).fit_seconds
+            return statistics.median(self._fits.get((job.data, job.entry.name), [rough]))
         cost = self._typical(job)
         if cost is None:
             return math.nan
@@ -154,7 +160,12 @@ def _pools(dataset: Dataset, settings: Settings) -> dict[str, Pool]:
 
 
 def _cost(folder: Path) -> Cost:
-    return Cost.of(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    return Cost.of(_summary(folder))
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return found
 
 
 def _rough_size(row: Any, most: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from ._baselines import BM25, EASE, POPULARITY
 from ._galore import GALORE
 from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PAPER, GEMS_UNIFORM
 from ._lora import LORA
+from ._sasrec import SASREC
 from ._surgery import CAGRAD, PCGRAD
 from ._zero_shot import ZERO_SHOT
 
@@ -33,6 +34,7 @@ METHODS: dict[str, Method] = {
         POPULARITY,
         EASE,
         BM25,
+        SASREC,
     )
 }
 

@@ -99,10 +99,14 @@ class Fitted:
     Args:
         scores: for each task that it serves, a function from B examples to (B, items), higher is better.
         notes: sentences for the report.
+        device: where it computes.
+        weights: numbers that gradient descent has trained.
     """
 
     scores: Mapping[str, Callable[[Sequence[Example]], Tensor]]
     notes: Sequence[str] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,7 @@ class Method:
         build: makes the updater; ``None`` for a method that trains no language model.
         fit: makes the rankings of a method without any language model, from the settings, the data set and its training
             examples; ``None`` for all others.
+        fit_seconds: what ``fit`` takes, roughly, until a run has shown it.
         variant_of: the method whose section in a configuration file holds for this one too, so that the two differ in
             what the variant's settings class changes and in nothing else.
     """
@@ -125,6 +130,7 @@ class Method:
     settings: type[Settings]
     build: Callable[[Setup[Any]], Updater] | None
     fit: Callable[[Any, Dataset, Sequence[Example]], Fitted] | None = None
+    fit_seconds: float = 0.0
     variant_of: str | None = None
 
 
