@@ -193,15 +193,20 @@ def test_held_out_events_change_nothing_but_which_epoch_is_the_best(tmp_path: Pa
 
 def test_sequences_are_the_events_before_the_first_held_out_one(data_folder: str) -> None:
     dataset = load_dataset(data_folder, min_user_events=3, max_history=2)
-    train = [example for task in dataset.tasks for example in dataset.train[task]]
     first: dict[str, int] = {}
     for example in (example for part in (dataset.valid, dataset.test) for rows in part.values() for example in rows):
         at = dataset.positions[example.qid]
         first[example.user] = min(at, first.get(example.user, at))
-    users = list(dict.fromkeys(example.user for example in train))
-    found = sequences(dataset, train)
-    assert [sequence.items for sequence in found] == [dataset.events[user][: first[user]] for user in users]
-    assert all(all(sequence.learned) for sequence in found)
+    both = sequences(dataset.timelines, dataset.tasks)
+    users = [timeline.user for timeline in dataset.timelines]
+    assert [sequence.items for sequence in both] == [dataset.events[user][: first[user]] for user in users]
+    assert all(all(sequence.learned[1:]) for sequence in both)
+    for task in dataset.tasks:
+        one = sequences(dataset.timelines, {task})
+        assert [sequence.items for sequence in one] == [sequence.items for sequence in both]
+        learned = [item for sequence in one for item, own in zip(sequence.items, sequence.learned, strict=True) if own]
+        targets = [item for example in dataset.train[task] for item in example.target]
+        assert sorted(learned) == sorted(targets)
 
 
 def test_without_validation_examples_it_runs_all_epochs_and_says_so(tmp_path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..baselines import ItemSequence, SasRec, train_sasrec
-from ..data import Dataset, Example
+from ..data import Dataset, Example, Timeline
 from ..metrics import query_metrics, target_ranks
 from ..precision import choose_precision
 from ..settings import setting
@@ -72,7 +72,7 @@ def fit_sasrec(settings: SasRecSettings, dataset: Dataset, train: Sequence[Examp
         ).to(device)
         values = train_sasrec(
             model,
-            sequences(dataset, train),
+            sequences(dataset.timelines, {example.task for example in train}),
             learning_rate=settings.learning_rate,
             batch=settings.batch,
             max_epochs=settings.max_epochs,
@@ -92,24 +92,19 @@ def fit_sasrec(settings: SasRecSettings, dataset: Dataset, train: Sequence[Examp
     return Fitted({"rec": lambda examples: _scores(model, examples)}, [note], device, weights)
 
 
-def sequences(dataset: Dataset, train: Sequence[Example]) -> list[ItemSequence]:
-    """Return the training events of each user in the order of time, those in ``train`` to be learned.
+def sequences(timelines: Iterable[Timeline], tasks: Collection[str]) -> list[ItemSequence]:
+    """Return the items of timelines in the order of time.
 
     Args:
-        dataset: of which the examples are.
-        train: training examples of any task.
+        timelines: of a data set.
+        tasks: whose items are learned; those of other tasks' events are read, as in every history.
     """
-    by_user: dict[str, list[Example]] = {}
-    for example in train:
-        by_user.setdefault(example.user, []).append(example)
     found = []
-    for examples in by_user.values():
-        # Not the timestamp alone: of equal ones the order of the file counts, which the number of earlier events keeps.
-        examples.sort(key=lambda example: (dataset.positions[example.qid], example.timestamp))
-        items, learned = list(examples[0].history), [True] * len(examples[0].history)
-        for example in examples:
-            items += example.target
-            learned += [True] * len(example.target)
+    for timeline in timelines:
+        items, learned = list(timeline.context), [False] * len(timeline.context)
+        for turn in timeline.turns:
+            items += turn.items
+            learned += [not set(tasks).isdisjoint(turn.tasks)] * len(turn.items)
         found.append(ItemSequence(tuple(items), tuple(learned)))
     return found
 
