@@ -53,7 +53,8 @@ def fit_sasrec(settings: SasRecSettings, dataset: Dataset, train: Sequence[Examp
     """
     device = choose_precision(settings).device
     cuda = [device] if device.type == "cuda" else []
-    watched = [example for example in dataset.valid["rec"] if example.history]
+    tasks = list(dict.fromkeys(example.task for example in train))
+    watched = dataset.valid["rec"]
     if not watched:
         warnings.warn(
             f"{settings.data!r} has no validation example of a recommendation, so sasrec runs all of its "
@@ -72,7 +73,7 @@ def fit_sasrec(settings: SasRecSettings, dataset: Dataset, train: Sequence[Examp
         ).to(device)
         values = train_sasrec(
             model,
-            sequences(dataset.timelines, {example.task for example in train}),
+            sequences(dataset.timelines, tasks),
             learning_rate=settings.learning_rate,
             batch=settings.batch,
             max_epochs=settings.max_epochs,
@@ -83,8 +84,8 @@ def fit_sasrec(settings: SasRecSettings, dataset: Dataset, train: Sequence[Examp
     best = max(values, default=0.0)
     chosen = f"the best of {len(values)} epochs, number {values.index(best) + 1}" if values else "of the last epoch"
     note = (
-        f"SASRec ({settings.blocks} blocks of width {settings.width}) is trained on each user's training events in the "
-        "order of time, those of both tasks, by the cross-entropy over all items at every position. Its weights are "
+        f"SASRec ({settings.blocks} blocks of width {settings.width}) reads each user's training events in the order "
+        f"of time and learns the items of {' and '.join(tasks)} by the cross-entropy over all items. Its weights are "
         f"{chosen}{f' (validation NDCG@10 {best:.4f})' if values else ''}. It knows no queries, so it serves "
         "recommendation alone."
     )
