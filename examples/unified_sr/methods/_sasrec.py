@@ -34,10 +34,10 @@ class SasRecSettings(BaselineSettings):
     heads: int = setting(2, "of each attention", minimum=1)
     dropout: float = setting(0.3, "share of the hidden units dropped in training", minimum=0, maximum=0.95)
     learning_rate: float = setting(3e-3, "of Adam", above=0)
-    batch: int = setting(64, "sequences of at most max_history items in a step", minimum=1)
-    max_epochs: int = setting(100, "passes over the users' sequences at most", minimum=0)
+    batch: int = setting(32, "sequences of at most max_history items in a step", minimum=1)
+    max_epochs: int = setting(50, "passes over the users' sequences at most", minimum=0)
     patience: int = setting(
-        10, "epochs without a better NDCG@10 on the validation split after which the training ends", minimum=1
+        5, "epochs without a better NDCG@10 on the validation split after which the training ends", minimum=1
     )
     lr: float = setting(1e-4, _OTHERS.format("learning_rate"), above=0)
     batch_size: int = setting(32, _OTHERS.format("batch"), minimum=1)
