@@ -1,4 +1,4 @@
-"""The command line: ``python -m examples.unified_sr run|grid|bundle|compare ...``."""
+"""The command line: ``python -m examples.unified_sr run|grid|bundle|pack|compare ...``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .methods import METHODS
 from .processes import joined, launched
 from .run import describe_result
 from .settings import Settings
+from .tables import pack
 
 DESCRIPTION = "Search and recommendation as one conditional generation task of one language model."
 
@@ -29,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_grid(commands)
     _add_bundle(commands)
+    _add_pack(commands)
     _add_compare(commands)
     return parser
 
@@ -129,19 +131,40 @@ def _add_bundle(commands: Any) -> None:
     command.set_defaults(carry_out=_bundle)
 
 
+def _add_pack(commands: Any) -> None:
+    command = commands.add_parser(
+        "pack",
+        help="finished runs as three Parquet files",
+        description="Add finished runs to runs.parquet, steps.parquet and queries.parquet; a run of the same label, "
+        "settings and seed is replaced. results/SCHEMA.md describes the columns.",
+    )
+    command.add_argument("runs", metavar="DIR", nargs="+", help="folders of runs, of a grid, or of packed runs")
+    command.add_argument("--out", metavar="DIR", required=True, help="the folder of the three files")
+    command.set_defaults(carry_out=_pack)
+
+
 def _add_compare(commands: Any) -> None:
     command = commands.add_parser(
         "compare",
         help="tables, tests and plots of finished runs",
-        description="Compare finished runs: mean and deviation over seeds, paired tests against the best baseline of "
-        "each task, quality against retention. Writes comparison.md, .tex, .json and plots.",
+        description="Compare finished runs: mean and deviation over seeds, paired tests against the best baselines of "
+        "each task, quality against retention. Writes comparison.md, .tex, summary.json and a plot a data set.",
     )
-    command.add_argument("runs", metavar="RUN_DIR", nargs="+", help="folders of runs, or of a grid")
-    command.add_argument("--out", metavar="DIR", help="default: RUN_DIR/compare of the first one")
+    command.add_argument("runs", metavar="DIR", nargs="+", help="folders of runs, of a grid, or of packed runs")
+    command.add_argument("--out", metavar="DIR", help="default: DIR/compare of the first one")
     command.add_argument(
         "--baseline", metavar="METHOD", help="what to test against; default: the best ones that are no GEMS"
     )
     command.add_argument("--metric", default="ndcg@10", help="that is tested and drawn (default: ndcg@10)")
+    command.add_argument(
+        "--draw",
+        metavar="METHOD",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="the methods in the plots, at most eight; default: the best of GEMS at any perplexity and within 2 %%, "
+        "the best of four other methods, and for each task the best without a language model",
+    )
     command.set_defaults(carry_out=_compare)
 
 
@@ -217,12 +240,18 @@ def _bundle(options: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(options: argparse.Namespace) -> int:
+    pack(options.runs, options.out)
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     file = compare(
         options.runs,
         options.out or Path(options.runs[0]) / "compare",
         baseline=options.baseline,
         metric=options.metric,
+        drawn=options.draw,
     )
     print(f"{file.read_text(encoding='utf-8')}\nwritten to {file.parent}")
     return 0

@@ -1,34 +1,37 @@
-"""Many finished runs side by side: tables with spread and significance, and plots of quality against retention.
+"""Many finished runs side by side: tables with spread and significance, and a plot of quality against retention.
 
-``_collect`` finds runs and groups them, ``_statistics`` tests, ``_tables`` turns groups into cells, ``_render`` cells
-into Markdown and LaTeX, ``_plots`` groups into pictures, ``_write`` puts all of it into a folder.
+``_groups`` says which runs are one row, ``_tests`` compares rows over queries, ``_tables`` makes the tables,
+``_render`` Markdown and LaTeX of them, ``_plot`` the picture with the labels that ``_labels`` places, ``_write`` the
+files.
 """
 
 from __future__ import annotations
 
-from ._collect import Group, Run, collect, groups_of
+from ._groups import group_runs, tasks_of
+from ._labels import place_labels
+from ._plot import chosen_methods, draw, trade
 from ._render import escape, latex_table, markdown
-from ._significance import Significance, significance
-from ._statistics import Paired, holm, mean_and_deviation, paired
-from ._tables import Cell, Table, tables_of
+from ._tables import Table, tables_of
+from ._tests import best_baselines, holm, language_model_baseline, paired, tests_of, values_of
 from ._write import compare
 
 __all__ = [
-    "Cell",
-    "Group",
-    "Paired",
-    "Run",
-    "Significance",
     "Table",
-    "collect",
+    "best_baselines",
+    "chosen_methods",
     "compare",
+    "draw",
     "escape",
-    "groups_of",
+    "group_runs",
     "holm",
+    "language_model_baseline",
     "latex_table",
     "markdown",
-    "mean_and_deviation",
     "paired",
-    "significance",
+    "place_labels",
     "tables_of",
+    "tasks_of",
+    "tests_of",
+    "trade",
+    "values_of",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from ..report import markdown_table
-from ._tables import Cell, Table
+from ._tables import DASH, Table
 
 _ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -19,6 +21,8 @@ _ESCAPES = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
+    "±": r"$\pm$",
+    DASH: "--",
 }
 
 
@@ -33,9 +37,9 @@ def escape(text: str) -> str:
 
 
 def markdown(table: Table) -> str:
-    """Return a table with its title and note as Markdown; the best of a column is bold, what is missing a dash."""
-    cells = [[_plain(name) for name in table.header]]
-    cells += [[_markdown_cell(cell) for cell in row] for row in table.rows]
+    """Return a table with its title and note as Markdown; the first column is flush left."""
+    rows = [list(table.cells.columns), *table.cells.itertuples(index=False, name=None)]
+    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
     return f"### {table.title}\n\n{table.note}\n\n{markdown_table(cells)}"
 
 
@@ -46,18 +50,20 @@ def latex_table(table: Table, caption: str = "") -> str:
         table: the table.
         caption: text before the title in the caption.
     """
-    head = " & ".join(map(escape, table.header))
-    lines = [" & ".join(map(_latex_cell, row)) + r" \\" for row in table.rows]
+    head, *lines = (
+        " & ".join(map(_latex_cell, row))
+        for row in [list(table.cells.columns), *table.cells.itertuples(index=False, name=None)]
+    )
     return "\n".join(
         [
             r"\begin{table}",
             r"  \centering",
             rf"  \caption{{{escape(f'{caption}{table.title}. {table.note}')}}}",
-            rf"  \begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
+            rf"  \begin{{tabular}}{{l{'r' * (len(table.cells.columns) - 1)}}}",
             r"    \toprule",
             rf"    {head} \\",
             r"    \midrule",
-            *(f"    {line}" for line in lines),
+            *(rf"    {line} \\" for line in lines),
             r"    \bottomrule",
             r"  \end{tabular}",
             r"\end{table}",
@@ -65,27 +71,7 @@ def latex_table(table: Table, caption: str = "") -> str:
     )
 
 
-def _markdown_cell(cell: Cell) -> str:
-    if cell.missing:
-        return "–"
-    text = _plain(cell.text) if cell.text else _number(cell, " ± ")
-    return f"**{text}**" if cell.best else text
-
-
-def _latex_cell(cell: Cell) -> str:
-    if cell.missing:
-        return "--"
-    text = escape(cell.text) if cell.text else _number(cell, r" $\pm$ ").replace("+", "$+$")
-    if text.startswith("-"):
-        text = f"${text[0]}${text[1:]}"
-    return rf"\textbf{{{text}}}" if cell.best else text
-
-
-def _number(cell: Cell, between: str) -> str:
-    assert cell.mean is not None
-    text = format(cell.mean, cell.form)
-    return text if cell.deviation is None else f"{text}{between}{format(cell.deviation, cell.form.lstrip('+'))}"
-
-
-def _plain(text: str) -> str:
-    return text.replace("|", r"\|")
+def _latex_cell(text: str) -> str:
+    bold = re.fullmatch(r"\*\*(.*)\*\*", text)
+    inner = re.sub(r"^[+-](?=\d)", lambda sign: f"${sign[0]}$", escape(bold[1] if bold else text))
+    return rf"\textbf{{{inner}}}" if bold else inner

@@ -1,44 +1,25 @@
-"""From groups of runs to tables of cells: a number with its spread, or nothing."""
+"""From runs to tables of text: a number with its spread over the seeds, the best in bold, or a dash."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from ._collect import Group, Run, tasks_of
-from ._significance import Significance
-from ._statistics import mean_and_deviation
+import numpy as np
+import pandas as pd
+
+from ..tables import difference
+from ._groups import perplexity_change, score, tasks_of
 
 SHOWN = ("hit@10", "ndcg@10", "mrr@10", "gems_ndcg@10", "gems_map@10")
-"""Metrics of the tables, those of ``compat: gems`` where a run has them; ``comparison.json`` holds all."""
+"""Metrics of the tables, those of ``compat: gems`` where a run has them; the Parquet files hold all."""
 
 NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "gems_ndcg": "NDCG gems", "gems_map": "MAP gems"}
+LAST_STEPS = 5
+"""Steps over which a training loss is averaged: one batch's says little."""
 
-
-@dataclass(frozen=True)
-class Cell:
-    """What stands in a table.
-
-    Args:
-        text: that is no number.
-        mean: a number.
-        deviation: its standard deviation over the seeds, if there are several.
-        form: format of both.
-        best: whether no other of its column is better.
-    """
-
-    text: str = ""
-    mean: float | None = None
-    deviation: float | None = None
-    form: str = ".4f"
-    best: bool = False
-
-    @property
-    def missing(self) -> bool:
-        """Whether there is nothing to show; never shown as 0."""
-        return not self.text and self.mean is None
+DASH = "–"
 
 
 @dataclass(frozen=True)
@@ -48,178 +29,176 @@ class Table:
     Args:
         title: what it shows.
         note: what a reader must know.
-        header: of the columns.
-        rows: one a method.
+        cells: texts, of which ``**...**`` is bold.
     """
 
     title: str
     note: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    cells: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _Column:
-    """A column: its header, what a run contributes (``None``: nothing), the format; whether the largest is best, and
-    whether all runs of a group contribute the same.
-    """
-
-    header: str
-    value: Callable[[Run], float | None]
-    form: str = ".4f"
-    ranked: bool = False
-    constant: bool = False
-
-
-def tables_of(groups: Sequence[Group], tests: dict[str, list[Significance]], metric: str) -> list[Table]:
+def tables_of(
+    runs: pd.DataFrame, steps: pd.DataFrame, trials: pd.DataFrame, tests: Mapping[str, pd.DataFrame], metric: str
+) -> list[Table]:
     """Return the tables of one data set.
 
     Args:
-        groups: the methods.
-        tests: task -> comparisons with its baselines.
+        runs: with a column ``group``.
+        steps: rows of ``steps.parquet``.
+        trials: rows of ``runs.parquet`` that evaluated the validation split.
+        tests: task -> tests of ``tests_of``.
         metric: that was tested.
     """
-    tasks = tasks_of(groups)
-    spread = "Mean and standard deviation over the seeds; a dash is a value that was not measured."
-    ranking = _table(
-        "Full ranking",
-        f"All items of the catalogue but those seen before. {spread}",
-        groups,
-        _ranking_columns(groups, tasks, "metrics"),
-    )
-    sampled = _table(
-        "Sampled ranking",
-        f"The target among 1 + {groups[0].runs[0].settings['negatives']} random items: inflated, only for comparison "
-        f"with literature. {spread}",
-        groups,
-        _ranking_columns(groups, tasks, "sampled"),
-    )
-    cost = _table(
-        "Retention and cost", f"On general text, and of the training. {spread}", groups, _cost_columns(groups)
-    )
-    families = [
-        _tests(task, [test for test in found if test.baseline == baseline], metric)
-        for task, found in tests.items()
-        for baseline in dict.fromkeys(test.baseline for test in found)
-    ]
-    return [ranking, cost, *families, sampled]
-
-
-def _table(title: str, note: str, groups: Sequence[Group], columns: Sequence[_Column]) -> Table:
-    filled = [_cells(column, groups) for column in columns]
-    kept = [place for place, cells in enumerate(filled) if not all(cell.missing for cell in cells)]
-    return Table(
-        title,
-        note,
-        ("method", "seeds", *(columns[place].header for place in kept)),
-        tuple(
-            (Cell(group.label), Cell(str(len(group.runs))), *(filled[place][row] for place in kept))
-            for row, group in enumerate(groups)
+    spread = f"Mean and standard deviation over the seeds; {DASH} was not measured."
+    negatives = ", ".join(map(str, sorted(set(runs["negatives"]))))
+    tables = [
+        Table("Full ranking", f"All items of the catalogue but those seen before. {spread}", _ranking(runs, "{}_{}")),
+        Table("Retention and cost", f"On general text, and of the training. {spread}", _cost(runs, steps)),
+        *_tests(tests, metric),
+        Table(
+            "Sampled ranking",
+            f"The target among 1 + {negatives} random items: inflated, only for comparison with literature. {spread}",
+            _ranking(runs, "{}_sampled_{}"),
         ),
-    )
-
-
-def _cells(column: _Column, groups: Sequence[Group]) -> list[Cell]:
-    cells = []
-    for group in groups:
-        values = [value for run in group.runs if (value := column.value(run)) is not None and math.isfinite(value)]
-        mean, deviation = mean_and_deviation(values) if values else (None, None)
-        cells.append(Cell("", mean, None if column.constant else deviation, column.form))
-    known = [cell.mean for cell in cells if cell.mean is not None]
-    if not column.ranked or not known:
-        return cells
-    return [replace(cell, best=cell.mean == max(known)) for cell in cells]
-
-
-def _ranking_columns(groups: Sequence[Group], tasks: Sequence[str], source: str) -> list[_Column]:
-    def value(task: str, metric: str) -> Callable[[Run], float | None]:
-        return lambda run: getattr(run, source)["final"].get(task, {}).get(metric)
-
-    return [_Column(f"{task} {_title(metric)}", value(task, metric), ranked=True) for task in tasks for metric in SHOWN]
-
-
-def _cost_columns(groups: Sequence[Group]) -> list[_Column]:
-    measured = dict.fromkeys(
-        key for group in groups for run in group.runs for key in run.metrics["final"].get("general", {})
-    )
-    return [
-        _Column("perplexity", lambda run: _general(run, "final", "perplexity"), ".2f"),
-        _Column("change, %", perplexity_change, "+.1f"),
-        *(_general_column(key) for key in measured if key != "perplexity"),
-        _Column("leak", _leak, ".1e"),
-        _Column("lr", lambda run: run.settings["lr"] if run.summary["throughput"] else None, "g", constant=True),
-        *_speed_columns([run for group in groups for run in group.runs]),
-        _Column("peak GiB", _peak, ".2f"),
+        Table(
+            "Rates",
+            f"Mean over the tasks of {title_of(metric)} on the validation split, and the change of perplexity, by peak "
+            f"learning rate; bold: the rate of the runs above. {DASH} was not tried, or diverged.",
+            _rates(runs, trials, metric),
+        ),
+        Table("Settings that differ", "Where two methods that have a setting differ in it.", _differences(runs)),
     ]
+    return [table for table in tables if len(table.cells) and len(table.cells.columns) > 1]
 
 
-def _speed_columns(runs: Sequence[Run]) -> list[_Column]:
-    """One of seconds per step, or one for each machine: times of different ones have no common mean."""
+def title_of(metric: str) -> str:
+    """Return how tables call a metric.
 
-    def on(machine: str) -> Callable[[Run], float | None]:
-        return lambda run: _seconds(run) if run.machine == machine else None
-
-    machines = sorted({run.machine for run in runs if _seconds(run) is not None})
-    if len(machines) < 2:
-        return [_Column("s/step", _seconds, ".2f")]
-    return [_Column(f"s/step ({machine})", on(machine), ".2f") for machine in machines]
-
-
-def _seconds(run: Run) -> float | None:
-    found = run.summary["throughput"].get("seconds_per_step")
-    return None if found is None else float(found)
-
-
-def _general_column(key: str) -> _Column:
-    return _Column(key.replace("_", " "), lambda run: _general(run, "final", key))
-
-
-def perplexity_change(run: Run) -> float | None:
-    """Return by how many per cent training has changed the perplexity of general text."""
-    before, after = _general(run, "zero_shot", "perplexity"), _general(run, "final", "perplexity")
-    return None if before is None or after is None else 100 * (after / before - 1)
-
-
-def _general(run: Run, part: str, key: str) -> float | None:
-    found = run.metrics[part].get("general", {}).get(key)
-    return float(found) if isinstance(found, (int, float)) else None
-
-
-def _leak(run: Run) -> float | None:
-    """The mean over the layers of what a run has measured of the change inside the protected directions."""
-    layers: dict[str, Any] = run.summary.get("leak") or {}
-    known = [float(value) for value in layers.values() if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _peak(run: Run) -> float | None:
-    peak = run.summary.get("peak_memory") or {}
-    found = peak.get("device") or peak.get("resident")
-    return None if found is None else found / 2**30
-
-
-def _tests(task: str, tests: Sequence[Significance], metric: str) -> Table:
-    rows = []
-    for test in tests:
-        found = test.test
-        rows.append(
-            (
-                Cell(test.label),
-                Cell(str(found.queries)) if found else Cell(),
-                Cell("", found.difference if found else None, None, "+.4f"),
-                *(Cell("", value, None, ".2g") for value in (found.t_test if found else None, test.t_test)),
-                *(Cell("", value, None, ".2g") for value in (found.permutation if found else None, test.permutation)),
-            )
-        )
-    return Table(
-        f"{task}: {_title(metric)} against {tests[0].baseline}",
-        "Two-sided paired tests over queries, whose values are averaged over the seeds first; Holm's correction counts "
-        "all methods of this table.",
-        ("method", "queries", "difference", "p (t-test)", "with Holm", "p (permutation)", "with Holm"),
-        tuple(rows),
-    )
-
-
-def _title(metric: str) -> str:
+    Example:
+        >>> title_of("gems_ndcg@10")
+        'NDCG gems@10'
+    """
     name, at, depth = metric.partition("@")
     return f"{NAMES.get(name, name)}{at}{depth}"
+
+
+def _ranking(runs: pd.DataFrame, pattern: str) -> pd.DataFrame:
+    columns = {f"{task} {title_of(name)}": pattern.format(task, name) for task in tasks_of(runs) for name in SHOWN}
+    return _table(runs, {title: _spread(runs, name, best=True) for title, name in columns.items() if name in runs})
+
+
+def _cost(runs: pd.DataFrame, steps: pd.DataFrame) -> pd.DataFrame:
+    ends = steps.groupby("run", observed=True).tail(LAST_STEPS).groupby("run", observed=True).mean(numeric_only=True)
+    cosines = [name for name in steps.columns if name.startswith("cosines_")]
+    cosine = steps.groupby("run", observed=True)[cosines].mean().mean(axis=1)
+    peak = runs["peak_device"].fillna(runs["peak_resident"]) / 2**30
+    machine = runs["device"].astype(str) + ", threads: " + runs["threads"].astype(str)
+    runs = runs.assign(
+        change=perplexity_change(runs),
+        cosine=runs["run"].astype(str).map(cosine.rename(str)),
+        peak=peak,
+        **{f"end_{name}": runs["run"].astype(str).map(ends[name].rename(str)) for name in ends if "loss_" in name},
+    )
+    columns = {
+        "perplexity": _spread(runs, "perplexity", ".2f"),
+        "change, %": _spread(runs, "change", "+.1f"),
+        "multiple choice": _spread(runs, "multiple_choice"),
+        "multiple choice raw": _spread(runs, "multiple_choice_raw"),
+        "leak": _spread(runs, "leak", ".1e"),
+        **{
+            f"{task} loss, last {LAST_STEPS} steps": _spread(runs, f"end_loss_{task}", ".2f")
+            for task in tasks_of(runs)
+            if f"end_loss_{task}" in runs
+        },
+        "cosine": _spread(runs, "cosine", "+.2f"),
+        "lr": _spread(runs, "lr", "g", deviation=False),
+        "steps": _spread(runs[runs["lr"].notna()], "steps", ".0f"),
+    }
+    # Times of different machines have no common mean.
+    machines = sorted(set(machine[runs["seconds_per_step"].notna()]))
+    for each in machines:
+        name = "s/step" if len(machines) == 1 else f"s/step ({each})"
+        columns[name] = _spread(runs[machine == each], "seconds_per_step", ".2f")
+    return _table(runs, {**columns, "peak GiB": _spread(runs, "peak", ".2f")})
+
+
+def _table(runs: pd.DataFrame, columns: Mapping[str, pd.Series]) -> pd.DataFrame:
+    """A row a group; columns of dashes alone are left out."""
+    seeds = runs.groupby("group", sort=False).size()
+    cells = pd.DataFrame(columns).reindex(seeds.index).fillna(DASH)
+    cells = cells.loc[:, (cells != DASH).any()]
+    cells.insert(0, "seeds", seeds.astype(str))
+    return cells.reset_index(names="method")
+
+
+def _spread(
+    runs: pd.DataFrame, name: str, form: str = ".4f", *, best: bool = False, deviation: bool = True
+) -> pd.Series:
+    """Group -> mean and deviation of a column as text; a group without a value is absent."""
+    values = runs.assign(value=runs[name].replace([np.inf, -np.inf], np.nan)).dropna(subset="value")
+    found = values.groupby("group", sort=False)["value"].agg(["mean", "std"])
+    texts = {}
+    for group, mean, std in found.itertuples():
+        text = format(mean, form)
+        if deviation and not np.isnan(std):
+            text += f" ± {format(std, form.lstrip('+'))}"
+        texts[group] = f"**{text}**" if best and mean == found["mean"].max() else text
+    return pd.Series(texts, dtype=str)
+
+
+def _tests(tests: Mapping[str, pd.DataFrame], metric: str) -> list[Table]:
+    forms = {"queries": "d", "difference": "+.4f", "t_test": ".2g", "t_test_holm": ".2g"}
+    forms |= {"permutation": ".2g", "permutation_holm": ".2g"}
+    titles = ("queries", "difference", "p (t-test)", "with Holm", "p (permutation)", "with Holm")
+    tables = []
+    for task, found in tests.items():
+        for baseline, family in found.groupby("baseline", sort=False):
+            cells = pd.DataFrame(
+                {name: family[name].map(lambda x, form=form: _number(x, form)) for name, form in forms.items()}
+            )
+            cells.columns = pd.Index(titles)
+            cells.insert(0, "method", family["group"])
+            tables.append(
+                Table(
+                    f"{task}: {title_of(metric)} against {baseline}",
+                    "Two-sided paired tests over queries, whose values are averaged over the seeds first; Holm's "
+                    "correction counts all methods of this table.",
+                    cells,
+                )
+            )
+    return tables
+
+
+def _rates(runs: pd.DataFrame, trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    found = trials.assign(score=score(trials, metric), change=perplexity_change(trials)).dropna(subset=["score", "lr"])
+    chosen = {(label, lr) for label, lr in zip(runs["label"], runs["lr"], strict=True)}
+    labels = [label for label in runs["label"].drop_duplicates() if label in set(found["label"])]
+    cells = pd.DataFrame(DASH, index=pd.Index(labels), columns=[f"{lr:g}" for lr in sorted(set(found["lr"]))])
+    for label, lr, value, change in found[["label", "lr", "score", "change"]].itertuples(index=False):
+        if label in labels:
+            text = _number(value, ".4f") + ("" if np.isnan(change) else f" ({_change(change)})")
+            cells.loc[label, f"{lr:g}"] = f"**{text}**" if (label, lr) in chosen else text
+    return cells.reset_index(names="method")
+
+
+def _differences(runs: pd.DataFrame) -> pd.DataFrame:
+    """A row a setting, so that a long list of methods stays readable."""
+    firsts = runs.drop_duplicates("group")
+    rows = []
+    for name, values in difference(list(firsts["settings"])).items():
+        by_value: dict[str, list[str]] = {}
+        for group, settings, value in zip(firsts["group"], firsts["settings"], values, strict=True):
+            if name in json.loads(settings):
+                by_value.setdefault(json.dumps(value), []).append(group)
+        most = max(by_value, key=lambda value: len(by_value[value]))
+        others = "; ".join(f"{value}: {', '.join(groups)}" for value, groups in by_value.items() if value != most)
+        rows.append((name, most, others))
+    return pd.DataFrame(rows, columns=["setting", "most", "others"])
+
+
+def _change(percent: float) -> str:
+    return f"{percent:+.1f} %" if percent < 1000 else f"{1 + percent / 100:,.0f}-fold"
+
+
+def _number(value: float, form: str) -> str:
+    return DASH if pd.isna(value) else format(value, form)

@@ -1,41 +1,44 @@
-"""A folder with the comparison: Markdown, LaTeX, JSON and plots."""
+"""A folder with the comparison: Markdown, LaTeX, a plot a data set, and the answer in one small file."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ._collect import Group, Run, collect, groups_of, tasks_of
-from ._plots import draw, score
-from ._render import latex_table, markdown
-from ._significance import Significance, significance
-from ._statistics import mean_and_deviation
-from ._tables import tables_of
+import pandas as pd
 
-FILES = ("comparison.md", "comparison.tex", "comparison.json")
+from ..tables import gather
+from ._groups import group_runs, tasks_of
+from ._plot import chosen_methods, draw, trade
+from ._render import latex_table, markdown
+from ._tables import tables_of, title_of
+from ._tests import best_baselines, language_model_baseline, tests_of, values_of
+
+FILES = ("comparison.md", "comparison.tex", "summary.json")
+SUMMARY_METRIC = "ndcg@10"
 
 
 def compare(
-    paths: Iterable[str | Path],
+    paths: Sequence[str | Path],
     out: str | Path,
     *,
     baseline: str | None = None,
-    metric: str = "ndcg@10",
+    metric: str = SUMMARY_METRIC,
+    drawn: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> Path:
     """Compare finished runs.
 
     Args:
-        paths: folders of runs, or of a grid.
+        paths: folders of runs, of a grid, or of what ``pack`` wrote.
         out: the folder to write into.
-        baseline: label of the method that the others are tested against; by default, for each task, the best one that
-            is no variant of GEMS, and the best of these that trains a model.
-        metric: that is tested and drawn.
+        baseline: the method that the others are tested against; by default those of ``best_baselines`` for each task.
+        metric: that is tested and drawn; ``summary.json`` always has NDCG@10.
+        drawn: labels of the methods in the plots, as far as a data set has them; by default those of
+            ``chosen_methods``.
         say: prints a line to the user.
 
     Returns:
@@ -45,88 +48,87 @@ def compare(
         FileNotFoundError: if a folder is not there.
         ValueError: if there is no finished run on the test split, or runs cannot be compared.
     """
-    runs, left_out = collect(list(paths))
-    for folder in left_out:
-        say(f"left out, since it is not finished: {folder}")
-    tested = [run for run in runs if run.settings.get("eval_split", "test") == "test"]
-    if not tested:
+    runs, steps, queries = gather(paths, say=say).frames()
+    tested, trials = runs[runs["split"] == "test"], runs[runs["split"] != "test"]
+    if tested.empty:
         raise ValueError("all finished runs were evaluated on the validation split; a comparison needs the test split")
-    known = list(dict.fromkeys(name for run in tested for task in run.tasks for name in run.metrics["final"][task]))
+    known = [name for name in queries.columns if name not in ("run", "task", "query")]
     if metric not in known:
         raise ValueError(f"no run has the metric {metric!r}; there are {', '.join(known)}")
+    unknown = [name for name in drawn if name not in set(tested["label"])]
+    if unknown:
+        raise ValueError(
+            f"there is no method {unknown[0]!r} to draw; there are {', '.join(sorted(set(tested['label'])))}"
+        )
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    text, tex, numbers = ["# Comparison"], [r"% \usepackage{booktabs}"], {}
-    for data in dict.fromkeys(str(run.settings["data"]) for run in tested):
-        groups = _sorted(groups_of([run for run in tested if run.settings["data"] == data]), metric)
-        tasks = tasks_of(groups)
-        tests = {task: significance(groups, task, metric, baseline) for task in tasks}
-        trials = [run for run in runs if run not in tested and run.settings["data"] == data]
-        tables = tables_of(groups, tests, metric)
-        name = Path(data).name
-        plots = draw(groups, trials, metric, folder, f"{re.sub(r'[^A-Za-z0-9.-]', '-', name)}-")
-        text += [
-            f"## {name}",
-            *map(markdown, tables),
-            *_differences(groups),
-            *(f"![{caption}]({file})" for file, caption in plots.items()),
-        ]
+    text, tex, rows = ["# Comparison"], [r"% \usepackage{booktabs}"], []
+    for name, members in tested.groupby("data", sort=True):
+        groups = group_runs(members, metric)
+        tests = {task: _tests(groups, queries, task, metric, baseline) for task in tasks_of(groups)}
+        mine = steps[steps["run"].isin(groups["run"])]
+        tables = tables_of(groups, mine, trials[trials["data"] == name], tests, metric)
+        text += [f"## {name}", *map(markdown, tables)]
         tex += [latex_table(table, f"{name}: ") for table in tables]
-        numbers[data] = _numbers(groups, tests, folder)
-    contents = ("\n\n".join(text) + "\n", "\n\n".join(tex) + "\n", json.dumps(numbers, indent=1) + "\n")
-    for file, content in zip(FILES, contents, strict=True):
-        (folder / file).write_text(content, encoding="utf-8")
+        file = folder / f"{re.sub(r'[^A-Za-z0-9.-]', '-', str(name))}.png"
+        found = trade(groups, metric)
+        title = f"{name}: {title_of(metric)} against what general text has lost"
+        if draw(found, chosen_methods(found, drawn), metric, title, file):
+            text.append(f"![{title}]({file.name})")
+        rows += summary_of(groups, queries)
+    contents = ("\n\n".join(text) + "\n", "\n\n".join(tex) + "\n", _json(rows))
+    for file_name, content in zip(FILES, contents, strict=True):
+        (folder / file_name).write_text(content, encoding="utf-8")
     return folder / FILES[0]
 
 
-def _sorted(groups: Sequence[Group], metric: str) -> list[Group]:
-    """The best first, and last what does not serve all tasks."""
+def _tests(groups: pd.DataFrame, queries: pd.DataFrame, task: str, metric: str, baseline: str | None) -> pd.DataFrame:
+    values = values_of(groups, queries, task, metric)
+    if baseline is not None and baseline not in values:
+        raise ValueError(f"there is no method {baseline!r} to compare with; there are {', '.join(values)}")
+    return tests_of(values, best_baselines(groups, values, tasks_of(groups)) if baseline is None else [baseline])
+
+
+def summary_of(groups: pd.DataFrame, queries: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the answer for one data set, an entry a method.
+
+    ``p_rec`` and ``p_search`` are of the paired t-test over queries against the best group that trains a language model
+    on all tasks and is no variant of GEMS, with Holm's correction over all methods; ``None`` for that group itself and
+    for what does not serve the task. ``perplexity_ratio`` is after / before.
+
+    Args:
+        groups: of ``group_runs``.
+        queries: rows of ``queries.parquet``.
+    """
     tasks = tasks_of(groups)
-
-    def mean(group: Group) -> float:
-        values = [value for run in group.runs if (value := score(run, tasks, metric)) is not None]
-        return mean_and_deviation(values)[0] if values else float("-inf")
-
-    return sorted(groups, key=mean, reverse=True)
-
-
-def _differences(groups: Sequence[Group]) -> list[str]:
-    """The settings of every method that are not the same for all methods that have them."""
-    keys = dict.fromkeys(key for group in groups for key in group.runs[0].settings)
-    varied = []
-    for key in keys:
-        if key in ("method", "seed", "lr"):  # which stand in the tables
-            continue
-        found = {group.label: group.runs[0].settings[key] for group in groups if key in group.runs[0].settings}
-        if len({json.dumps(value) for value in found.values()}) > 1:
-            varied.append(f"- `{key}`: " + ", ".join(f"{label} {value}" for label, value in found.items()))
-    return ["### Settings that differ", "\n".join(varied)] if varied else []
-
-
-def _numbers(groups: Sequence[Group], tests: dict[str, list[Significance]], folder: Path) -> dict[str, Any]:
-    def spread(runs: Sequence[Run], source: str) -> dict[str, Any]:
-        gathered: dict[str, dict[str, list[float]]] = {}
-        for run in runs:
-            for task, values in getattr(run, source)["final"].items():
-                for metric, value in values.items():
-                    if isinstance(value, (int, float)):
-                        gathered.setdefault(task, {}).setdefault(metric, []).append(float(value))
-        return {
-            task: {
-                metric: dict(zip(("mean", "deviation", "runs"), (*mean_and_deviation(found), len(found)), strict=True))
-                for metric, found in metrics.items()
+    p_values: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        values = values_of(groups, queries, task, SUMMARY_METRIC)
+        best = language_model_baseline(groups, values, tasks)
+        tests = tests_of(values, [] if best is None else [best])
+        p_values[task] = dict(zip(tests["group"], tests["t_test_holm"], strict=True))
+    rows = []
+    for group, runs in groups.groupby("group", sort=False):
+        measured = {task: _known(runs.get(f"{task}_{SUMMARY_METRIC}")) for task in ("rec", "search")}
+        rows.append(
+            {
+                "data": runs["data"].iloc[0],
+                "method": group,
+                "seeds": len(runs),
+                **{f"{task}_{SUMMARY_METRIC}": value for task, value in measured.items()},
+                "perplexity_ratio": _known(runs["perplexity"] / runs["perplexity_before"]),
+                **{f"p_{task}": _known(p_values.get(task, {}).get(group)) for task in ("rec", "search")},
             }
-            for task, metrics in gathered.items()
-        }
+        )
+    return rows
 
-    return {
-        "methods": {
-            group.label: {
-                "runs": [Path(os.path.relpath(run.folder.path, folder.resolve())).as_posix() for run in group.runs],
-                "full": spread(group.runs, "metrics"),
-                "sampled": spread(group.runs, "sampled"),
-            }
-            for group in groups
-        },
-        "tests": {task: [asdict(test) for test in found] for task, found in tests.items()},
-    }
+
+def _known(values: Any) -> float | None:
+    """The mean of what was measured, with six digits."""
+    known = pd.Series([] if values is None else values, dtype=float).dropna()
+    return None if known.empty else float(f"{known.mean():.6g}")
+
+
+def _json(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ",\n".join(f" {json.dumps(row, ensure_ascii=False, allow_nan=False)}" for row in rows)
+    return f"[\n{lines}\n]\n"

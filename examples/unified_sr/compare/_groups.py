@@ -1,0 +1,57 @@
+"""Which runs are one row of a table: those of one label and one set of settings, whatever their seed."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ..tables import difference, evaluated_differently, without_seed
+
+OWN = "gems"
+"""Methods whose name starts with this are what is compared with baselines; all others are baselines."""
+
+
+def group_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Return the runs on one data set with a column ``group``, the best group first.
+
+    A group is called as its label, and where that is not unique also by the settings that tell it apart. What does not
+    serve all tasks comes last.
+
+    Args:
+        runs: rows of ``runs.parquet`` that evaluated the test split.
+        metric: whose mean over the tasks orders the groups.
+
+    Raises:
+        ValueError: if the runs were evaluated differently, so that their numbers cannot be compared.
+    """
+    found = evaluated_differently(dict(zip(runs["run"], runs["settings"], strict=True)))
+    if found is not None:
+        raise ValueError(f"the runs cannot be compared, because they were evaluated differently: {found}")
+    runs = runs.assign(same=runs["settings"].map(without_seed), label=runs["label"].astype(str))
+    firsts = runs.drop_duplicates(["label", "same"])
+    names = {}
+    for label, members in firsts.groupby("label", sort=False):
+        varied = difference(list(members["same"]))
+        for place, same in enumerate(members["same"]):
+            own = ", ".join(f"{key}={values[place]}" for key, values in varied.items())
+            names[label, same] = f"{label} ({own})" if len(members) > 1 else label
+    runs["group"] = [names[key] for key in zip(runs["label"], runs["same"], strict=True)]
+    runs["score"] = score(runs, metric)
+    means = runs.groupby("group", sort=False)["score"].mean().sort_values(ascending=False, kind="stable")
+    return runs.set_index("group").loc[means.index].reset_index().drop(columns="same")
+
+
+def tasks_of(runs: pd.DataFrame) -> list[str]:
+    """Return all tasks that any of the runs has ranked."""
+    columns = [name for name in runs.columns if name.endswith("_examples") and runs[name].notna().any()]
+    return [name.removesuffix("_examples") for name in columns]
+
+
+def score(runs: pd.DataFrame, metric: str) -> pd.Series:
+    """Return the mean of each run's metric over the tasks; NaN if it was not measured for all of them."""
+    columns = [f"{task}_{metric}" for task in tasks_of(runs)]
+    return runs.reindex(columns=columns).mean(axis=1, skipna=False)
+
+
+def perplexity_change(runs: pd.DataFrame) -> pd.Series:
+    """Return by how many per cent training has changed each run's perplexity of general text."""
+    return 100 * (runs["perplexity"] / runs["perplexity_before"] - 1)
