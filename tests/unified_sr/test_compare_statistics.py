@@ -6,47 +6,37 @@ import doctest
 import itertools
 
 import numpy as np
+import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from scipy import stats
 
-from examples.unified_sr.compare import _statistics, holm, mean_and_deviation, paired
-
-P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+from examples.unified_sr.compare import _tests, holm, paired
 
 
-def named(values: list[float]) -> dict[str, float]:
-    return {f"q{number}": value for number, value in enumerate(values)}
+def series(values: list[float] | np.ndarray) -> pd.Series:
+    return pd.Series(values, [f"q{number}" for number in range(len(values))], dtype=float)
 
 
-@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9))
-def test_mean_and_deviation_are_numpys(values: list[float]) -> None:
-    mean, deviation = mean_and_deviation(values)
-    assert mean == pytest.approx(np.mean(values), abs=1e-9)
-    assert deviation == pytest.approx(np.std(values, ddof=1), abs=1e-9)
+def one(method: pd.Series, baseline: pd.Series, seed: int = 0) -> pd.Series:
+    """The tests of one method, as a row."""
+    return paired(method.to_frame("method"), baseline, seed).loc["method"]
 
 
-def test_one_value_has_no_deviation_and_none_has_no_mean() -> None:
-    assert mean_and_deviation([0.5]) == (0.5, None)
-    with pytest.raises(ValueError, match="values is empty"):
-        mean_and_deviation([])
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_t_test_is_scipys(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(3))
+def test_both_tests_are_scipys(seed: int) -> None:
     draw = np.random.default_rng(seed)
     method, baseline = draw.random(40), draw.random(40)
-    found = paired(named(list(method)), named(list(baseline)))
-    assert found is not None
-    assert found.queries == 40
-    assert found.difference == pytest.approx((method - baseline).mean())
-    assert found.t_test == pytest.approx(stats.ttest_rel(method, baseline).pvalue)
-    # The permutation test has no closed form; for 40 queries of similar spread the two nearly agree.
-    assert found.permutation == pytest.approx(found.t_test, abs=0.03)
+    found = one(series(method), series(baseline))
+    assert found["queries"] == 40
+    assert found["difference"] == pytest.approx((method - baseline).mean())
+    assert found["t_test"] == pytest.approx(stats.ttest_rel(method, baseline).pvalue)
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": 9999}
+    wanted = stats.permutation_test((method - baseline,), np.mean, rng=np.random.default_rng(1), **options)
+    error = (wanted.pvalue * (1 - wanted.pvalue) / 9999) ** 0.5  # of each of the two draws
+    assert found["permutation"] == pytest.approx(wanted.pvalue, abs=6 * error + 1e-3)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_permutation_test_of_few_queries_counts_all_signs(seed: int) -> None:
     draw = np.random.default_rng(seed)
     method, baseline = draw.random(8), draw.random(8)
@@ -55,32 +45,43 @@ def test_the_permutation_test_of_few_queries_counts_all_signs(seed: int) -> None
     observed = float(differences.mean())
     lower = sum(mean <= observed + 1e-12 for mean in means) / len(means)
     higher = sum(mean >= observed - 1e-12 for mean in means) / len(means)
-    found = paired(named(list(method)), named(list(baseline)))
-    assert found is not None
-    assert found.permutation == pytest.approx(min(1.0, 2 * min(lower, higher)))
+    found = one(series(method), series(baseline))
+    assert found["permutation"] == pytest.approx(min(1.0, 2 * min(lower, higher)))
 
 
 def test_p_values_of_no_effect_are_uniform() -> None:
     draw = np.random.default_rng(0)
-    found = [paired(named(list(draw.random(12))), named(list(draw.random(12)))) for _ in range(80)]
+    found = paired(pd.DataFrame(draw.random((14, 200))), pd.Series(0.5, range(14)))
     for name in ("t_test", "permutation"):
-        assert stats.kstest([getattr(test, name) for test in found], "uniform").pvalue > 0.01
+        assert stats.kstest(found[name], "uniform").pvalue > 0.01
+
+
+def test_methods_are_tested_alike_together_and_alone() -> None:
+    draw = np.random.default_rng(0)
+    values = pd.DataFrame(draw.random((50, 4)), columns=list("abcd"))
+    values.loc[draw.random(50) < 0.3, "b"] = np.nan
+    together = paired(values[["a", "b", "c"]], values["d"])
+    for name in "abc":
+        pd.testing.assert_series_equal(one(values[name], values["d"]), together.loc[name], check_names=False)
+    kept = values["b"].notna()
+    left = one(values["b"][kept], values["d"][kept])
+    assert (left["queries"], left["t_test"]) == (kept.sum(), together.loc["b", "t_test"])
+    assert left["permutation"] == pytest.approx(together.loc["b", "permutation"], abs=0.03)
 
 
 def test_edge_cases() -> None:
-    values = named([0.1, 0.5, 0.5])
-    same = paired(values, values)
-    assert same is not None
-    assert (same.difference, same.t_test, same.permutation) == (0.0, 1.0, 1.0)
-    shifted = paired({qid: value + 0.25 for qid, value in named([0.5] * 20).items()}, named([0.5] * 20))
-    assert shifted is not None
-    assert (shifted.t_test, shifted.difference) == (0.0, 0.25)
-    assert shifted.permutation < 0.001
-    assert paired(values, {"q0": 0.0, "other": 1.0}) is None, "one query is common"
-    some = paired(values, {"q0": 0.0, "q2": 0.5, "other": 1.0})
-    assert some is not None
-    assert (some.queries, some.difference) == (2, pytest.approx(0.05))
-    assert paired(values, {"q0": 0.3, "q1": 0.1, "q2": 0.2}) == paired(values, {"q0": 0.3, "q1": 0.1, "q2": 0.2})
+    values = series([0.1, 0.5, 0.5])
+    assert list(one(values, values)) == [3, 0.0, 1.0, 1.0]
+    shifted = one(series([0.75] * 20), series([0.5] * 20))
+    assert (shifted["t_test"], shifted["difference"]) == (0.0, 0.25)
+    assert shifted["permutation"] < 0.001
+    alone = one(values, pd.Series({"q0": 0.0, "other": 1.0}))
+    assert alone["queries"] == 1
+    assert alone.drop("queries").isna().all(), "one query is common"
+    some = one(values, pd.Series({"q0": 0.0, "q2": 0.5, "other": 1.0}))
+    assert (some["queries"], some["difference"]) == (2, pytest.approx(0.05))
+    other = series([0.3, 0.1, 0.2])
+    pd.testing.assert_series_equal(one(values, other), one(values, other))
 
 
 def rejected(p_values: list[float], alpha: float) -> list[bool]:
@@ -94,23 +95,25 @@ def rejected(p_values: list[float], alpha: float) -> list[bool]:
     return result
 
 
-@given(P_VALUES, st.floats(0.001, 0.5))
-def test_holm_rejects_what_the_procedure_rejects(p_values: list[float], alpha: float) -> None:
-    adjusted = holm(p_values)
-    margin = [abs(value - alpha) > 1e-9 for value in adjusted]
-    for value, reject, clear in zip(adjusted, rejected(p_values, alpha), margin, strict=True):
-        assert not clear or (value <= alpha) == reject
+@pytest.mark.parametrize("seed", range(8))
+def test_holm_rejects_what_the_procedure_rejects(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    p_values, alpha = list(draw.random(1 + seed) ** 3), float(draw.uniform(0.001, 0.5))
+    assert list(holm(pd.Series(p_values)) <= alpha) == rejected(p_values, alpha)
 
 
-@given(P_VALUES)
-def test_holm_is_never_below_the_values_nor_above_bonferroni(p_values: list[float]) -> None:
-    for value, adjusted in zip(p_values, holm(p_values), strict=True):
-        assert value <= adjusted <= min(1.0, len(p_values) * value) + 1e-12
-    assert holm(p_values[::-1]) == holm(p_values)[::-1]
+def test_holm_by_hand() -> None:
+    """Of five values the smallest counts five times, the next four times, and so on; none falls below one before."""
+    found = holm(pd.Series([0.02, 0.01, 0.9, 0.015, 0.6]))
+    assert list(found) == pytest.approx([0.06, 0.05, 1.0, 0.06, 1.0])
 
 
-def test_holm_refuses_what_is_no_probability() -> None:
+def test_holm_counts_what_was_tested() -> None:
+    found = holm(pd.Series([0.01, np.nan, 0.04], ["a", "b", "c"]))
+    assert found["a"] == pytest.approx(0.02)
+    assert found["c"] == pytest.approx(0.04)
+    assert np.isnan(found["b"])
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        holm([0.1, float("nan")])
-    assert holm([]) == []
-    assert doctest.testmod(_statistics).failed == 0
+        holm(pd.Series([0.1, 1.5]))
+    assert holm(pd.Series([], dtype=float)).empty
+    assert doctest.testmod(_tests).failed == 0

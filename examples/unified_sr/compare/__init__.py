@@ -12,11 +12,12 @@ from ._labels import place_labels
 from ._plot import chosen_methods, draw, trade
 from ._render import escape, latex_table, markdown
 from ._tables import Table, tables_of
-from ._tests import best_baselines, holm, language_model_baseline, paired, tests_of, values_of
+from ._tests import against, best_baselines, holm, language_model_baseline, paired, values_of
 from ._write import compare
 
 __all__ = [
     "Table",
+    "against",
     "best_baselines",
     "chosen_methods",
     "compare",
@@ -31,7 +32,6 @@ __all__ = [
     "place_labels",
     "tables_of",
     "tasks_of",
-    "tests_of",
     "trade",
     "values_of",
 ]

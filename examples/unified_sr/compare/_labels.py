@@ -6,11 +6,12 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
+Point = tuple[float, float]
 Box = tuple[float, float, float, float]
 """Left, bottom, right, top; of any unit, such as pixels. In a picture whose second axis points down, top is below."""
 
-DISTANCES = (0.0, 6.0, 14.0, 24.0, 36.0, 50.0)
-"""Of a label from its point, beyond the gap; the first one is right beside it."""
+ROWS = 12
+"""Lines of text above or below its point that a label may move."""
 
 FAR = 12.0
 """From here on a label and its point need a line between them."""
@@ -20,8 +21,8 @@ SWEEPS = 4
 
 
 def place_labels(
-    points: Sequence[tuple[float, float]],
-    sizes: Sequence[tuple[float, float]],
+    points: Sequence[Point],
+    sizes: Sequence[Point],
     bounds: Box,
     taken: Sequence[Box] = (),
     gap: float = 6.0,
@@ -43,54 +44,68 @@ def place_labels(
         [(16.0, 6.0, 46.0, 14.0), (59.0, 6.0, 89.0, 14.0)]
     """
     marks = [(x - gap / 2, y - gap / 2, x + gap / 2, y + gap / 2) for x, y in points]
-    blocked = [*marks, *taken]
     placed: list[Box | None] = [None] * len(points)
     for _ in range(SWEEPS):
         before = list(placed)
         for index, (point, size) in enumerate(zip(points, sizes, strict=True)):
             near = [(points[other], box) for other, box in enumerate(placed) if other != index and box is not None]
-            others = [*blocked, *(box for _, box in near), *(part for pair in near for part in _leader(*pair, gap))]
-            costs = [(_cost(point, box, bounds, others, gap), away, box) for box, away in _around(point, size, gap)]
-            placed[index] = min(costs, key=lambda cost: cost[:2])[2]
+            texts = [*marks, *(box for _, box in near)]
+            lines = [*taken, *(part for pair in near for part in _leader(*pair, gap))]
+            placed[index] = _best(point, size, bounds, texts, lines, gap)
         if placed == before:
             break
     return [box for box in placed if box is not None]
 
 
-def _around(point: tuple[float, float], size: tuple[float, float], gap: float) -> Iterator[tuple[Box, float]]:
-    """Places and their distance: right, left, above and below, then between these, and further out."""
+def _best(point: Point, size: Point, bounds: Box, texts: Sequence[Box], lines: Sequence[Box], gap: float) -> Box:
+    """The nearest place that costs nothing, otherwise the cheapest: no label is covered to spare a line."""
+    costs: list[tuple[tuple[float, float], Box]] = []
+    for box in _around(point, size, gap):
+        outside = (box[2] - box[0]) * (box[3] - box[1]) - _common(box, bounds)
+        covered = 100 * outside + sum(_common(box, other) for other in texts)
+        crossed = sum(_common(box, other) for other in lines)
+        crossed += sum(_common(part, other) for part in _leader(point, box, gap) for other in texts)
+        costs.append(((round(covered, 6), round(crossed, 6)), box))
+        if costs[-1][0] == (0, 0):
+            break
+    return min(costs, key=lambda cost: cost[0])[1]
+
+
+def _around(point: Point, size: Point, gap: float) -> Iterator[Box]:
+    """Places, the nearest first: beside the point, then some lines of text above or below, in three columns."""
     (x, y), (width, height) = point, size
-    sides = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1)]
-    for distance, (across, up) in itertools.product(DISTANCES, sides):
-        reach = (gap + distance) / (math.sqrt(2) if across and up else 1)
-        left = x + across * reach - (width / 2 if across == 0 else width if across < 0 else 0)
-        bottom = y + up * reach - (height / 2 if up == 0 else height if up < 0 else 0)
-        yield (left, bottom, left + width, bottom + height), distance
+    slant = gap / math.sqrt(2)
+    lefts = {1: x + gap, -1: x - gap - width, 0: x - width / 2}
+    beside = [
+        (lefts[1], y - height / 2),
+        (lefts[-1], y - height / 2),
+        (lefts[0], y + gap),
+        (lefts[0], y - gap - height),
+    ]
+    beside += [(a, b) for a in (x + slant, x - slant - width) for b in (y + slant, y - slant - height)]
+    for left, bottom in beside:
+        yield left, bottom, left + width, bottom + height
+    for row, up, across in itertools.product(range(1, ROWS + 1), (1, -1), (1, -1, 0)):
+        bottom = y + up * (gap + 1.1 * row * height) - (height if up < 0 else 0)
+        yield lefts[across], bottom, lefts[across] + width, bottom + height
 
 
-def leader(point: tuple[float, float], box: Box) -> tuple[tuple[float, float], tuple[float, float]] | None:
+def leader(point: Point, box: Box) -> tuple[Point, Point] | None:
     """Return the line from a point to a label that is not right beside it, if it needs one."""
     nearest = (min(max(point[0], box[0]), box[2]), min(max(point[1], box[1]), box[3]))
     return (point, nearest) if math.dist(point, nearest) > FAR else None
 
 
-def _leader(point: tuple[float, float], box: Box, gap: float) -> list[Box]:
+def _leader(point: Point, box: Box, gap: float) -> list[Box]:
     """The line as small boxes, without its ends, which touch the point and the label."""
     line = leader(point, box)
     if line is None:
         return []
     (x, y), (end_x, end_y) = line
-    count = max(2, round(math.dist(*line) / 2))
+    count = max(2, round(math.dist(*line) / 4))
     shares = [part / count for part in range(count + 1) if gap < part / count * math.dist(*line)]
     centres = [(x + share * (end_x - x), y + share * (end_y - y)) for share in shares[:-1]]
-    return [(a - 1, b - 1, a + 1, b + 1) for a, b in centres]
-
-
-def _cost(point: tuple[float, float], box: Box, bounds: Box, others: Sequence[Box], gap: float) -> float:
-    """How much it covers, or lacks of the picture, and how much its line crosses."""
-    outside = (box[2] - box[0]) * (box[3] - box[1]) - _common(box, bounds)
-    crossed = sum(_common(part, other) for part in _leader(point, box, gap) for other in others)
-    return round(100 * outside + sum(_common(box, other) for other in others) + 10 * crossed, 6)
+    return [(a - 2, b - 2, a + 2, b + 2) for a, b in centres]
 
 
 def _common(one: Box, other: Box) -> float:

@@ -19,6 +19,9 @@ NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "gems_ndcg": 
 LAST_STEPS = 5
 """Steps over which a training loss is averaged: one batch's says little."""
 
+ELSEWHERE = ("method", "seed", "lr")
+"""Settings that stand in other tables."""
+
 DASH = "–"
 
 
@@ -46,7 +49,7 @@ def tables_of(
         runs: with a column ``group``.
         steps: rows of ``steps.parquet``.
         trials: rows of ``runs.parquet`` that evaluated the validation split.
-        tests: task -> tests of ``tests_of``.
+        tests: task -> tests of ``against``.
         metric: that was tested.
     """
     spread = f"Mean and standard deviation over the seeds; {DASH} was not measured."
@@ -185,7 +188,7 @@ def _differences(runs: pd.DataFrame) -> pd.DataFrame:
     """A row a setting, so that a long list of methods stays readable."""
     firsts = runs.drop_duplicates("group")
     rows = []
-    for name, values in difference(list(firsts["settings"])).items():
+    for name, values in difference(list(firsts["settings"]), ELSEWHERE).items():
         by_value: dict[str, list[str]] = {}
         for group, settings, value in zip(firsts["group"], firsts["settings"], values, strict=True):
             if name in json.loads(settings):

@@ -62,7 +62,7 @@ def language_model_baseline(runs: pd.DataFrame, values: pd.DataFrame, tasks: Seq
 
 
 def _language_models(groups: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
-    every = groups["trained_tasks"].map(lambda names: set(tasks) <= set(str(names).split(",")))
+    every = groups["trained_tasks"].map(lambda names: set(tasks) <= set(str(names).split(","))).astype(bool)
     return groups[(groups["trained_parameters"] > 0) & groups["perplexity"].notna() & every]
 
 
@@ -71,7 +71,7 @@ def _best(groups: pd.DataFrame, values: pd.DataFrame) -> list[str]:
     return [] if means.empty else [str(means.idxmax())]
 
 
-def tests_of(values: pd.DataFrame, baselines: Sequence[str]) -> pd.DataFrame:
+def against(values: pd.DataFrame, baselines: Sequence[str]) -> pd.DataFrame:
     """Test all groups against each of the baselines.
 
     Args:

@@ -15,7 +15,7 @@ from ._groups import group_runs, tasks_of
 from ._plot import chosen_methods, draw, trade
 from ._render import latex_table, markdown
 from ._tables import tables_of, title_of
-from ._tests import best_baselines, language_model_baseline, tests_of, values_of
+from ._tests import against, best_baselines, language_model_baseline, values_of
 
 FILES = ("comparison.md", "comparison.tex", "summary.json")
 SUMMARY_METRIC = "ndcg@10"
@@ -86,7 +86,7 @@ def _tests(groups: pd.DataFrame, queries: pd.DataFrame, task: str, metric: str, 
     values = values_of(groups, queries, task, metric)
     if baseline is not None and baseline not in values:
         raise ValueError(f"there is no method {baseline!r} to compare with; there are {', '.join(values)}")
-    return tests_of(values, best_baselines(groups, values, tasks_of(groups)) if baseline is None else [baseline])
+    return against(values, best_baselines(groups, values, tasks_of(groups)) if baseline is None else [baseline])
 
 
 def summary_of(groups: pd.DataFrame, queries: pd.DataFrame) -> list[dict[str, Any]]:
@@ -105,7 +105,7 @@ def summary_of(groups: pd.DataFrame, queries: pd.DataFrame) -> list[dict[str, An
     for task in tasks:
         values = values_of(groups, queries, task, SUMMARY_METRIC)
         best = language_model_baseline(groups, values, tasks)
-        tests = tests_of(values, [] if best is None else [best])
+        tests = against(values, [] if best is None else [best])
         p_values[task] = dict(zip(tests["group"], tests["t_test_holm"], strict=True))
     rows = []
     for group, runs in groups.groupby("group", sort=False):

@@ -112,7 +112,7 @@ def write_tables(tables: Tables, folder: str | Path) -> list[Path]:
     begun = [file.with_suffix(f".{os.getpid()}.part") for file in files]
     try:
         for table, file in zip(COLUMNS, begun, strict=True):
-            pq.write_table(_joined(table, [getattr(tables, table)]), file, compression="zstd", compression_level=19)
+            pq.write_table(_joined(table, [getattr(tables, table)]), file, compression="zstd", compression_level=9)
         for file, part in zip(files, begun, strict=True):
             part.replace(file)
     finally:

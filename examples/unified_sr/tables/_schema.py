@@ -8,6 +8,16 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+INTRODUCTION = """# What the Parquet files hold
+
+`python -m examples.unified_sr pack` writes three files, which the column `run` joins. Null is what was not measured. A
+run that failed or is not finished is in none of them. Names in braces stand for families of columns:
+
+* `{task}`: rec or search;
+* `{metric}`: such as ndcg@10;
+* `{tasks}` and `{subspaces}`: two names with a bar between them;
+* `{name}`: a parameter group, or a subspace."""
+
 _PLACES = {
     "{task}": r"(rec|search)",
     "{metric}": r"((gems_)?(hit|ndcg|mrr|map)@\d+)",
@@ -142,13 +152,7 @@ def schema_of(table: str, names: Iterable[str]) -> pa.Schema:
 
 def describe() -> str:
     """Return the schema as Markdown, which is the text of ``results/SCHEMA.md``."""
-    parts = [
-        "# What the Parquet files hold",
-        "`python -m examples.unified_sr pack` writes three files, which `run` joins. Null is what was not measured. Names "
-        "in braces stand for a family of columns: `{task}` is rec or search, `{metric}` one such as ndcg@10, `{tasks}` and "
-        "`{subspaces}` two names with a bar between them, `{name}` a parameter group or a subspace. A run that failed or "
-        "is not finished is in none of the files, and steps and queries have no row of a run without any.",
-    ]
+    parts = [INTRODUCTION]
     for table, columns in COLUMNS.items():
         rows = [f"| `{column.name}` | {_kind(column.type)} | {_plain(column.doc)} |" for column in columns]
         parts.append("\n".join([f"## {table}.parquet", "", "| column | type | meaning |", "|---|---|---|", *rows]))

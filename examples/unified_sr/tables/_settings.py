@@ -15,9 +15,6 @@ EVALUATION = (
 )
 """Settings in which runs must agree for their numbers to mean the same."""
 
-TABULATED = ("method", "seed", "lr")
-"""Settings that stand in the tables of a comparison, so that no list of differences repeats them."""
-
 
 def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are columns of their own, and all of them as JSON text."""
@@ -80,14 +77,15 @@ def evaluated_differently(texts: Mapping[str, str]) -> str | None:
     return None
 
 
-def difference(texts: Sequence[str]) -> dict[str, list[Any]]:
+def difference(texts: Sequence[str], but: Sequence[str] = ("seed",)) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all texts that have them: name -> one value a text, or ``None``.
 
     Args:
         texts: settings as JSON text.
+        but: settings that are left out.
     """
     settings = [json.loads(text) for text in texts]
-    names = dict.fromkeys(name for found in settings for name in found if name not in TABULATED)
+    names = dict.fromkeys(name for found in settings for name in found if name not in but)
     varied = [name for name in names if len({_text(found[name]) for found in settings if name in found}) > 1]
     return {name: [found.get(name) for found in settings] for name in varied}
 
