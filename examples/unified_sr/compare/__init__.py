@@ -8,7 +8,7 @@ files.
 from __future__ import annotations
 
 from ._groups import group_runs, tasks_of
-from ._labels import place_labels
+from ._labels import leader, place_labels
 from ._plot import chosen_methods, draw, trade
 from ._render import escape, latex_table, markdown
 from ._tables import Table, tables_of
@@ -27,6 +27,7 @@ __all__ = [
     "holm",
     "language_model_baseline",
     "latex_table",
+    "leader",
     "markdown",
     "paired",
     "place_labels",

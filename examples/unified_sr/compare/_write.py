@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,9 @@ def compare(
         title = f"{name}: {title_of(metric)} against what general text has lost"
         if draw(found, chosen_methods(found, drawn), metric, title, file):
             text.append(f"![{title}]({file.name})")
-        rows += summary_of(groups, queries)
+        if metric != SUMMARY_METRIC or baseline is not None:
+            tests = {task: _tests(groups, queries, task, SUMMARY_METRIC, None) for task in tests}
+        rows += summary_of(groups, queries, tests)
     contents = ("\n\n".join(text) + "\n", "\n\n".join(tex) + "\n", _json(rows))
     for file_name, content in zip(FILES, contents, strict=True):
         (folder / file_name).write_text(content, encoding="utf-8")
@@ -89,7 +91,7 @@ def _tests(groups: pd.DataFrame, queries: pd.DataFrame, task: str, metric: str, 
     return against(values, best_baselines(groups, values, tasks_of(groups)) if baseline is None else [baseline])
 
 
-def summary_of(groups: pd.DataFrame, queries: pd.DataFrame) -> list[dict[str, Any]]:
+def summary_of(groups: pd.DataFrame, queries: pd.DataFrame, tests: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
     """Return the answer for one data set, an entry a method.
 
     ``p_rec`` and ``p_search`` are of the paired t-test over queries against the best group that trains a language model
@@ -99,14 +101,13 @@ def summary_of(groups: pd.DataFrame, queries: pd.DataFrame) -> list[dict[str, An
     Args:
         groups: of ``group_runs``.
         queries: rows of ``queries.parquet``.
+        tests: task -> tests of NDCG@10 against the best baselines.
     """
-    tasks = tasks_of(groups)
     p_values: dict[str, dict[str, float]] = {}
-    for task in tasks:
+    for task, found in tests.items():
         values = values_of(groups, queries, task, SUMMARY_METRIC)
-        best = language_model_baseline(groups, values, tasks)
-        tests = against(values, [] if best is None else [best])
-        p_values[task] = dict(zip(tests["group"], tests["t_test_holm"], strict=True))
+        family = found[found["baseline"] == language_model_baseline(groups, values, list(tests))]
+        p_values[task] = dict(zip(family["group"], family["t_test_holm"], strict=True))
     rows = []
     for group, runs in groups.groupby("group", sort=False):
         measured = {task: _known(runs.get(f"{task}_{SUMMARY_METRIC}")) for task in ("rec", "search")}

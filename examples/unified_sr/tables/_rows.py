@@ -52,9 +52,7 @@ def rows_of(folder: RunFolder) -> Rows:
         **columns,
         "selection": _compact(selection.read_text(encoding="utf-8")) if steps and selection.is_file() else None,
         "steps": len(steps),
-        "trained_tasks": ",".join(key.removeprefix("loss_") for key in steps[0] if key.startswith("loss_"))
-        if steps
-        else None,
+        "trained_tasks": _trained(steps),
         **_environment(folder.read_json(ENVIRONMENT)),
         **_summary(summary),
         **_metrics(folder),
@@ -62,6 +60,11 @@ def rows_of(folder: RunFolder) -> Rows:
     tasks = [] if columns["split"] == "valid" else list(folder.read_json(METRICS)["final"])
     queries = [{"run": name, "task": task, **row} for task in tasks for row in _queries(folder, task)]
     return Rows(run, [{"run": name, **step} for step in steps], queries)
+
+
+def _trained(steps: list[Row]) -> str | None:
+    names = dict.fromkeys(key.removeprefix("loss_") for step in steps for key in step if key.startswith("loss_"))
+    return ",".join(sorted(names)) or None
 
 
 def _flat(record: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
