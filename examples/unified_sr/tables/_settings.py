@@ -26,6 +26,7 @@ def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
         "seed": settings["seed"],
         "lr": settings["lr"],
         "item_lr": settings["item_lr"],
+        "format": settings.get("format", "prompt"),
         "batch_size": settings["batch_size"],
         "negatives": settings["negatives"],
         "settings": _text(shortened(settings)),
