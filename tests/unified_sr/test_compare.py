@@ -14,15 +14,15 @@ from run_files import BAD, FAIR, GOOD, QUERIES, write_grid, write_run
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.compare import (
+    LANGUAGE_MODEL,
     Table,
     _render,
     _tables,
     against,
-    best_baselines,
+    baselines_of,
     compare,
     escape,
     group_runs,
-    language_model_baseline,
     latex_table,
     markdown,
     tables_of,
@@ -49,7 +49,7 @@ class World:
         return values_of(self.runs, self.queries, task, metric)
 
     def baselines(self, task: str) -> list[str]:
-        return best_baselines(self.runs, self.values(task), tasks_of(self.runs))
+        return list(dict.fromkeys(baselines_of(self.runs, self.values(task), tasks_of(self.runs)).values()))
 
     def tables(self) -> dict[str, Frame]:
         found = tables_of(self.runs, self.steps, self.trials, {}, "ndcg@10")
@@ -131,7 +131,7 @@ def test_baselines_of_three_kinds_stand_beside_each_other(tmp_path: Path) -> Non
     write_run(folder / "zero-shot" / "seed-0", "zero-shot", ranks=both)
     world = World(folder)
     assert world.baselines("rec") == ["ease", "adamw-rec", "adamw"]
-    assert language_model_baseline(world.runs, world.values("rec"), tasks_of(world.runs)) == "adamw"
+    assert baselines_of(world.runs, world.values("rec"), tasks_of(world.runs))[LANGUAGE_MODEL] == "adamw"
     text = compare([folder], tmp_path / "out").read_text(encoding="utf-8")
     for name in ("ease", "adamw-rec", "adamw"):
         assert f"### rec: NDCG@10 against {name}\n" in text

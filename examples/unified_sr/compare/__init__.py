@@ -12,20 +12,20 @@ from ._labels import leader, place_labels
 from ._plot import chosen_methods, draw, trade
 from ._render import escape, latex_table, markdown
 from ._tables import Table, tables_of
-from ._tests import against, best_baselines, holm, language_model_baseline, paired, values_of
+from ._tests import LANGUAGE_MODEL, against, baselines_of, holm, paired, values_of
 from ._write import compare
 
 __all__ = [
+    "LANGUAGE_MODEL",
     "Table",
     "against",
-    "best_baselines",
+    "baselines_of",
     "chosen_methods",
     "compare",
     "draw",
     "escape",
     "group_runs",
     "holm",
-    "language_model_baseline",
     "latex_table",
     "leader",
     "markdown",

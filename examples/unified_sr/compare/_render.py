@@ -7,23 +7,11 @@ import re
 from ..report import markdown_table
 from ._tables import DASH, Table
 
-_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "±": r"$\pm$",
-    DASH: "--",
-}
+_ESCAPES = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "±": r"$\pm$", DASH: "--"}
+)
 
 
 def escape(text: str) -> str:
@@ -33,13 +21,12 @@ def escape(text: str) -> str:
         >>> print(escape("50 % of a_b & {c}"))
         50 \\% of a\\_b \\& \\{c\\}
     """
-    return "".join(_ESCAPES.get(character, character) for character in text)
+    return text.translate(_ESCAPES)
 
 
 def markdown(table: Table) -> str:
     """Return a table with its title and note as Markdown; the first column is flush left."""
-    rows = [list(table.cells.columns), *table.cells.itertuples(index=False, name=None)]
-    cells = [[str(cell).replace("|", r"\|") for cell in row] for row in rows]
+    cells = [[cell.replace("|", r"\|") for cell in row] for row in _rows(table)]
     return f"### {table.title}\n\n{table.note}\n\n{markdown_table(cells)}"
 
 
@@ -50,10 +37,7 @@ def latex_table(table: Table, caption: str = "") -> str:
         table: the table.
         caption: text before the title in the caption.
     """
-    head, *lines = (
-        " & ".join(map(_latex_cell, row))
-        for row in [list(table.cells.columns), *table.cells.itertuples(index=False, name=None)]
-    )
+    head, *lines = (" & ".join(map(_latex_cell, row)) for row in _rows(table))
     return "\n".join(
         [
             r"\begin{table}",
@@ -69,6 +53,10 @@ def latex_table(table: Table, caption: str = "") -> str:
             r"\end{table}",
         ]
     )
+
+
+def _rows(table: Table) -> list[list[str]]:
+    return [list(table.cells.columns), *table.cells.to_numpy().tolist()]
 
 
 def _latex_cell(text: str) -> str:

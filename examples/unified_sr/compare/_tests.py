@@ -11,6 +11,7 @@ from scipy import stats
 
 from ._groups import OWN
 
+LANGUAGE_MODEL = "language model"
 RESAMPLES = 9999
 """Sign changes that the permutation test draws; it takes all of them where there are fewer."""
 
@@ -33,11 +34,11 @@ def values_of(runs: pd.DataFrame, queries: pd.DataFrame, task: str, metric: str)
     return wide.reindex(columns=runs["group"].drop_duplicates())
 
 
-def best_baselines(runs: pd.DataFrame, values: pd.DataFrame, tasks: Sequence[str]) -> list[str]:
-    """Return what the others are tested against: groups that are no variant of GEMS, each the best of its kind.
+def baselines_of(runs: pd.DataFrame, values: pd.DataFrame, tasks: Sequence[str]) -> dict[str, str]:
+    """Return what the others are tested against: kind -> its best group that is no variant of GEMS.
 
-    The kinds are: all of them; those that train a model; those that train a language model on all tasks. They are found
-    on the same queries that they are tested on, so they are rather too good than too weak.
+    The kinds are ``any``; ``trained``, what trains a model; and ``LANGUAGE_MODEL``, what trains a language model on all
+    tasks. They are found on the same queries that they are tested on, so they are rather too good than too weak.
 
     Args:
         runs: with a column ``group``.
@@ -47,28 +48,10 @@ def best_baselines(runs: pd.DataFrame, values: pd.DataFrame, tasks: Sequence[str
     firsts = runs.drop_duplicates("group").set_index("group")
     rivals = firsts[~firsts["method"].str.startswith(OWN)]
     trained = rivals[rivals["trained_parameters"] > 0]
-    return list(
-        dict.fromkeys(
-            [*_best(rivals, values), *_best(trained, values), *_best(_language_models(rivals, tasks), values)]
-        )
-    )
-
-
-def language_model_baseline(runs: pd.DataFrame, values: pd.DataFrame, tasks: Sequence[str]) -> str | None:
-    """Return the best group that trains a language model on all tasks and is no variant of GEMS, if there is one."""
-    firsts = runs.drop_duplicates("group").set_index("group")
-    best = _best(_language_models(firsts[~firsts["method"].str.startswith(OWN)], tasks), values)
-    return best[0] if best else None
-
-
-def _language_models(groups: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
-    every = groups["trained_tasks"].map(lambda names: set(tasks) <= set(str(names).split(","))).astype(bool)
-    return groups[(groups["trained_parameters"] > 0) & groups["perplexity"].notna() & every]
-
-
-def _best(groups: pd.DataFrame, values: pd.DataFrame) -> list[str]:
-    means = values[list(groups.index)].mean().dropna()
-    return [] if means.empty else [str(means.idxmax())]
+    every = trained["trained_tasks"].map(lambda names: set(tasks) <= set(str(names).split(","))).astype(bool)
+    kinds = {"any": rivals, "trained": trained, LANGUAGE_MODEL: trained[trained["perplexity"].notna() & every]}
+    means = {kind: values[list(groups.index)].mean().dropna() for kind, groups in kinds.items()}
+    return {kind: str(found.idxmax()) for kind, found in means.items() if not found.empty}
 
 
 def against(values: pd.DataFrame, baselines: Sequence[str]) -> pd.DataFrame:

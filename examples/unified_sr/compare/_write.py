@@ -15,7 +15,7 @@ from ._groups import group_runs, tasks_of
 from ._plot import chosen_methods, draw, trade
 from ._render import latex_table, markdown
 from ._tables import tables_of, title_of
-from ._tests import against, best_baselines, language_model_baseline, values_of
+from ._tests import LANGUAGE_MODEL, against, baselines_of, values_of
 
 FILES = ("comparison.md", "comparison.tex", "summary.json")
 SUMMARY_METRIC = "ndcg@10"
@@ -35,7 +35,7 @@ def compare(
     Args:
         paths: folders of runs, of a grid, or of what ``pack`` wrote.
         out: the folder to write into.
-        baseline: the method that the others are tested against; by default those of ``best_baselines`` for each task.
+        baseline: the method that the others are tested against; by default those of ``baselines_of`` for each task.
         metric: that is tested and drawn; ``summary.json`` always has NDCG@10.
         drawn: labels of the methods in the plots, as far as a data set has them; by default those of
             ``chosen_methods``.
@@ -88,7 +88,8 @@ def _tests(groups: pd.DataFrame, queries: pd.DataFrame, task: str, metric: str, 
     values = values_of(groups, queries, task, metric)
     if baseline is not None and baseline not in values:
         raise ValueError(f"there is no method {baseline!r} to compare with; there are {', '.join(values)}")
-    return against(values, best_baselines(groups, values, tasks_of(groups)) if baseline is None else [baseline])
+    best = baselines_of(groups, values, tasks_of(groups)).values() if baseline is None else [baseline]
+    return against(values, list(dict.fromkeys(best)))
 
 
 def summary_of(groups: pd.DataFrame, queries: pd.DataFrame, tests: Mapping[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -106,7 +107,7 @@ def summary_of(groups: pd.DataFrame, queries: pd.DataFrame, tests: Mapping[str, 
     p_values: dict[str, dict[str, float]] = {}
     for task, found in tests.items():
         values = values_of(groups, queries, task, SUMMARY_METRIC)
-        family = found[found["baseline"] == language_model_baseline(groups, values, list(tests))]
+        family = found[found["baseline"] == baselines_of(groups, values, list(tests)).get(LANGUAGE_MODEL)]
         p_values[task] = dict(zip(family["group"], family["t_test_holm"], strict=True))
     rows = []
     for group, runs in groups.groupby("group", sort=False):
