@@ -41,7 +41,7 @@ def rows_of(folder: RunFolder) -> Rows:
     settings = read_yaml(folder.file(CONFIG))
     summary = folder.read_json("run.json")
     lines = folder.file("steps.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [dict(_flat(json.loads(line))) for line in lines]
+    steps = [{key: _short(value) for key, value in _flat(json.loads(line))} for line in lines]
     columns = {"label": label_of(folder.path, settings), **setting_columns(settings)}
     if not steps:
         columns |= {"lr": None, "item_lr": None}
@@ -60,6 +60,11 @@ def rows_of(folder: RunFolder) -> Rows:
     tasks = [] if columns["split"] == "valid" else list(folder.read_json(METRICS)["final"])
     queries = [{"run": name, "task": task, **row} for task in tasks for row in _queries(folder, task)]
     return Rows(run, [{"run": name, **step} for step in steps], queries)
+
+
+def _short(value: Any) -> Any:
+    """Four significant digits: single steps are noise beyond them, and the file a quarter smaller."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _trained(steps: list[Row]) -> str | None:

@@ -16,7 +16,9 @@ run that failed or is not finished is in none of them. Names in braces stand for
 * `{task}`: rec or search;
 * `{metric}`: such as ndcg@10;
 * `{tasks}` and `{subspaces}`: two names with a bar between them;
-* `{name}`: a parameter group, or a subspace."""
+* `{name}`: a parameter group, or a subspace.
+
+Numbers of steps have four significant digits."""
 
 _PLACES = {
     "{task}": r"(rec|search)",
