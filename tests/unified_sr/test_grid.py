@@ -16,6 +16,7 @@ import yaml
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.grid._forecast import Forecast
+from examples.unified_sr.tables import gather
 
 SMALL = {
     "batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3,
@@ -54,6 +55,28 @@ def test_every_run_has_its_folder(finished: Path) -> None:
     names = ["adamw/lr-0.0001", "adamw/lr-0.01", "adamw/seed-0", "adamw/seed-1", "bm25/seed-0", "bm25/seed-1"]
     assert folders == names
     assert "training" in (finished / "adamw" / "seed-0.log").read_text(encoding="utf-8")
+
+
+def test_its_runs_can_be_packed_but_what_diverged(finished: Path) -> None:
+    said: list[str] = []
+    runs, steps, queries = gather([finished], say=said.append).frames()
+    assert said == [f"left out, since it failed or is not finished: {finished / 'adamw' / 'lr-1e+30'}"]
+    names = {name.rsplit("/", 1)[0].partition("/")[2] for name in runs["run"]}
+    assert names == {
+        *(f"adamw/{name}" for name in ("lr-0.0001", "lr-0.01", "seed-0", "seed-1")),
+        "bm25/seed-0",
+        "bm25/seed-1",
+    }
+    trained = runs[runs["method"] == "adamw"].set_index("run")
+    assert set(steps["run"]) == set(trained.index)
+    assert set(trained["trained_tasks"]) == {"rec,search"}
+    metrics = read(finished / "adamw" / "seed-1" / "metrics.json")["final"]
+    (one,) = trained[(trained["seed"] == 1) & (trained["split"] == "test")].to_dict("records")
+    assert one["perplexity"] == metrics["general"]["perplexity"]
+    assert json.loads(one["selection"])["lr"] == one["lr"]
+    values = queries[queries["run"].str.contains("adamw/seed-1") & (queries["task"] == "search")]["ndcg@10"]
+    assert values.mean() == pytest.approx(metrics["search"]["ndcg@10"], rel=1e-5)
+    assert one["search_ndcg@10"] == metrics["search"]["ndcg@10"]
 
 
 def test_the_intact_model_is_measured_once_for_each_split(finished: Path) -> None:

@@ -73,8 +73,9 @@ def _trained(steps: list[Row]) -> str | None:
 
 
 def _flat(record: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
-    """Names of nested mappings joined by ``_``; the diagnostics are at the top."""
-    for key, value in record.items():
+    """Names of nested mappings joined by ``_``, pairs in one order; the diagnostics are at the top."""
+    for name, value in record.items():
+        key = "|".join(sorted(name.split("|")))
         if isinstance(value, Mapping):
             yield from _flat(value, head if key == "diagnostics" else f"{head}{key}_")
         else:
