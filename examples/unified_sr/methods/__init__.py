@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
 from ._base import Diagnostics, Fitted, Method, Setup, Updater
@@ -38,7 +39,7 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Diagnostics", "Fitted", "Method", "Setup", "Updater", "backward", "method_named"]
+__all__ = ["METHODS", "Diagnostics", "Fitted", "Method", "Setup", "Updater", "backward", "defaults_of", "method_named"]
 
 
 def method_named(name: str) -> Method:
@@ -52,3 +53,9 @@ def method_named(name: str) -> Method:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"there is no method {name!r}; {hint}the methods are {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def defaults_of(method: Method) -> dict[str, Any]:
+    """Return the settings, by ``section.key``, whose defaults are the method's own or of what it is a variant of."""
+    original = defaults_of(METHODS[method.variant_of]) if method.variant_of else {}
+    return {**original, **method.defaults}

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch.optim import AdamW
 
-from ..settings import Settings, setting
+from ..settings import MethodSettings
 from ._base import Method, Setup, Updater, item_group, model_parameters, parameter_groups, train_only
 from ._mixed import MixedLossUpdater, Surgery
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdamWSettings(Settings):
-    """Nothing of its own."""
-
-    method: str = setting("adamw", "name of the training method")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamWRecSettings(AdamWSettings):
-    """Recommendation alone: one of the two models that a joint one replaces."""
-
-    method: str = setting("adamw-rec", "name of the training method")
-    train_tasks: str | None = setting("rec", "tasks that are trained, separated by commas; null trains all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamWSearchSettings(AdamWSettings):
-    """Search alone."""
-
-    method: str = setting("adamw-search", "name of the training method")
-    train_tasks: str | None = setting("search", "tasks that are trained, separated by commas; null trains all")
-
-
-def build(setup: Setup[AdamWSettings]) -> Updater:
+def build(setup: Setup[MethodSettings]) -> Updater:
     """Train all layers with AdamW on the mixed batch."""
     return full_fine_tuning(setup, [])
 
@@ -48,17 +24,28 @@ def full_fine_tuning(setup: Setup[Any], notes: list[str], surgery: Surgery | Non
         notes: further sentences for the report.
         surgery: how the tasks' gradients are combined; ``None`` adds them up.
     """
+    training = setup.settings.training
     weights = model_parameters(setup.ranker)
     train_only(setup.ranker, weights)
-    optimizer = AdamW([*parameter_groups(weights, setup.settings), item_group(setup.ranker, setup.settings)])
+    optimizer = AdamW([*parameter_groups(weights, training), item_group(setup.ranker, training)])
     note = "All weights of the layers are trained; the embedding of words and the vocabulary head are frozen."
-    return MixedLossUpdater(optimizer, [note, *notes], setup.settings.grad_clip, surgery)
+    return MixedLossUpdater(optimizer, [note, *notes], training.grad_clip, surgery)
 
 
-ADAMW = Method("adamw", "full fine-tuning with AdamW", AdamWSettings, build)
+ADAMW = Method("adamw", "full fine-tuning with AdamW", MethodSettings, build)
 ADAMW_REC = Method(
-    "adamw-rec", "full fine-tuning with AdamW on recommendation alone", AdamWRecSettings, build, variant_of="adamw"
+    "adamw-rec",
+    "full fine-tuning with AdamW on recommendation alone",
+    MethodSettings,
+    build,
+    defaults={"training.tasks": "rec"},
+    variant_of="adamw",
 )
 ADAMW_SEARCH = Method(
-    "adamw-search", "full fine-tuning with AdamW on search alone", AdamWSearchSettings, build, variant_of="adamw"
+    "adamw-search",
+    "full fine-tuning with AdamW on search alone",
+    MethodSettings,
+    build,
+    defaults={"training.tasks": "search"},
+    variant_of="adamw",
 )

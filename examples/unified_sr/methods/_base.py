@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..data import Dataset, Example
 from ..losses import Pass
 from ..model import Ranker
-from ..settings import Settings
+from ..settings import MethodSettings, Settings, TrainingSettings
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=MethodSettings)
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Setup(Generic[S]):
 
     Args:
         ranker: the model, of which nothing is frozen yet but the language model's own embedding and head.
-        settings: the method's own settings.
+        settings: of the run, whose section ``method`` is of the method's own class.
         tasks: their names.
         general_batches: makes keyword arguments of ``ranker.backbone``, each a batch of general-domain text.
         say: prints a line to the user.
     """
 
     ranker: Ranker
-    settings: S
+    settings: Settings[S]
     tasks: Sequence[str]
     general_batches: Callable[[], Iterable[Mapping[str, Tensor]]]
     say: Callable[[str], None]
@@ -116,21 +116,23 @@ class Method:
     Args:
         name: as on the command line.
         summary: one line for tables and help.
-        settings: its settings class, whose ``method`` defaults to ``name``.
+        settings: the class of its section ``method``.
         build: makes the updater; ``None`` for a method that trains no language model.
         fit: makes the rankings of a method without any language model, from the settings, the data set and its training
             examples; ``None`` for all others.
         fit_seconds: what ``fit`` takes, roughly, until a run has shown it.
-        variant_of: the method whose section in a configuration file holds for this one too, so that the two differ in
-            what the variant's settings class changes and in nothing else.
+        defaults: settings by ``section.key`` whose default is another one than that of their class.
+        variant_of: the method whose defaults hold for this one too, and whose section in a configuration file, so that
+            the two differ in this one's own defaults and in nothing else.
     """
 
     name: str
     summary: str
-    settings: type[Settings]
+    settings: type[MethodSettings]
     build: Callable[[Setup[Any]], Updater] | None
     fit: Callable[[Any, Dataset, Sequence[Example]], Fitted] | None = None
     fit_seconds: float = 0.0
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     variant_of: str | None = None
 
 
@@ -156,18 +158,18 @@ def model_parameters(ranker: Ranker) -> list[nn.Parameter]:
     return [weight for weight in ranker.parameters() if weight.requires_grad and id(weight) not in items]
 
 
-def parameter_groups(weights: Iterable[nn.Parameter], settings: Settings) -> list[dict[str, Any]]:
+def parameter_groups(weights: Iterable[nn.Parameter], training: TrainingSettings) -> list[dict[str, Any]]:
     """Return optimizer groups of a model's weights: matrices with weight decay, vectors without."""
     weights = list(weights)
     matrices = [weight for weight in weights if weight.ndim >= 2]
     vectors = [weight for weight in weights if weight.ndim < 2]
     groups = [
-        {"name": "matrices", "params": matrices, "lr": settings.lr, "weight_decay": settings.weight_decay},
-        {"name": "vectors", "params": vectors, "lr": settings.lr, "weight_decay": 0.0},
+        {"name": "matrices", "params": matrices, "lr": training.lr, "weight_decay": training.weight_decay},
+        {"name": "vectors", "params": vectors, "lr": training.lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
-def item_group(ranker: Ranker, settings: Settings) -> dict[str, Any]:
+def item_group(ranker: Ranker, training: TrainingSettings) -> dict[str, Any]:
     """Return the optimizer group of the items' rows; decay would pull them away from what their titles say."""
-    return {"name": "items", "params": ranker.item_parameters(), "lr": settings.item_lr, "weight_decay": 0.0}
+    return {"name": "items", "params": ranker.item_parameters(), "lr": training.item_lr, "weight_decay": 0.0}

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub.layers import select_layers
 
-from ..settings import Settings, setting
+from ..settings import MethodSettings, Number
 from ._base import Method, Setup, Updater, item_group, model_parameters, parameter_groups, train_only
 from ._mixed import MixedLossUpdater
 
 _PROJECTOR, _BASIS = "projector", "projector_basis"
 
 
-@dataclass(frozen=True, kw_only=True)
-class GaloreSettings(Settings):
-    """The subspaces, with the rank and the gap of GEMS.
+class GaloreSettings(MethodSettings):
+    """The subspaces, with the rank and the gap of GEMS."""
 
-    The rate is twice AdamW's: the scale of 1 keeps the size of a step per direction, and a step has fewer directions.
-    """
-
-    method: str = setting("galore", "name of the training method")
-    lr: float = setting(2e-4, "peak learning rate of the model's weights", above=0)
-    rank: int = setting(128, "dimension of the subspaces", minimum=1)
-    update_proj_gap: int = setting(200, "steps between two decompositions of the gradients", minimum=1)
-    scale: float = setting(1.0, "factor of the update in the subspaces; GaLore's alpha", above=0)
+    rank: int = Field(128, ge=1, description="dimension of the subspaces")
+    update_proj_gap: int = Field(200, ge=1, description="steps between two decompositions of the gradients")
+    scale: Number = Field(1.0, gt=0, description="factor of the update in the subspaces; GaLore's alpha")
 
 
 def build(setup: Setup[GaloreSettings]) -> Updater:
@@ -37,7 +31,7 @@ def build(setup: Setup[GaloreSettings]) -> Updater:
         from galore_torch import GaLoreAdamW
     except ImportError as error:
         raise ImportError("the method 'galore' needs galore-torch: pip install 'gradsub[examples]'") from error
-    settings, ranker = setup.settings, setup.ranker
+    settings, training, ranker = setup.settings.method, setup.settings.training, setup.ranker
     layers: list[Any] = list(select_layers(ranker.backbone).values())
     linear: list[nn.Parameter] = list(dict.fromkeys(layer.weight for layer in layers))
     others = [weight for weight in model_parameters(ranker) if all(weight is not one for one in linear)]
@@ -49,9 +43,9 @@ def build(setup: Setup[GaloreSettings]) -> Updater:
         "proj_type": "std",
     }
     groups = [
-        *({**group, **subspace, "name": f"linear.{group['name']}"} for group in parameter_groups(linear, settings)),
-        *({**group, "name": f"other.{group['name']}"} for group in parameter_groups(others, settings)),
-        item_group(ranker, settings),
+        *({**group, **subspace, "name": f"linear.{group['name']}"} for group in parameter_groups(linear, training)),
+        *({**group, "name": f"other.{group['name']}"} for group in parameter_groups(others, training)),
+        item_group(ranker, training),
     ]
     # torch's eps: GaLore's own default is 1e-6, and the methods are not to differ in that.
     optimizer: Optimizer = GaLoreAdamW(groups, eps=1e-8, no_deprecation_warning=True)
@@ -62,7 +56,7 @@ def build(setup: Setup[GaloreSettings]) -> Updater:
         "gradient, everything else of the layers by its plain AdamW; the embedding of words and the vocabulary head "
         "are frozen."
     )
-    return MixedLossUpdater(optimizer, [note], settings.grad_clip)
+    return MixedLossUpdater(optimizer, [note], training.grad_clip)
 
 
 def _projectors_to_bases(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -94,4 +88,11 @@ def _bases_to_projectors(optimizer: Optimizer) -> None:
                 optimizer.state[weight][_PROJECTOR] = projector
 
 
-GALORE = Method("galore", "GaLore: AdamW inside one subspace of the gradient", GaloreSettings, build)
+GALORE = Method(
+    "galore",
+    "GaLore: AdamW inside one subspace of the gradient",
+    GaloreSettings,
+    build,
+    # Twice AdamW's: the scale of 1 keeps the size of a step per direction, and a step has fewer directions.
+    defaults={"training.lr": 2e-4},
+)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,14 +25,7 @@ from ._base import (
     train_only,
 )
 from ._conflict import mean_values
-from ._gems_settings import (
-    GemsHypergradientSettings,
-    GemsNoNullSettings,
-    GemsNoTaskSettings,
-    GemsPaperSettings,
-    GemsSettings,
-    GemsUniformSettings,
-)
+from ._gems_settings import GemsSettings
 from ._mixed import MixedLossUpdater
 
 
@@ -97,7 +89,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     from gradsub import GemsOptimizer
     from gradsub.layers import select_layers
 
-    settings, ranker = setup.settings, setup.ranker
+    settings, training, ranker = setup.settings.method, setup.settings.training, setup.ranker
     if settings.others_lr is not None and not settings.train_others:
         raise ValueError(
             f"others_lr={settings.others_lr} has nothing to train: set train_others to true, or others_lr to null"
@@ -112,13 +104,13 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     protected = {id(weight) for weight in linear}
     others = [weight for weight in model_parameters(ranker) if settings.train_others and id(weight) not in protected]
     train_only(ranker, [*linear, *others])
-    for_others = settings if settings.others_lr is None else replace(settings, lr=settings.others_lr)
+    others_lr = training.lr if settings.others_lr is None else settings.others_lr
     groups = [
-        {**group, "subspace": name == "linear", "name": f"{name}.{group['name']}"}
-        for name, weights, rates in (("linear", linear, settings), ("other", others, for_others))
-        for group in parameter_groups(weights, rates)
+        {**group, "lr": lr, "subspace": name == "linear", "name": f"{name}.{group['name']}"}
+        for name, weights, lr in (("linear", linear, training.lr), ("other", others, others_lr))
+        for group in parameter_groups(weights, training)
     ]
-    groups.append({**item_group(ranker, settings), "subspace": False})
+    groups.append({**item_group(ranker, training), "subspace": False})
     optimizer = GemsOptimizer(
         AdamW(groups),
         # Gradients of no task belong to the shared subspace alone: an optimizer without tasks has only that.
@@ -134,7 +126,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         null_space=_null_space(setup) if settings.protect else None,
         model=ranker.backbone,
         target_modules="all-linear",
-        seed=settings.seed,
+        seed=setup.settings.seed,
         capture=settings.capture,
         refresh=settings.refresh,
     )
@@ -150,7 +142,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         kept = f"the null space of general text's gradients protects {held} of the {len(others)}"
         notes.append(
             "Norms, biases and all else that is no linear layer are trained by plain AdamW, at the peak rate "
-            f"{for_others.lr:g}; {kept if settings.protect_others else 'no null space protects them'}."
+            f"{others_lr:g}; {kept if settings.protect_others else 'no null space protects them'}."
         )
     if not settings.protect:
         notes.append("Nothing is protected (`protect: false`): the subspaces hold any direction of the gradients.")
@@ -160,15 +152,15 @@ def build(setup: Setup[GemsSettings]) -> Updater:
             "shared subspace alone, and the update is that of `gems` without the gated terms. The conflict of the "
             "tasks is that of their whole gradients, which this variant has."
         )
-        return MixedLossUpdater(optimizer, notes, settings.grad_clip)
+        return MixedLossUpdater(optimizer, notes, training.grad_clip)
     notes.append(f"The task subspaces are weighted by the {settings.gate} gate.")
-    return GemsUpdater(optimizer, notes, settings.grad_clip)
+    return GemsUpdater(optimizer, notes, training.grad_clip)
 
 
 def _null_space(setup: Setup[GemsSettings]) -> Any:
     from gradsub import NullSpace
 
-    settings = setup.settings
+    settings = setup.settings.method
     if (settings.energy is None) == (settings.threshold is None):
         raise ValueError(
             f"exactly one of energy and threshold must be given, got energy={settings.energy} and "
@@ -207,17 +199,32 @@ def _next_tokens(lm: nn.Module, _: nn.Module, batch: Mapping[str, Tensor]) -> Te
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum")
 
 
-GEMS = Method("gems", "GEMS with the library's defaults (input side)", GemsSettings, build)
-GEMS_PAPER = Method("gems-paper", "GEMS as published (output side)", GemsPaperSettings, build)
-GEMS_NO_TASK = Method("gems-no-task", "GEMS without the task subspaces", GemsNoTaskSettings, build, variant_of="gems")
-GEMS_NO_NULL = Method("gems-no-null", "GEMS without the null space", GemsNoNullSettings, build, variant_of="gems")
-GEMS_UNIFORM = Method(
-    "gems-uniform", "GEMS with equal weights of the task subspaces", GemsUniformSettings, build, variant_of="gems"
+def _variant(name: str, summary: str, **own: object) -> Method:
+    defaults = {f"method.{key}": value for key, value in own.items()}
+    return Method(name, summary, GemsSettings, build, defaults=defaults, variant_of="gems")
+
+
+GEMS = Method(
+    "gems", "GEMS with the library's defaults (input side)", GemsSettings, build, defaults={"training.lr": 6e-4}
 )
-GEMS_HYPERGRADIENT = Method(
-    "gems-hypergradient",
-    "GEMS with trained weights of the task subspaces",
-    GemsHypergradientSettings,
+# The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size.
+GEMS_PAPER = Method(
+    "gems-paper",
+    "GEMS as published (output side)",
+    GemsSettings,
     build,
-    variant_of="gems",
+    defaults={
+        "training.lr": 5e-4,
+        "training.warmup": 0.01,
+        "method.rank": 1024,
+        "method.side": "output",
+        "method.energy": None,
+        "method.threshold": 2e-2,
+    },
+)
+GEMS_NO_TASK = _variant("gems-no-task", "GEMS without the task subspaces", task_subspaces=False)
+GEMS_NO_NULL = _variant("gems-no-null", "GEMS without the null space", protect=False)
+GEMS_UNIFORM = _variant("gems-uniform", "GEMS with equal weights of the task subspaces", gate="uniform")
+GEMS_HYPERGRADIENT = _variant(
+    "gems-hypergradient", "GEMS with trained weights of the task subspaces", gate="hypergradient"
 )

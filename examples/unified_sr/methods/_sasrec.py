@@ -4,87 +4,78 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..baselines import ItemSequence, SasRec, train_sasrec
 from ..data import Dataset, Example, Timeline
 from ..metrics import query_metrics, target_ranks
 from ..precision import choose_precision
-from ..settings import setting
+from ..settings import MethodSettings, Number, Settings
 from ._base import Fitted, Method
-from ._baselines import BaselineSettings
+from ._baselines import NO_MODEL
 
 BATCH = 256
 """Examples that are scored together."""
 
-_OTHERS = "ignored: of language models; see {}"
 
-
-@dataclass(frozen=True, kw_only=True)
-class SasRecSettings(BaselineSettings):
+class SasRecSettings(MethodSettings):
     """A network and a training of its own, so that what a file says for language models does not change it."""
 
-    method: str = setting("sasrec", "name of the training method")
-    max_history: int = setting(50, "the most recent items that it reads, in training too", minimum=1)
-    width: int = setting(64, "of the items' rows and the hidden states, a multiple of heads", minimum=1)
-    blocks: int = setting(2, "blocks of attention", minimum=1)
-    heads: int = setting(2, "of each attention", minimum=1)
-    dropout: float = setting(0.3, "share of the hidden units dropped in training", minimum=0, maximum=0.95)
-    learning_rate: float = setting(3e-3, "of Adam", above=0)
-    batch: int = setting(32, "sequences of at most max_history items in a step", minimum=1)
-    max_epochs: int = setting(50, "passes over the users' sequences at most", minimum=0)
-    patience: int = setting(
-        5, "epochs without a better NDCG@10 on the validation split after which the training ends", minimum=1
+    width: int = Field(64, ge=1, description="of the items' rows and the hidden states, a multiple of heads")
+    blocks: int = Field(2, ge=1, description="blocks of attention")
+    heads: int = Field(2, ge=1, description="of each attention")
+    dropout: Number = Field(0.3, ge=0, le=0.95, description="share of the hidden units dropped in training")
+    learning_rate: Number = Field(3e-3, gt=0, description="of Adam")
+    batch: int = Field(32, ge=1, description="sequences of at most model.max_history items in a step")
+    max_epochs: int = Field(50, ge=0, description="passes over the users' sequences at most")
+    patience: int = Field(
+        5, ge=1, description="epochs without a better NDCG@10 on the validation split after which the training ends"
     )
-    lr: float = setting(1e-4, _OTHERS.format("learning_rate"), above=0)
-    batch_size: int = setting(32, _OTHERS.format("batch"), minimum=1)
-    epochs: int | None = setting(None, _OTHERS.format("max_epochs"), minimum=1)
-    early_stop: int | None = setting(None, _OTHERS.format("patience"), minimum=1)
 
 
-def fit_sasrec(settings: SasRecSettings, dataset: Dataset, train: Sequence[Example]) -> Fitted:
+def fit_sasrec(settings: Settings[SasRecSettings], dataset: Dataset, train: Sequence[Example]) -> Fitted:
     """Train SASRec on the users' training events and rank recommendations by it.
 
     Events of both tasks are inputs and targets: a search is answered by an item, too, and items are all that is read.
     Queries are not, so searches are not served.
     """
-    device = choose_precision(settings).device
+    own, device = settings.method, choose_precision(settings.model).device
     cuda = [device] if device.type == "cuda" else []
     tasks = list(dict.fromkeys(example.task for example in train))
     watched = dataset.valid["rec"]
     if not watched:
         warnings.warn(
-            f"{settings.data!r} has no validation example of a recommendation, so sasrec runs all of its "
-            f"{settings.max_epochs} epochs; pass max_epochs=N that fits, or split=leave-one-out",
+            f"{settings.data.source!r} has no validation example of a recommendation, so sasrec runs all of its "
+            f"{own.max_epochs} epochs; pass method.max_epochs=N that fits, or data.split=leave-one-out",
             stacklevel=2,
         )
     with torch.random.fork_rng(cuda):
         torch.manual_seed(settings.seed)
         model = SasRec(
             len(dataset.items),
-            length=settings.max_history,
-            width=settings.width,
-            blocks=settings.blocks,
-            heads=settings.heads,
-            dropout=settings.dropout,
+            length=settings.model.max_history,
+            width=own.width,
+            blocks=own.blocks,
+            heads=own.heads,
+            dropout=own.dropout,
         ).to(device)
         values = train_sasrec(
             model,
             sequences(dataset.timelines, tasks),
-            learning_rate=settings.learning_rate,
-            batch=settings.batch,
-            max_epochs=settings.max_epochs,
-            patience=settings.patience,
+            learning_rate=own.learning_rate,
+            batch=own.batch,
+            max_epochs=own.max_epochs,
+            patience=own.patience,
             validate=_Validation(dataset, watched) if watched else None,
             seed=settings.seed,
         )
     best = max(values, default=0.0)
     chosen = f"the best of {len(values)} epochs, number {values.index(best) + 1}" if values else "of the last epoch"
     note = (
-        f"SASRec ({settings.blocks} blocks of width {settings.width}) reads each user's training events in the order "
+        f"SASRec ({own.blocks} blocks of width {own.width}) reads each user's training events in the order "
         f"of time and learns the items of {' and '.join(tasks)} by the cross-entropy over all items. Its weights are "
         f"{chosen}{f' (validation NDCG@10 {best:.4f})' if values else ''}. It knows no queries, so it serves "
         "recommendation alone."
@@ -140,4 +131,5 @@ SASREC = Method(
     None,
     fit_sasrec,
     fit_seconds=60.0,  # MovieLens-100K on two cores
+    defaults={**NO_MODEL, "model.max_history": 50},
 )

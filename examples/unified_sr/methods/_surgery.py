@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
+from pydantic import Field
 from torch import Tensor
 
-from ..settings import Settings, setting
+from ..settings import MethodSettings, Number
 from ._adamw import full_fine_tuning
 from ._base import Method, Setup, Updater
 
@@ -17,22 +17,13 @@ _ITEMS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PCGradSettings(Settings):
-    """The rates of plain AdamW: without conflict the step is the same."""
-
-    method: str = setting("pcgrad", "name of the training method")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CAGradSettings(Settings):
+class CAGradSettings(MethodSettings):
     """The radius; the rates are those of plain AdamW, whose step it is with radius 0."""
 
-    method: str = setting("cagrad", "name of the training method")
-    radius: float = setting(0.5, "c of the paper: how far the step may leave the mean gradient", minimum=0)
+    radius: Number = Field(0.5, ge=0, description="c of the paper: how far the step may leave the mean gradient")
 
 
-def build_pcgrad(setup: Setup[PCGradSettings]) -> Updater:
+def build_pcgrad(setup: Setup[MethodSettings]) -> Updater:
     """Train all layers on the gradients without what opposes another task."""
     from gradsub.surgery import pcgrad
 
@@ -44,9 +35,9 @@ def build_cagrad(setup: Setup[CAGradSettings]) -> Updater:
     """Train all layers on the gradient near the mean that serves the worst-served task most."""
     note = (
         f"The tasks' gradients of all these weights, taken as one vector, are combined by CAGrad (c = "
-        f"{setup.settings.radius:g}) before AdamW. "
+        f"{setup.settings.method.radius:g}) before AdamW. "
     )
-    return full_fine_tuning(setup, [note + _ITEMS], partial(_cagrad_sum, radius=setup.settings.radius))
+    return full_fine_tuning(setup, [note + _ITEMS], partial(_cagrad_sum, radius=setup.settings.method.radius))
 
 
 def _cagrad_sum(gramian: Tensor, radius: float) -> Tensor:
@@ -57,7 +48,7 @@ def _cagrad_sum(gramian: Tensor, radius: float) -> Tensor:
 
 
 PCGRAD = Method(
-    "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", PCGradSettings, build_pcgrad, variant_of="adamw"
+    "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", MethodSettings, build_pcgrad, variant_of="adamw"
 )
 CAGRAD = Method(
     "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
