@@ -39,7 +39,7 @@ def learn(
             if isinstance(optimizer, GemsOptimizer):
                 optimizer.close()
             row = {
-                "data": Path(world.settings.data).name,
+                "data": Path(world.settings.data.source).name,
                 "method": method,
                 "rate": rate,
                 "scale": options.get("scale", 1.0),

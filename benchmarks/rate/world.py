@@ -38,9 +38,11 @@ class World:
 
     def __init__(self, data: str, text: str | None, batch_size: int) -> None:
         least = LEAST_EVENTS.get(data, 1)
-        self.settings: Any = resolve(flags={"method": "adamw", "item_lr": 3e-4, "max_history": 8, "data": data})
+        self.settings: Any = resolve(
+            flags={"method.name": "adamw", "training.item_lr": 3e-4, "model.max_history": 8, "data.source": data}
+        )
         dataset = load_dataset(data, min_user_events=least, min_item_events=least, max_history=8)
-        self.model = load_language_model(self.settings.model)
+        self.model = load_language_model(self.settings.model.name)
         self.ranker = Ranker(self.model, dataset.items)
         tokenizer = self.model.tokenizer
         self._prompts = PromptBuilder(

@@ -25,9 +25,11 @@ SIDES: Final = ("input", "output")
 
 def collect(folder: Path, steps: int, batch_size: int) -> None:
     """Train by AdamW; save ``stepNNN.pt`` (layer -> (tasks, m, n)) and the protected directions ``null_SIDE.pt``."""
-    settings = resolve(flags={"method": "adamw", "lr": 2e-4, "item_lr": 3e-3, "max_history": 6})
-    dataset = load_dataset(settings.data, min_user_events=5, min_item_events=5, max_history=6)
-    language_model = load_language_model(settings.model)
+    settings = resolve(
+        flags={"method.name": "adamw", "training.lr": 2e-4, "training.item_lr": 3e-3, "model.max_history": 6}
+    )
+    dataset = load_dataset(settings.data.source, min_user_events=5, min_item_events=5, max_history=6)
+    language_model = load_language_model(settings.model.name)
     ranker = Ranker(language_model, dataset.items)
     tokenizer = language_model.tokenizer
     prompts = PromptBuilder(
@@ -37,7 +39,7 @@ def collect(folder: Path, steps: int, batch_size: int) -> None:
     every = select_layers(ranker.backbone)
     layers = {name: layer for name, layer in every.items() if any(f"layers.{block}." in name for block in BLOCKS)}
     folder.mkdir(parents=True, exist_ok=True)
-    windows = token_windows(tokenizer, load_general_text(settings.general_text)[0], tokens=4096, window=256)
+    windows = token_windows(tokenizer, load_general_text(settings.evaluation.general_text)[0], tokens=4096, window=256)
     for side in SIDES:
         null_space = NullSpace(side=side, energy=0.97)
         batches = general_batches(language_model, windows, torch.device("cpu"))

@@ -35,7 +35,7 @@ def run_beside(
     """
     names = list(others)
     if names:
-        say(f"1 of {1 + len(names)}: {settings.method}")
+        say(f"1 of {1 + len(names)}: {settings.method.name}")
     folder = run(settings, out, say, further=names)
     for position, (name, (own, _)) in enumerate(others.items(), start=1):
         say(f"{1 + position} of {1 + len(names)}: {name}, with the same data, steps and batches")
@@ -54,5 +54,5 @@ def summary(folder: RunFolder, others: Mapping[str, tuple[Settings, str]]) -> st
     beside = [RunFolder(folder.path / name) for name in others]
     notes = [f"{name}: lr {own.lr:g}, {text}" for name, (own, text) in others.items()]
     own = read_yaml(folder.file(CONFIG))
-    notes.append(f"{own['method']}: lr {own['lr']:g}")
+    notes.append(f"{own['method.name']}: lr {own['training.lr']:g}")
     return "\n".join([comparison_table([*beside, folder]), "", *notes])

@@ -259,8 +259,8 @@ def _compare(options: argparse.Namespace) -> int:
 
 def default_folder(settings: Settings) -> Path:
     """Return where a run goes without ``--out``."""
-    data, model = Path(settings.data).name, Path(settings.model).name
-    return Path("runs") / data / model / settings.method / f"seed-{settings.seed}"
+    data, model = Path(settings.data.source).name, Path(settings.model.name).name
+    return Path("runs") / data / model / settings.method.name / f"seed-{settings.seed}"
 
 
 def _epilog() -> str:

@@ -189,8 +189,10 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     found = flatten(read_yaml(path))
     for key, value in found.items():
-        if "." not in key and key not in Settings.model_fields or key in _sections(MethodSettings):
-            known = {name: field for method in METHODS.values() for name, field in known_settings(method.settings).items()}
+        if ("." not in key and key not in Settings.model_fields) or key in _sections(MethodSettings):
+            known = {
+                name: field for method in METHODS.values() for name, field in known_settings(method.settings).items()
+            }
             raise ValueError(f"{path}: {_unknown(METHODS[_default_method()], key, value, known)}")
     return found
 

@@ -39,8 +39,8 @@ def trials(config: Path, out: Path, rates: tuple[float, ...] = RATES, pairs: tup
     """
     losses, perplexity, environment = {}, {}, {}
     for rate in rates:
-        wanted = ["eval_split=valid", "leak_tokens=0", *pairs, f"lr={rate}"]
-        folder = run(resolve(file=config, pairs=wanted, flags={"method": "adamw"}), out / f"lr-{rate:g}")
+        wanted = ["evaluation.split=valid", "training.leak_tokens=0", *pairs, f"training.lr={rate}"]
+        folder = run(resolve(file=config, pairs=wanted, flags={"method.name": "adamw"}), out / f"lr-{rate:g}")
         losses[f"{rate:g}"] = folder.read_json("run.json")["evaluated_loss"]
         perplexity[f"{rate:g}"] = folder.read_json("metrics.json")["final"]["general"]["perplexity"]
         environment = folder.read_json(ENVIRONMENT)

@@ -89,10 +89,12 @@ def training_pools(dataset: Dataset, settings: Settings, tasks: Sequence[str]) -
         settings: whose ``format`` decides.
         tasks: those that are trained; in sequences the others' events only lead to later ones.
     """
-    if settings.format == "prompt":
+    if settings.model.format == "prompt":
         return {task: Pool(task, dataset.train[task]) for task in tasks}
     timelines = [_only(timeline, tasks) for timeline in dataset.timelines]
-    return {"sequences": Pool("sequences", [each for each in timelines if each is not None], settings.max_history)}
+    return {
+        "sequences": Pool("sequences", [each for each in timelines if each is not None], settings.model.max_history)
+    }
 
 
 def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline | None:

@@ -32,14 +32,16 @@ def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
     Raises:
         ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
     """
-    if settings.early_stop is not None and settings.epochs is None:
+    if settings.training.early_stop is not None and settings.training.epochs is None:
         raise ValueError(
-            f"early_stop={settings.early_stop} counts epochs, but epochs is null; set epochs to the most wanted"
+            f"training.early_stop={settings.training.early_stop} counts epochs, but epochs is null; set epochs to the most wanted"
         )
-    if settings.accumulation > settings.batch_size:
+    if settings.training.accumulation > settings.training.batch_size:
         raise ValueError(
-            f"accumulation={settings.accumulation} parts cannot be cut from batch_size={settings.batch_size} examples; "
+            f"training.accumulation={settings.training.accumulation} parts cannot be cut from batch_size={settings.training.batch_size} examples; "
             "lower it"
         )
-    per_epoch = max(math.ceil(len(rows) / settings.batch_size) for rows in pools.values())
-    return Plan(settings.steps if settings.epochs is None else settings.epochs * per_epoch, per_epoch)
+    per_epoch = max(math.ceil(len(rows) / settings.training.batch_size) for rows in pools.values())
+    return Plan(
+        settings.training.steps if settings.training.epochs is None else settings.training.epochs * per_epoch, per_epoch
+    )

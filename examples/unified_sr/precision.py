@@ -38,12 +38,14 @@ def choose_precision(settings: Settings) -> Precision:
     Raises:
         ValueError: if ``device`` is ``"cuda"`` and there is none.
     """
-    device = settings.device
+    device = settings.model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("the setting device is 'cuda', but torch finds no GPU; pass device=cpu or device=auto")
-    reduced = settings.autocast == "bfloat16" or (settings.autocast == "auto" and _faster_in_bfloat16(device))
+    reduced = settings.model.autocast == "bfloat16" or (
+        settings.model.autocast == "auto" and _faster_in_bfloat16(device)
+    )
     return Precision(torch.device(device), torch.bfloat16 if reduced else None)
 
 

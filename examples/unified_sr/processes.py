@@ -40,7 +40,7 @@ class Processes:
         """
         if size % self.count or size // self.count < accumulation:
             raise ValueError(
-                f"batch_size={size} cannot be divided among {self.count} processes with accumulation={accumulation}: "
+                f"training.batch_size={size} cannot be divided among {self.count} processes with accumulation={accumulation}: "
                 f"pass a multiple of {self.count} of at least {self.count * accumulation}"
             )
 

@@ -133,22 +133,22 @@ def _run(
     with clock.phase("loading"):
         dataset = load_data(settings)
         say(format_statistics(dataset))
-    method = method_named(settings.method)
+    method = method_named(settings.method.name)
     if method.fit is not None:
         if not processes.first:
             return folder  # nothing to share out
         return run_baseline(folder, settings, method, dataset, clock.phase, clock.seconds)
     with clock.phase("loading"):
-        text = load_general_text(settings.general_text)
-        language_model = load_language_model(settings.model)
+        text = load_general_text(settings.evaluation.general_text)
+        language_model = load_language_model(settings.model.name)
         shape = shape_of(language_model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
-        trained = tasks_to_train(settings.train_tasks, parts.tasks)
+        trained = tasks_to_train(settings.training.tasks, parts.tasks)
         feed = parts.feed(dataset, trained)
     plan = plan_training(settings, feed.pools)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
-    say(f"{settings.model} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
+    say(f"{settings.model.name} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
     memory = estimate_memory(
         settings,
         shape,
@@ -206,7 +206,7 @@ def _run(
         peak = peak_memory(precision.device)
         try:
             with clock.phase(AFTER):
-                after = parts.measure(settings.method)
+                after = parts.measure(settings.method.name)
                 leak = intact.leak() if intact else {}
             if unseen is not None:
                 with clock.phase(UNSEEN_AFTER):
@@ -256,7 +256,7 @@ def _write_results(
     summary: Mapping[str, Any],
 ) -> None:
     for task, result in after.results.items():
-        folder.write_rankings(task, result, parts.settings.method)
+        folder.write_rankings(task, result, parts.settings.method.name)
     folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
     retained = retention_summary(before.questions, after.general, leak)
     losses = {task: result.loss for task, result in after.results.items()}
@@ -274,7 +274,7 @@ DATA_SETTINGS = (
 
 def load_data(settings: Settings) -> Dataset:
     """Load the data of a run."""
-    return load_dataset(settings.data, **{name: getattr(settings, name) for name in DATA_SETTINGS})
+    return load_dataset(settings.data.source, **{name: getattr(settings, name) for name in DATA_SETTINGS})
 
 
 def _summary(
@@ -323,16 +323,16 @@ class _Parts:
         text: tuple[str, str],
         precision: Precision,
     ) -> _Parts:
-        split = {"test": dataset.test, "valid": dataset.valid}[settings.eval_split]
+        split = {"test": dataset.test, "valid": dataset.valid}[settings.evaluation.split]
         tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
         if not tasks:
             raise ValueError(
-                f"{settings.data!r} has no task with both training and {settings.eval_split} examples; pass more data"
+                f"{settings.data.source!r} has no task with both training and {settings.evaluation.split} examples; pass more data"
             )
         ranker = Ranker(language_model, dataset.items).to(precision.device)
         tokenizer = language_model.tokenizer
         prompts = _prompts(settings, language_model, ranker.first_item)
-        if settings.gradient_checkpointing:
+        if settings.training.gradient_checkpointing:
             ranker.recompute_activations()
         collate = Collator(tokenizer.pad_token_id or 0)
         evaluator = Evaluator(
@@ -340,14 +340,17 @@ class _Parts:
             prompts,
             collate,
             precision,
-            budget=settings.eval_tokens,
-            negatives=settings.negatives,
-            seed=settings.eval_seed,
-            compat=settings.compat,
+            budget=settings.model.inference_tokens,
+            negatives=settings.evaluation.negatives,
+            seed=settings.evaluation.seed,
+            compat=settings.evaluation.compat,
         )
         train = {task: dataset.train[task] for task in tasks}
         valid, evaluated = (
-            {task: choose_examples(examples[task], settings.eval_users, settings.eval_seed) for task in tasks}
+            {
+                task: choose_examples(examples[task], settings.evaluation.users, settings.evaluation.seed)
+                for task in tasks
+            }
             for examples in (dataset.valid, split)
         )
         wanted = getattr(settings, "null_space_tokens", 16)
@@ -379,12 +382,12 @@ class _Parts:
         return general_batches(self.language_model, self.fit_windows, self.precision.device)
 
     def early_stopping(self, path: Path) -> EarlyStopping | None:
-        if self.settings.early_stop is None:
+        if self.settings.training.early_stop is None:
             return None
         empty = [task for task in self.tasks if not self.valid[task]]
         if empty:
             raise ValueError(f"early_stop needs validation examples, but {empty} have none; set early_stop to null")
-        return EarlyStopping(path, self.settings.early_stop, self.validation)
+        return EarlyStopping(path, self.settings.training.early_stop, self.validation)
 
     def validation(self) -> float:
         ranked = self.ranked(self.valid, "validation")
@@ -409,7 +412,10 @@ class _Parts:
         if tasks != self.tasks:
             say(f"the test split is not evaluated in the same run: it has the tasks {tasks}, validation {self.tasks}")
             return None
-        chosen = {task: choose_examples(dataset.test[task], settings.eval_users, settings.eval_seed) for task in tasks}
+        chosen = {
+            task: choose_examples(dataset.test[task], settings.evaluation.users, settings.evaluation.seed)
+            for task in tasks
+        }
         return replace(self, settings=settings, evaluated=chosen)
 
     def summary(self) -> dict[str, Any]:
@@ -424,13 +430,13 @@ class _Parts:
 
 
 def _prompts(settings: Settings, language_model: LanguageModel, first_item: int) -> PromptBuilder:
-    limits = {"max_history": settings.max_history, "max_query_tokens": settings.max_query_tokens}
-    if settings.format == "prompt":
+    limits = {"max_history": settings.model.max_history, "max_query_tokens": settings.model.max_query_tokens}
+    if settings.model.format == "prompt":
         encoder_decoder = language_model.encoder_decoder
         return PromptBuilder(language_model.tokenizer, first_item=first_item, encoder_decoder=encoder_decoder, **limits)
     if language_model.encoder_decoder:
         raise ValueError(
-            f"format='sequence' predicts behind every item, which the encoder-decoder {settings.model!r} cannot; "
+            f"model.format='sequence' predicts behind every item, which the encoder-decoder {settings.model.name!r} cannot; "
             "set format to 'prompt', or take a decoder alone"
         )
     return SequenceBuilder(language_model.tokenizer, first_item=first_item, **limits)

@@ -51,20 +51,20 @@ def run_baseline(
     """
     if method.fit is None:
         raise ValueError(f"the method {method.name!r} needs a language model: run it with run()")
-    split = {"test": dataset.test, "valid": dataset.valid}[settings.eval_split]
+    split = {"test": dataset.test, "valid": dataset.valid}[settings.evaluation.split]
     tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
-    trained = tasks_to_train(settings.train_tasks, tasks)
+    trained = tasks_to_train(settings.training.tasks, tasks)
     reset_peak_memory(_CPU)
     with phase("preparation"):
         fitted = method.fit(settings, dataset, [example for task in trained for example in dataset.train[task]])
     test = {
-        task: choose_examples(split[task], settings.eval_users, settings.eval_seed)
+        task: choose_examples(split[task], settings.evaluation.users, settings.evaluation.seed)
         for task in tasks
         if task in fitted.scores
     }
     if not test:
         raise ValueError(
-            f"{settings.data!r} has no {settings.eval_split} example of what {method.name!r} serves; pass other data"
+            f"{settings.data.source!r} has no {settings.evaluation.split} example of what {method.name!r} serves; pass other data"
         )
     folder.start(settings, describe_environment(settings.seed, Precision(fitted.device, None)))
     folder.write_json("statistics.json", dataset.statistics())
@@ -77,9 +77,9 @@ def run_baseline(
                 dataset,
                 examples,
                 scored,
-                negatives=settings.negatives,
-                seed=settings.eval_seed,
-                compat=settings.compat,
+                negatives=settings.evaluation.negatives,
+                seed=settings.evaluation.seed,
+                compat=settings.evaluation.compat,
             )
             folder.write_rankings(task, results[task], method.name)
     folder.write_json(SAMPLED, {"zero_shot": {}, "final": {task: result.sampled for task, result in results.items()}})

@@ -52,9 +52,7 @@ class DataSettings(Section):
 class ModelSettings(Section):
     """Which language model, what it reads, and how it computes."""
 
-    name: str = Field(
-        "smollm2-135m", description="name of a language model, or a folder made by save_pretrained()"
-    )
+    name: str = Field("smollm2-135m", description="name of a language model, or a folder made by save_pretrained()")
     format: Literal["prompt", "sequence"] = Field(
         "prompt",
         description="prompt has a target an example; sequence a target at each event of a user (decoders alone)",

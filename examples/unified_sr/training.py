@@ -119,7 +119,7 @@ def train(
         precision: of the forward passes.
         settings: of the run.
         log: a file that gets one JSON object per step.
-        checkpoint: where an interrupted run left off, if it is there; written every ``settings.checkpoint_every``.
+        checkpoint: where an interrupted run left off, if it is there; written every ``settings.training.checkpoint_every``.
         stopping: may end it after an epoch, and then chooses the weights.
         watch: is called with the history after each step.
 
@@ -127,11 +127,11 @@ def train(
         FloatingPointError: naming the task whose loss is NaN or infinite; the log ends before that step.
         Interrupted: if this process was asked to stop, after the step that was going on and a checkpoint.
     """
-    streams = {name: pool.batches(settings.batch_size, settings.seed) for name, pool in feed.pools.items()}
+    streams = {name: pool.batches(settings.training.batch_size, settings.seed) for name, pool in feed.pools.items()}
     processes = current()
-    processes.check_batch(settings.batch_size, settings.accumulation)
+    processes.check_batch(settings.training.batch_size, settings.training.accumulation)
     plan = plan_training(settings, feed.pools)
-    schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.warmup))
+    schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.training.warmup))
     done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
     history = History.of(state)
     for stream in streams.values():
@@ -145,7 +145,7 @@ def train(
     ):
 
         def save() -> None:
-            if settings.checkpoint_every and processes.first:
+            if settings.training.checkpoint_every and processes.first:
                 checkpoint.save(len(history.records), ranker, updater.optimizer, schedule, history.state())
 
         def end_epoch() -> bool:
@@ -170,10 +170,10 @@ def train(
             batches = [
                 feed.batch(rows)
                 for stream in streams.values()
-                for rows in cut(feed.arranged(processes.part(next(stream))), settings.accumulation)
+                for rows in cut(feed.arranged(processes.part(next(stream))), settings.training.accumulation)
             ]
             passes = passes_of(ranker, batches, precision)
-            reported = step % settings.report_every == 0 or step in (1, plan.steps)
+            reported = step % settings.training.report_every == 0 or step in (1, plan.steps)
             taken = [
                 updater.update(passes, measure=reported),
                 total_samples(passes),
@@ -204,7 +204,9 @@ def train(
             except Interrupted:
                 save()
                 raise
-            if INTERRUPTION.wanted or (settings.checkpoint_every and step % settings.checkpoint_every == 0):
+            if INTERRUPTION.wanted or (
+                settings.training.checkpoint_every and step % settings.training.checkpoint_every == 0
+            ):
                 save()
             if INTERRUPTION.wanted:
                 raise Interrupted

@@ -32,8 +32,8 @@ def built(
     before(ranker)
     own: tuple[str, ...] = ()
     if method.startswith("gems"):
-        own = ("threshold=1.0",) if method == "gems-paper" else ("rank=4", "update_proj_gap=2")
-    settings = resolve(pairs=[*own, *pairs], flags={"method": method, "steps": 2})
+        own = ("method.threshold=1.0",) if method == "gems-paper" else ("method.rank=4", "method.update_proj_gap=2")
+    settings = resolve(pairs=[*own, *pairs], flags={"method.name": method, "training.steps": 2})
     windows = token_windows(language_model.tokenizer, TEXT, tokens=tokens, window=64)
     setup: Setup[Any] = Setup(
         ranker,

@@ -31,7 +31,7 @@ def write_run(
     """A finished run in the files that a run writes, of which query n of a task has its target at a given rank."""
     folder.mkdir(parents=True)
     run = RunFolder(folder)
-    settings = resolve(pairs=[f"compat={compat}", *pairs], flags={"method": method, "seed": seed})
+    settings = resolve(pairs=[f"evaluation.compat={compat}", *pairs], flags={"method.name": method, "seed": seed})
     run.file(CONFIG).write_text(to_yaml(settings), encoding="utf-8")
     run.write_json(ENVIRONMENT, {"device": "x86_64", "threads": threads, "platform": "a-name-of-a-machine"})
     final: dict[str, Any] = {}
@@ -84,11 +84,11 @@ def write_grid(folder: Path) -> Path:
             "gems",
             seed,
             ranks={"rec": BAD, "search": BAD},
-            pairs=("energy=0.5",),
+            pairs=("method.energy=0.5",),
         )
     write_run(folder / "lora" / "seed-0", "lora", ranks={"rec": BAD, "search": FAIR}, perplexity=(40.0, 80.0))
     write_run(folder / "bm25" / "seed-0", "bm25", ranks={"search": BAD}, perplexity=None)
     for rate, ranks in ((1e-4, FAIR), (6e-4, GOOD)):
-        pairs = ("eval_split=valid", f"lr={rate}")
+        pairs = ("evaluation.split=valid", f"training.lr={rate}")
         write_run(folder / "gems" / f"lr-{rate:g}", "gems", ranks={"rec": ranks, "search": ranks}, pairs=pairs)
     return folder

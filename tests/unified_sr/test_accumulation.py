@@ -27,7 +27,13 @@ ROWS = {
     "search": [Example("search", "u", (), "old " * n + ITEMS[n].title, (n,), 0.0, f"s{n}") for n in range(5)],
 }
 FP32 = Precision(torch.device("cpu"), None)
-SMALL = ["batch_size=4", "perplexity_tokens=256", "perplexity_window=64", "leak_tokens=0", "min_user_events=3"]
+SMALL = [
+    "training.batch_size=4",
+    "evaluation.perplexity_tokens=256",
+    "evaluation.perplexity_window=64",
+    "training.leak_tokens=0",
+    "data.min_user_events=3",
+]
 
 
 @pytest.fixture(params=["llama", "t5"])
@@ -49,8 +55,8 @@ def after_steps(
     ranker = Ranker(language_model, ITEMS)
     if checkpointing:
         ranker.recompute_activations()
-    own = ["rank=4", "update_proj_gap=2", "protect=false"] if method == "gems" else []
-    settings: Any = resolve(pairs=["lr=5.0e-2", "batch_size=5", *own], flags={"method": method})
+    own = ["method.rank=4", "method.update_proj_gap=2", "method.protect=false"] if method == "gems" else []
+    settings: Any = resolve(pairs=["training.lr=5.0e-2", "training.batch_size=5", *own], flags={"method.name": method})
     build = method_named(method).build
     assert build is not None
     updater = build(Setup(ranker, settings, ("rec", "search"), lambda: iter(()), print))
@@ -131,7 +137,7 @@ def test_parts_cover_the_batch_and_differ_by_one_at_most(llama_folder: str) -> N
     parts = micro_batches(ROWS["rec"], 3, prompts)
     assert [len(part.targets) for part in parts] == [1, 2, 2]
     assert [target for part in parts for target in part.targets] == [row.target for row in ROWS["rec"]]
-    with pytest.raises(ValueError, match="accumulation=6 for 5 rows"):
+    with pytest.raises(ValueError, match="training.accumulation=6 for 5 rows"):
         micro_batches(ROWS["rec"], 6, prompts)
 
 
@@ -154,13 +160,13 @@ def test_they_work_under_autocast(llama_folder: str) -> None:
 
 def test_the_plan_counts_epochs_of_the_largest_task() -> None:
     rows = {"rec": ROWS["rec"], "search": ROWS["search"][:2]}
-    plan = plan_training(resolve(pairs=["epochs=3", "batch_size=2"]), rows)
+    plan = plan_training(resolve(pairs=["training.epochs=3", "training.batch_size=2"]), rows)
     assert (plan.steps, plan.per_epoch) == (9, 3)
-    assert plan_training(resolve(pairs=["steps=7", "batch_size=2"]), rows).steps == 7
-    with pytest.raises(ValueError, match="early_stop=2 counts epochs"):
-        plan_training(resolve(pairs=["early_stop=2"]), rows)
-    with pytest.raises(ValueError, match=r"accumulation=4 .* batch_size=2"):
-        plan_training(resolve(pairs=["accumulation=4", "batch_size=2"]), rows)
+    assert plan_training(resolve(pairs=["training.steps=7", "training.batch_size=2"]), rows).steps == 7
+    with pytest.raises(ValueError, match="training.early_stop=2 counts epochs"):
+        plan_training(resolve(pairs=["training.early_stop=2"]), rows)
+    with pytest.raises(ValueError, match=r"training.accumulation=4 .* batch_size=2"):
+        plan_training(resolve(pairs=["training.accumulation=4", "training.batch_size=2"]), rows)
 
 
 def run(model: str, data: str, out: Path, *pairs: str) -> dict[str, Any]:
@@ -176,7 +182,13 @@ def test_training_stops_early_and_keeps_the_best_weights(llama_folder: str, data
         llama_folder,
         data_folder,
         tmp_path / "run",
-        *("epochs=30", "early_stop=2", "lr=0.3", "warmup=0", "batch_size=32"),
+        *(
+            "training.epochs=30",
+            "training.early_stop=2",
+            "training.lr=0.3",
+            "training.warmup=0",
+            "training.batch_size=32",
+        ),
     )
     values = summary["validation"]
     best = values.index(max(values))
@@ -190,8 +202,14 @@ def test_training_stops_early_and_keeps_the_best_weights(llama_folder: str, data
         llama_folder,
         data_folder,
         on_valid,
-        *("epochs=30", "early_stop=2", "lr=0.3", "warmup=0", "batch_size=32"),
-        "eval_split=valid",
+        *(
+            "training.epochs=30",
+            "training.early_stop=2",
+            "training.lr=0.3",
+            "training.warmup=0",
+            "training.batch_size=32",
+        ),
+        "evaluation.split=valid",
     )
     final = json.loads((on_valid / "metrics.json").read_text(encoding="utf-8"))["final"]
     assert (final["rec"]["ndcg@10"] + final["search"]["ndcg@10"]) / 2 == pytest.approx(max(values))
@@ -200,7 +218,7 @@ def test_training_stops_early_and_keeps_the_best_weights(llama_folder: str, data
 def test_an_interrupted_early_stopping_goes_on(
     llama_folder: str, data_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pairs = ("epochs=6", "early_stop=4", "checkpoint_every=2", "batch_size=32")
+    pairs = ("training.epochs=6", "training.early_stop=4", "training.checkpoint_every=2", "training.batch_size=32")
     whole = run(llama_folder, data_folder, tmp_path / "whole", *pairs)
     plain = EarlyStopping.over
 
@@ -222,7 +240,7 @@ def test_validation_is_another_split_than_test(llama_folder: str, data_folder: s
     qids = {}
     for split in ("test", "valid"):
         out = tmp_path / split
-        run(llama_folder, data_folder, out, "steps=0", f"eval_split={split}", "compat=gems")
+        run(llama_folder, data_folder, out, "training.steps=0", f"evaluation.split={split}", "evaluation.compat=gems")
         qids[split] = {json.loads(line)["qid"] for line in (out / "queries.rec.jsonl").read_text().splitlines()}
         final = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["final"]
         assert final["rec"]["gems_ndcg@10"] == pytest.approx(final["rec"]["ndcg@10"]), "one relevant item a query"

@@ -28,10 +28,22 @@ def small_demo(folder: Path, model: str, data: str) -> Path:
     """The demo's configuration with everything small, and nothing else changed."""
     content = read_yaml(DEMO)
     content.update(
-        {"data": data, "model": model, "steps": 3, "batch_size": 4, "eval_users": 6, "min_user_events": 3},
-        **{"perplexity_tokens": 256, "perplexity_window": 64, "eval_tokens": 512, "checkpoint_every": 1},
+        {
+            "data": data,
+            "model": model,
+            "steps": 3,
+            "training.batch_size": 4,
+            "evaluation.users": 6,
+            "data.min_user_events": 3,
+        },
+        **{
+            "evaluation.perplexity_tokens": 256,
+            "evaluation.perplexity_window": 64,
+            "model.inference_tokens": 512,
+            "training.checkpoint_every": 1,
+        },
     )
-    content["methods"]["gems"].update({"rank": 4, "update_proj_gap": 2, "null_space_tokens": 256})
+    content["methods"]["gems"].update({"rank": 4, "method.update_proj_gap": 2, "method.null_space_tokens": 256})
     file = folder / "demo.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return file
@@ -111,12 +123,19 @@ def test_an_interrupted_demo_goes_on(
 
 
 def test_what_is_beside_takes_part_in_flags_but_keeps_its_own_rate() -> None:
-    found = beside(DEMO, pairs=["lr=0.5", "rank=4", "batch_size=7"], flags={"steps": 9})
+    found = beside(
+        DEMO, pairs=["training.lr=0.5", "method.rank=4", "training.batch_size=7"], flags={"training.steps": 9}
+    )
     settings, text = found["adamw"]
     own = read_yaml(DEMO)["methods"]["adamw"]["lr"]
-    assert (settings.method, settings.lr, settings.batch_size, settings.steps) == ("adamw", own, 7, 9)
+    assert (settings.method.name, settings.training.lr, settings.training.batch_size, settings.training.steps) == (
+        "adamw",
+        own,
+        7,
+        9,
+    )
     assert "validation" in text
-    assert beside(DEMO, flags={"method": "lora"}) == {}
+    assert beside(DEMO, flags={"method.name": "lora"}) == {}
     assert beside(None) == {}
 
 
@@ -125,8 +144,8 @@ def test_the_demos_rate_is_what_the_named_trials_chose() -> None:
     named = re.search(r"\((results/\S+\.json)\)", text)
     assert named is not None
     chosen = json.loads((ROOT / "examples/unified_sr" / named[1]).read_text(encoding="utf-8"))
-    assert settings.lr == chosen["lr"]
-    assert settings.lr == float(choose(chosen["validation_loss"], chosen["perplexity"]))
+    assert settings.training.lr == chosen["lr"]
+    assert settings.training.lr == float(choose(chosen["validation_loss"], chosen["perplexity"]))
 
 
 @pytest.mark.parametrize(("loss", "chosen"), [(2.0, "2e-4"), (2.001, "2e-4"), (2.01, "1e-4")])
@@ -138,13 +157,18 @@ def test_of_level_rates_the_one_that_forgets_least_is_chosen(loss: float, chosen
 
 def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
     file = small_demo(tmp_path, llama_folder, data_folder)
-    found = trials(file, tmp_path / "trials", (1.0, 1e-6), ("item_lr=1e-6",))
+    found = trials(file, tmp_path / "trials", (1.0, 1e-6), ("training.item_lr=1e-6",))
     losses = {rate: sum(loss.values()) for rate, loss in found["validation_loss"].items()}
     assert set(losses) == {"1", "1e-06"}
     assert losses["1"] > losses["1e-06"], "the first one ruins the model"
     assert found["lr"] == 1e-6
     config = read_yaml(tmp_path / "trials/lr-1e-06/config.yaml")
-    assert (config["eval_split"], config["method"], config["lr"], config["steps"]) == ("valid", "adamw", 1e-6, 3)
+    assert (config["evaluation.split"], config["method.name"], config["training.lr"], config["training.steps"]) == (
+        "valid",
+        "adamw",
+        1e-6,
+        3,
+    )
 
 
 @pytest.mark.parametrize(("wanted", "message"), [(["adamw"], "a sentence"), ({"adamww": "x"}, "did you mean 'adamw'")])

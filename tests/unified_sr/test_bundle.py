@@ -44,10 +44,19 @@ def here(llama_folder: str, data_folder: str, tmp_path: Path) -> Path:
     content = {
         "data": {"shop": None},
         "settings": {
-            **{"perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3, "batch_size": 4},
-            **{"model": "nowhere", "general_text": str(here / "text.txt"), "methods": {"adamw": {"model": "nowhere"}}},
+            **{
+                "evaluation.perplexity_tokens": 64,
+                "evaluation.perplexity_window": 64,
+                "data.min_user_events": 3,
+                "training.batch_size": 4,
+            },
+            **{
+                "model": "nowhere",
+                "evaluation.general_text": str(here / "text.txt"),
+                "methods": {"adamw": {"model": "nowhere"}},
+            },
         },
-        "methods": ["popularity", {"name": "adamw", "settings": {"lr": 1e-3, "steps": 2}}],
+        "methods": ["popularity", {"name": "adamw", "settings": {"training.lr": 1e-3, "training.steps": 2}}],
     }
     (here / "grid.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
     return here
@@ -55,7 +64,18 @@ def here(llama_folder: str, data_folder: str, tmp_path: Path) -> Path:
 
 def pack(here: Path, out: Path, *more: str) -> None:
     line = ["bundle", "--config", str(here / "grid.yaml"), "--data", f"shop={here / 'shop'}", "--out", str(out)]
-    assert main([*line, "--set", f"model={here / 'model'}", f"multiple_choice={here / 'questions.json'}", *more]) == 0
+    assert (
+        main(
+            [
+                *line,
+                "--set",
+                f"model.name={here / 'model'}",
+                f"evaluation.multiple_choice={here / 'questions.json'}",
+                *more,
+            ]
+        )
+        == 0
+    )
 
 
 def test_a_bundle_runs_elsewhere_and_its_results_go_on_here(
@@ -108,7 +128,7 @@ def test_what_is_named_keeps_its_name_and_comes_where_its_package_would_be(
     monkeypatch.setattr(_bundle, "movielens_folder", lambda: folder)
     monkeypatch.setattr(_bundle, "packaged_model", lambda: model)
     line = ["bundle", "--config", str(here / "grid.yaml"), "--out", str(tmp_path / "grid.tar.gz")]
-    line += ["--data", "shop=movielens-100k", "--package", "pyyaml", "--set", "model=smollm2-135m"]
+    line += ["--data", "shop=movielens-100k", "--package", "pyyaml", "--set", "model.name=smollm2-135m"]
     assert main(line) == 0
     with tarfile.open(tmp_path / "grid.tar.gz") as archive:
         names = archive.getnames()
@@ -127,18 +147,21 @@ def test_what_is_named_keeps_its_name_and_comes_where_its_package_would_be(
 def test_a_model_of_the_hub_becomes_a_folder(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = SimpleNamespace(model=make_model("llama"), tokenizer=make_tokenizer(closing=False))
     monkeypatch.setattr(_bundle, "load_language_model", lambda name: found)
-    pack(here, tmp_path / "grid.tar", "--set", "model=some/model")
+    pack(here, tmp_path / "grid.tar", "--set", "model.name=some/model")
     with tarfile.open(tmp_path / "grid.tar") as archive:
         assert {"bundle/models/model/config.json", "bundle/models/model/tokenizer.json"} <= {*archive.getnames()}
 
 
 def test_what_cannot_be_packed_is_named(here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     line = ["bundle", "--config", str(here / "grid.yaml"), "--data", f"shop={here / 'shop'}"]
-    line += ["--set", f"model={here / 'model'}"]
+    line += ["--set", f"model.name={here / 'model'}"]
     for more, message in (
         (["--out", str(tmp_path / "grid.zip")], "the archive must end in .tar"),
         (["--out", str(tmp_path / "grid.tar"), "--package", "not-there"], "the package 'not-there' is not installed"),
-        (["--out", str(tmp_path / "grid.tar"), "--set", "general_text=none.txt"], "'none.txt', which the grid needs"),
+        (
+            ["--out", str(tmp_path / "grid.tar"), "--set", "evaluation.general_text=none.txt"],
+            "'none.txt', which the grid needs",
+        ),
         (["--out", str(tmp_path / "grid.tar"), "--part-bytes", "0"], "part_bytes must be at least 1, got 0"),
     ):
         assert main([*line, *more]) == 2

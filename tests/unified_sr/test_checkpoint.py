@@ -20,12 +20,19 @@ STEPS = 9
 
 
 def command(model: str, data: str, out: Path, method: str) -> list[str]:
-    own = ["update_proj_gap=4", "null_space_tokens=256", "rank=4"] if method == "gems" else []
+    own = ["method.update_proj_gap=4", "method.null_space_tokens=256", "method.rank=4"] if method == "gems" else []
     return [
         *(sys.executable, "-W", "ignore", "-m", "examples.unified_sr", "run"),
         *("--data", data, "--model", model, "--method", method, "--steps", str(STEPS), "--seed", "1"),
-        *("--out", str(out), "--set", "batch_size=4", "perplexity_tokens=256", "perplexity_window=64"),
-        *("eval_tokens=512", "min_user_events=3", "checkpoint_every=2", *own),
+        *(
+            "--out",
+            str(out),
+            "--set",
+            "training.batch_size=4",
+            "evaluation.perplexity_tokens=256",
+            "evaluation.perplexity_window=64",
+        ),
+        *("model.inference_tokens=512", "data.min_user_events=3", "training.checkpoint_every=2", *own),
     ]
 
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import yaml
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.methods import METHODS
@@ -12,12 +11,18 @@ from examples.unified_sr.metrics import CUTOFFS
 from examples.unified_sr.trec import evaluate_files
 
 NAMES = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr", "map") for k in CUTOFFS}
-SMALL = ["batch_size=4", "perplexity_tokens=256", "perplexity_window=64", "eval_tokens=512", "min_user_events=3"]
-GEMS = ["update_proj_gap=2", "null_space_tokens=256"]
+SMALL = [
+    "training.batch_size=4",
+    "evaluation.perplexity_tokens=256",
+    "evaluation.perplexity_window=64",
+    "model.inference_tokens=512",
+    "data.min_user_events=3",
+]
+GEMS = ["method.update_proj_gap=2", "method.null_space_tokens=256"]
 
 
 def arguments(method: str, model: str, data: str, out: Path, *more: str) -> list[str]:
-    own = GEMS if method == "gems-paper" else [*GEMS, "rank=4"] if method.startswith("gems") else []
+    own = GEMS if method == "gems-paper" else [*GEMS, "method.rank=4"] if method.startswith("gems") else []
     line = ["run", "--data", data, "--model", model, "--method", method, "--steps", "3", "--seed", "1"]
     return [*line, "--out", str(out), "--set", *SMALL, *own, *more]
 
@@ -65,8 +70,8 @@ def check_files(out: Path, method: str) -> None:
     environment = json.loads((out / "environment.json").read_text(encoding="utf-8"))
     assert environment["seed"] == 1
     assert {"packages", "git", "cores", "python"} <= set(environment)
-    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    assert (config["method"], config["steps"], config["batch_size"]) == (method, 3, 4)
+    config = read_config(out / "config.yaml")
+    assert (config["method.name"], config["training.steps"], config["training.batch_size"]) == (method, 3, 4)
     steps = (out / "steps.jsonl").read_text(encoding="utf-8").splitlines()
     report = (out / "report.md").read_text(encoding="utf-8")
     assert "sampled" in report
@@ -143,7 +148,7 @@ def test_another_runs_folder_is_left_alone(
     out = tmp_path / "run"
     assert main(arguments("zero-shot", llama_folder, data_folder, out)) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert main(arguments("zero-shot", llama_folder, data_folder, out, "max_history=3")) == 2
+    assert main(arguments("zero-shot", llama_folder, data_folder, out, "model.max_history=3")) == 2
     message = capsys.readouterr().err
     assert "holds another run's results" in message
     assert "max_history: 10 -> 3" in message

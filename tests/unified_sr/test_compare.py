@@ -77,27 +77,27 @@ def test_values_of_a_query_are_averaged_over_the_seeds(tmp_path: Path) -> None:
 
 
 def test_outside_a_grid_settings_tell_runs_apart(tmp_path: Path) -> None:
-    for number, rate in enumerate(("energy=0.5", "energy=0.6")):
+    for number, rate in enumerate(("method.energy=0.5", "method.energy=0.6")):
         write_run(tmp_path / f"run{number}", "gems", ranks={"rec": GOOD}, pairs=(rate,))
     write_run(tmp_path / "other", "adamw", ranks={"rec": GOOD})
     assert set(World(tmp_path).runs["group"]) == {"gems (energy=0.5)", "gems (energy=0.6)", "adamw"}
 
 
 def test_rates_tell_runs_apart_too(tmp_path: Path) -> None:
-    for number, rate in enumerate(("lr=1.0e-3", "lr=2.0e-3")):
+    for number, rate in enumerate(("training.lr=1.0e-3", "training.lr=2.0e-3")):
         write_run(tmp_path / f"run{number}", "gems", ranks={"rec": GOOD}, pairs=(rate,))
     assert set(World(tmp_path).runs["group"]) == {"gems (lr=0.001)", "gems (lr=0.002)"}
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", "gems", ranks={"rec": GOOD})
-    other = write_run(tmp_path / "c", "adamw", ranks={"rec": FAIR}, pairs=("eval_users=3",))
+    other = write_run(tmp_path / "c", "adamw", ranks={"rec": FAIR}, pairs=("evaluation.users=3",))
     with pytest.raises(ValueError, match=r"evaluated differently: eval_users=.* in .*, eval_users=.* in"):
         compare([first, other], tmp_path / "out")
     pack([first, other], tmp_path / "packed")
     with pytest.raises(ValueError, match="evaluated differently: eval_users="):
         compare([tmp_path / "packed"], tmp_path / "out")
-    valid = write_run(tmp_path / "d", "adamw", ranks={"rec": FAIR}, pairs=("eval_split=valid",))
+    valid = write_run(tmp_path / "d", "adamw", ranks={"rec": FAIR}, pairs=("evaluation.split=valid",))
     with pytest.raises(ValueError, match="needs the test split"):
         compare([valid], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="'none' is not there"):
@@ -202,7 +202,7 @@ def test_times_of_different_machines_are_not_averaged(tmp_path: Path) -> None:
 
 def test_more_columns_where_more_was_measured(tmp_path: Path) -> None:
     leak = {"leak": {"a": 0.1, "b": None, "c": 0.3}}
-    more: dict[str, Any] = {"compat": "gems", "general": {"multiple_choice": 0.25}, "summary": leak}
+    more: dict[str, Any] = {"evaluation.compat": "gems", "general": {"multiple_choice": 0.25}, "summary": leak}
     write_run(tmp_path / "a", "gems", ranks={"rec": GOOD}, **more)
     write_run(tmp_path / "b", "adamw", ranks={"rec": GOOD})
     tables = World(tmp_path).tables()

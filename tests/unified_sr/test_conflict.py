@@ -61,7 +61,7 @@ def test_an_unmeasured_step_reports_nothing_old(llama_folder: str) -> None:
 
 
 def test_gems_reports_the_angles_of_its_bases(llama_folder: str) -> None:
-    ranker, updater = built(llama_folder, "gems", "task_rank=3")
+    ranker, updater = built(llama_folder, "gems", "method.task_rank=3")
     updater.update([*losses(ranker).values()], measure=True)
     found = updater.diagnostics()
     assert found is not None
@@ -82,7 +82,10 @@ def test_gems_reports_the_angles_of_its_bases(llama_folder: str) -> None:
 def test_gems_measures_the_cosine_inside_the_shared_subspaces(llama_folder: str) -> None:
     """With subspaces of all directions and nothing protected that is the cosine of the whole gradients."""
     values = []
-    for method, pairs in (("gems-no-null", ("rank=40",)), ("gems-no-task", ("rank=40", "protect=false"))):
+    for method, pairs in (
+        ("gems-no-null", ("method.rank=40",)),
+        ("gems-no-task", ("method.rank=40", "method.protect=false")),
+    ):
         ranker, updater = built(llama_folder, method, *pairs)
         updater.update([*losses(ranker).values()], measure=True)
         found = updater.diagnostics()
@@ -101,8 +104,14 @@ def test_absent_gradients_have_no_cosine() -> None:
 @pytest.mark.parametrize("method", ["adamw", "gems"])
 def test_report_steps_carry_the_conflict(method: str, llama_folder: str, data_folder: str, tmp_path: Path) -> None:
     line = ["run", "--data", data_folder, "--model", llama_folder, "--method", method, "--steps", "5"]
-    own = ["rank=4", "null_space_tokens=128"] if method == "gems" else []
-    small = ["report_every=2", "batch_size=4", "perplexity_tokens=64", "perplexity_window=32", "min_user_events=3"]
+    own = ["method.rank=4", "method.null_space_tokens=128"] if method == "gems" else []
+    small = [
+        "training.report_every=2",
+        "training.batch_size=4",
+        "evaluation.perplexity_tokens=64",
+        "evaluation.perplexity_window=32",
+        "data.min_user_events=3",
+    ]
     assert main([*line, "--out", str(tmp_path / "run"), "--set", *small, *own]) == 0
     records = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if "diagnostics" in record] == [1, 2, 4, 5]

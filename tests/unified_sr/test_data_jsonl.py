@@ -251,9 +251,15 @@ def test_a_folder_of_no_or_two_formats_is_described(tmp_path: Path) -> None:
 
 def test_a_run_trains_on_and_judges_several_targets(tmp_path: Path, llama_folder: str) -> None:
     data = write(tmp_path / "data", rows_of())
-    pairs = ["min_user_events=1", "min_item_events=1", "batch_size=4", "steps=2", "negatives=3"]
-    pairs += ["perplexity_tokens=64", "perplexity_window=32"]
-    chosen = resolve(pairs=pairs, flags={"data": data, "model": llama_folder, "method": "adamw"})
+    pairs = [
+        "data.min_user_events=1",
+        "data.min_item_events=1",
+        "training.batch_size=4",
+        "training.steps=2",
+        "evaluation.negatives=3",
+    ]
+    pairs += ["evaluation.perplexity_tokens=64", "evaluation.perplexity_window=32"]
+    chosen = resolve(pairs=pairs, flags={"data.source": data, "model.name": llama_folder, "method.name": "adamw"})
     folder = run(chosen, tmp_path / "out", lambda line: None)
     for task in TASKS:
         judged = read_qrels(folder.file(f"qrels.{task}.trec"))

@@ -48,8 +48,8 @@ def test_a_model_on_the_meta_device_has_the_same_shape(model_folder: str) -> Non
 def test_weights_gradients_and_state_are_counted_exactly(
     method: str, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = {"gems": ["rank=4", "protect=false"], "lora": ["rank=4"]}.get(method, [])
-    settings: Any = resolve(pairs=own, flags={"method": method})
+    own = {"gems": ["method.rank=4", "method.protect=false"], "lora": ["method.rank=4"]}.get(method, [])
+    settings: Any = resolve(pairs=own, flags={"method.name": method})
     language_model = load_language_model(model_folder)
     ranker = Ranker(language_model, ITEMS)
     prompts = PromptBuilder(
@@ -94,7 +94,8 @@ def test_activations_are_of_the_right_size(checkpointing: bool, model_folder: st
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
     settings: Any = resolve(
-        pairs=["batch_size=8", f"gradient_checkpointing={str(checkpointing).lower()}"], flags={"method": "adamw"}
+        pairs=["training.batch_size=8", f"training.gradient_checkpointing={str(checkpointing).lower()}"],
+        flags={"method.name": "adamw"},
     )
     if checkpointing:
         ranker.recompute_activations()
@@ -117,14 +118,18 @@ def test_activations_are_of_the_right_size(checkpointing: bool, model_folder: st
 
 
 def test_what_saves_memory_lowers_the_estimate(llama_folder: str) -> None:
-    plain = estimated(resolve(flags={"method": "adamw"}), llama_folder).activations
-    cut = estimated(resolve(pairs=["accumulation=4"], flags={"method": "adamw"}), llama_folder).activations
-    checkpointed = estimated(resolve(pairs=["gradient_checkpointing=true"], flags={"method": "adamw"}), llama_folder)
+    plain = estimated(resolve(flags={"method.name": "adamw"}), llama_folder).activations
+    cut = estimated(
+        resolve(pairs=["training.accumulation=4"], flags={"method.name": "adamw"}), llama_folder
+    ).activations
+    checkpointed = estimated(
+        resolve(pairs=["training.gradient_checkpointing=true"], flags={"method.name": "adamw"}), llama_folder
+    )
     assert cut == pytest.approx(plain / 4)
     assert checkpointed.activations < plain
-    zero = estimated(resolve(flags={"method": "zero-shot"}), llama_folder)
+    zero = estimated(resolve(flags={"method.name": "zero-shot"}), llama_folder)
     assert zero.gradients == zero.optimizer == zero.activations == zero.null_space == 0
-    protected = estimated(resolve(flags={"method": "gems"}), llama_folder)
+    protected = estimated(resolve(flags={"method.name": "gems"}), llama_folder)
     assert protected.null_space > 0
     assert str(protected).startswith("about 0.0 GiB (weights 0.00, gradients")
 
@@ -176,7 +181,12 @@ def test_peak_memory_sees_what_is_gone() -> None:
 def test_a_run_says_beforehand_what_it_takes(
     llama_folder: str, data_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = ["batch_size=4", "perplexity_tokens=64", "perplexity_window=64", "min_user_events=3"]
+    small = [
+        "training.batch_size=4",
+        "evaluation.perplexity_tokens=64",
+        "evaluation.perplexity_window=64",
+        "data.min_user_events=3",
+    ]
     line = ["run", "--data", data_folder, "--model", llama_folder, "--method", "adamw", "--steps", "5"]
     assert main([*line, "--out", str(tmp_path / "run"), "--set", *small]) == 0
     printed = capsys.readouterr().out

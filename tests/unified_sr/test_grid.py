@@ -19,8 +19,8 @@ from examples.unified_sr.grid._forecast import Forecast
 from examples.unified_sr.tables import gather
 
 SMALL = {
-    "batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3,
-    "leak_tokens": 0, "steps": 3,
+    "training.batch_size": 4, "evaluation.perplexity_tokens": 64, "evaluation.perplexity_window": 64, "data.min_user_events": 3,
+    "training.leak_tokens": 0, "steps": 3,
 }  # fmt: skip
 METHODS: list[Any] = ["bm25", "adamw"]
 
@@ -29,8 +29,8 @@ def command(folder: Path, model: str, data: str, *more: str, **changes: Any) -> 
     content = {
         "data": {"shop": None},
         "seeds": [0, 1],
-        "settings": {**SMALL, "model": model},
-        "select": {"rates": [1e-4, 1e-2, 1e30], "settings": {"warmup": 0.0}},
+        "settings": {**SMALL, "model.name": model},
+        "select": {"rates": [1e-4, 1e-2, 1e30], "settings": {"training.warmup": 0.0}},
         "methods": METHODS,
         **changes,
     }
@@ -96,8 +96,8 @@ def test_the_rate_is_the_best_one_on_the_validation_split(finished: Path) -> Non
     values = {}
     for trial in selection["trials"]:
         folder = finished / "adamw" / f"lr-{trial['lr']:g}"
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        assert (config["eval_split"], config["lr"], config["seed"]) == ("valid", trial["lr"], 0)
+        config = read_config(folder / "config.yaml")
+        assert (config["evaluation.split"], config["training.lr"], config["seed"]) == ("valid", trial["lr"], 0)
         if trial["value"] is None:
             assert "the loss of the task" in (folder / "diverged.txt").read_text(encoding="utf-8")
             continue
@@ -109,8 +109,8 @@ def test_the_rate_is_the_best_one_on_the_validation_split(finished: Path) -> Non
     assert selection["budget"] == {"trials": 3, "steps": 3, "epochs": None, "seed": 0, "examples per task": "all"}
     assert "validation split" in selection["criterion"]
     for seed in (0, 1):
-        config = yaml.safe_load((finished / "adamw" / f"seed-{seed}" / "config.yaml").read_text(encoding="utf-8"))
-        assert (config["lr"], config["seed"], config["eval_split"]) == (selection["lr"], seed, "test")
+        config = read_config(finished / "adamw" / f"seed-{seed}" / "config.yaml")
+        assert (config["training.lr"], config["seed"], config["evaluation.split"]) == (selection["lr"], seed, "test")
 
 
 def test_entries_that_differ_in_their_choice_share_their_trials(
@@ -144,7 +144,7 @@ def test_what_is_finished_is_not_touched(
 def test_a_log_gets_a_line_only_where_something_has_changed(
     llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    one = [{"name": "adamw", "rates": [], "settings": {"lr": 1e-4, "steps": 20}}]
+    one = [{"name": "adamw", "rates": [], "settings": {"training.lr": 1e-4, "training.steps": 20}}]
     assert main(command(tmp_path, llama_folder, data_folder, methods=one, seeds=[0])) == 0
     shown = re.findall(r"adamw/seed-0 step [^\]\r]*", capfd.readouterr().err)
     assert len(set(shown)) > 1
@@ -155,7 +155,7 @@ def test_other_settings_are_an_error_before_anything_runs(
     finished: Path, llama_folder: str, data_folder: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(finished.rglob("*"))
-    line = command(finished.parent.parent, llama_folder, data_folder, "--set", "max_history=3")
+    line = command(finished.parent.parent, llama_folder, data_folder, "--set", "model.max_history=3")
     assert main(line) == 2
     assert "max_history: 10 -> 3" in capfd.readouterr().err
     assert sorted(finished.rglob("*")) == before
@@ -164,7 +164,9 @@ def test_other_settings_are_an_error_before_anything_runs(
 def test_a_dry_run_says_what_is_left_and_how_long_it_takes(
     finished: Path, llama_folder: str, data_folder: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    more = {"methods": [*METHODS, {"name": "slow", "method": "adamw", "rates": [], "settings": {"steps": 5000}}]}
+    more = {
+        "methods": [*METHODS, {"name": "slow", "method": "adamw", "rates": [], "settings": {"training.steps": 5000}}]
+    }
     line = command(finished.parent.parent, llama_folder, data_folder, "--dry-run", **more)
     assert main(line) == 0
     out = capfd.readouterr().out
@@ -185,7 +187,7 @@ def test_a_dry_run_says_what_is_left_and_how_long_it_takes(
 def test_what_did_not_train_tells_nothing_about_training(
     llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    slow = [{"name": "slow", "method": "adamw", "rates": [], "settings": {"steps": 5000}}]
+    slow = [{"name": "slow", "method": "adamw", "rates": [], "settings": {"training.steps": 5000}}]
     assert main(command(tmp_path, llama_folder, data_folder, methods=["bm25", "zero-shot"], seeds=[0])) == 0
     capfd.readouterr()
     line = command(tmp_path, llama_folder, data_folder, "--dry-run", methods=["bm25", "zero-shot", *slow], seeds=[0])
@@ -202,7 +204,7 @@ def test_a_grid_that_begins_without_training_measures_some_steps_first(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    methods = ["zero-shot", {"name": "adamw", "rates": [], "settings": {"lr": 1e-4}}]
+    methods = ["zero-shot", {"name": "adamw", "rates": [], "settings": {"training.lr": 1e-4}}]
     assert main(command(tmp_path, llama_folder, data_folder, methods=methods[:1])) == 0
     capfd.readouterr()
     assert main(command(tmp_path, llama_folder, data_folder, methods=methods)) == 0
@@ -222,7 +224,7 @@ def test_a_method_that_trains_a_network_of_its_own_is_estimated_by_its_own_runs(
     data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A rough minute stands until one has finished; a run of a closed form, or of another method, tells nothing."""
-    methods = ["bm25", {"name": "sasrec", "settings": {"max_epochs": 1}}]
+    methods = ["bm25", {"name": "sasrec", "settings": {"method.max_epochs": 1}}]
 
     def estimate(seeds: list[int], *more: str) -> str:
         assert main(command(tmp_path, "none", data_folder, *more, methods=methods, seeds=seeds)) == 0
@@ -239,7 +241,7 @@ def test_a_method_that_trains_a_network_of_its_own_is_estimated_by_its_own_runs(
 def test_a_failure_stops_only_what_depends_on_it(
     llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    broken = {"name": "broken", "method": "adamw", "settings": {"general_text": "none.txt"}, "rates": [1e-3]}
+    broken = {"name": "broken", "method": "adamw", "settings": {"evaluation.general_text": "none.txt"}, "rates": [1e-3]}
     line = command(tmp_path, llama_folder, data_folder, methods=[broken, "bm25"], seeds=[0])
     assert main(line) == 1
     out, err = capfd.readouterr()
@@ -253,7 +255,7 @@ def test_a_failure_stops_only_what_depends_on_it(
 def test_a_run_that_diverges_is_not_tried_again(
     llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    wild = {"name": "wild", "method": "adamw", "settings": {"lr": 1e30, "warmup": 0.0}}
+    wild = {"name": "wild", "method": "adamw", "settings": {"training.lr": 1e30, "training.warmup": 0.0}}
     line = command(tmp_path, llama_folder, data_folder, methods=[wild], seeds=[0])
     log = tmp_path / "out" / "shop" / "wild" / "seed-0.log"
     for _ in range(2):
@@ -265,7 +267,7 @@ def test_a_run_that_diverges_is_not_tried_again(
 
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a fork server")
 def test_a_killed_grid_goes_on(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
-    own = {"name": "adamw", "rates": [], "settings": {"steps": 60, "checkpoint_every": 1}}
+    own = {"name": "adamw", "rates": [], "settings": {"training.steps": 60, "training.checkpoint_every": 1}}
     line = command(tmp_path, llama_folder, data_folder, methods=[own], seeds=[0])
     process = multiprocessing.get_context("forkserver").Process(target=main, args=(line,))
     process.start()

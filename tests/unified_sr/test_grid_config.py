@@ -55,7 +55,7 @@ def test_the_order_is_that_of_the_file_one_seed_after_the_other(tmp_path: Path) 
 
 
 def test_settings_come_from_all_places_in_order(tmp_path: Path) -> None:
-    grid = read_grid(written(tmp_path), pairs=["batch_size=3"])
+    grid = read_grid(written(tmp_path), pairs=["training.batch_size=3"])
     jobs = {job.name: job for job in list_jobs(grid, ["films/small/*", "gems-no-null", "films/lora/*"])}
     trial = jobs["films/small/lr-0.01"].settings()
     assert (trial.steps, trial.seed, trial.lr, trial.eval_split, trial.batch_size) == (2, 5, 0.01, "valid", 3)
@@ -64,7 +64,7 @@ def test_settings_come_from_all_places_in_order(tmp_path: Path) -> None:
     assert (main.rank, main.energy) == (2, 0.9)  # type: ignore[attr-defined]
     variant = jobs["films/gems-no-null/seed-3"].settings()
     assert (variant.rank, variant.protect) == (4, False)  # type: ignore[attr-defined]
-    assert jobs["films/lora/seed-3"].settings().lr == 1e-3, "a rate that is fixed is not searched for"
+    assert jobs["films/lora/seed-3"].settings().training.lr == 1e-3, "a rate that is fixed is not searched for"
     assert not jobs["films/lora/seed-3"].selects
 
 
@@ -77,8 +77,8 @@ def test_a_method_may_be_chosen_by_a_rule_of_its_own(tmp_path: Path) -> None:
     assert entries["kept"].selection == Selection(5, "ndcg@10", 0.05, {"steps": 4}), "the rest is the grid's"
     assert entries["small"].selection == Selection(5, "ndcg@10", None, {"steps": 2})
     (trial, run) = list_jobs(grid, ["films/kept/seed-3"])
-    assert (trial.name, trial.settings().steps, trial.seed) == ("films/kept/lr-0.001", 4, 5)
-    assert run.settings(1e-3).steps == 7
+    assert (trial.name, trial.settings().training.steps, trial.seed) == ("films/kept/lr-0.001", 4, 5)
+    assert run.settings(1e-3).training.steps == 7
 
 
 def test_settings_of_a_data_set_hold_for_its_runs_alone(tmp_path: Path) -> None:
@@ -89,10 +89,10 @@ def test_settings_of_a_data_set_hold_for_its_runs_alone(tmp_path: Path) -> None:
     shop, films = (jobs[f"{name}/small/seed-1"].settings(0.01) for name in ("shop", "films"))
     assert (shop.data, shop.min_item_events, shop.steps) == ("here", 2, 9), "they win over the settings of all runs"
     assert (films.data, films.min_item_events, films.steps) == ("movielens-100k", 5, 7)
-    assert jobs["shop/small/lr-0.01"].settings().steps == 2, "those of the trials win over them"
+    assert jobs["shop/small/lr-0.01"].settings().training.steps == 2, "those of the trials win over them"
     given_source = FILE.replace("shop: null", "shop: {source: there, settings: {}}")
     (job,) = list_jobs(read_grid(written(tmp_path, given_source)), ["shop/zero-shot/seed-1"])
-    assert job.settings().data == "there"
+    assert job.settings().data.source == "there"
 
 
 def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_other_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--data takes NAME=SOURCE"):
         read_grid(path, data=["shop"])
     with pytest.raises(ValueError, match="--set cannot set 'data'"):
-        read_grid(path, pairs=["data=x"])
+        read_grid(path, pairs=["data.source=x"])
     with pytest.raises(ValueError, match="must be a list of names and mappings, got None"):
         read_grid(written(tmp_path, "data: {a: b}\n"))
     with pytest.raises(FileNotFoundError, match="is no file"):

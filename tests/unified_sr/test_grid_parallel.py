@@ -25,8 +25,14 @@ from examples.unified_sr.run import run
 from examples.unified_sr.run_folder import RunFolder
 from examples.unified_sr.sealed import SEALED, holds
 
-SMALL = {"batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3, "leak_tokens": 0}
-GEMS = {"rank": 4, "null_space_tokens": 256}
+SMALL = {
+    "training.batch_size": 4,
+    "evaluation.perplexity_tokens": 64,
+    "evaluation.perplexity_window": 64,
+    "data.min_user_events": 3,
+    "training.leak_tokens": 0,
+}
+GEMS = {"rank": 4, "method.null_space_tokens": 256}
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals end a process at once elsewhere")
 
 
@@ -49,8 +55,8 @@ def lines(file: Path) -> int:
 def shop(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     methods = [
-        {"name": "gems", "settings": {"lr": 1e-3, **GEMS}},
-        {"name": "again", "method": "gems", "settings": {"lr": 2e-3, **GEMS}, "seeds": [0]},
+        {"name": "gems", "settings": {"training.lr": 1e-3, **GEMS}},
+        {"name": "again", "method": "gems", "settings": {"training.lr": 2e-3, **GEMS}, "seeds": [0]},
         "adamw",
     ]
     select = {"rates": [1e-3], "trials": 3}
@@ -58,7 +64,7 @@ def shop(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathF
         patch.setenv("GRADSUB_CACHE", str(folder / "cache"))
         patch.delenv("OMP_NUM_THREADS", raising=False)
         line = command(folder, llama_folder, data_folder, "--jobs", "3", methods=methods, select=select, seeds=[0, 1])
-        line += ["--set", "steps=3", "--deadline", "1000"]  # which has no time for a probe
+        line += ["--set", "training.steps=3", "--deadline", "1000"]  # which has no time for a probe
         assert main(line) == 0
     return folder / "out" / "shop"
 
@@ -95,7 +101,7 @@ def test_the_run_with_the_seed_of_the_trials_is_its_trial(shop: Path, tmp_path: 
     assert "the same training as" in own.with_name("seed-0.log").read_text(encoding="utf-8")
     assert "training:" in own.with_name("seed-1.log").read_text(encoding="utf-8"), "no trial has this seed"
     settings = resolve(file=own / "config.yaml")
-    assert (settings.eval_split, settings.seed) == ("test", 0)
+    assert (settings.evaluation.split, settings.seed) == ("test", 0)
     again = run(settings, tmp_path / "run", lambda line: None)
     for name in ("metrics.json", "metrics.sampled.json", "queries.rec.jsonl", "run.search.trec"):
         assert again.file(name).read_bytes() == (own / name).read_bytes()
@@ -119,7 +125,15 @@ def test_what_a_trial_scores_on_the_test_split_stays_closed(shop: Path) -> None:
 def test_finished_runs_are_not_run_again_and_further_trials_are_known(
     shop: Path, llama_folder: str, data_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["grid", "--config", str(shop.parent.parent / "grid.yaml"), "--out", str(shop.parent), "--set", "steps=3"]
+    line = [
+        "grid",
+        "--config",
+        str(shop.parent.parent / "grid.yaml"),
+        "--out",
+        str(shop.parent),
+        "--set",
+        "training.steps=3",
+    ]
     assert main([*line, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "8 runs in" in out
@@ -140,7 +154,7 @@ def when(ready: Callable[[], bool], act: Callable[[], object]) -> threading.Thre
     return thread
 
 
-EARLY: dict[str, Any] = {"epochs": 1, "early_stop": 1, "checkpoint_every": 1000, "lr": 1e-3}
+EARLY: dict[str, Any] = {"epochs": 1, "training.early_stop": 1, "training.checkpoint_every": 1000, "lr": 1e-3}
 
 
 def test_what_is_stopped_goes_on_to_the_same_results(
@@ -190,7 +204,9 @@ def test_what_does_not_stop_is_ended_and_its_checkpoint_remains(
         running._told = True
 
     monkeypatch.setattr(Running, "stop", freeze)
-    long = [{"name": "adamw", "settings": {"steps": 100_000, "checkpoint_every": 2, "lr": 1e-3}}]
+    long = [
+        {"name": "adamw", "settings": {"training.steps": 100_000, "training.checkpoint_every": 2, "training.lr": 1e-3}}
+    ]
     line = command(tmp_path, llama_folder, data_folder, "--grace", "0.1", methods=long)
     checkpoint = tmp_path / "out/shop/adamw/seed-0/checkpoint.pt"
     when(checkpoint.is_file, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -208,7 +224,7 @@ def test_nothing_is_begun_that_cannot_reach_a_checkpoint(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(Forecast, "to_checkpoint", lambda self, job: 1e6 if job.trained else 0.0)
-    methods = [{"name": "adamw", "settings": {"lr": 1e-3, "steps": 2}}, "bm25"]
+    methods = [{"name": "adamw", "settings": {"training.lr": 1e-3, "training.steps": 2}}, "bm25"]
     line = command(tmp_path, llama_folder, data_folder, "--jobs", "2", "--deadline", "100", methods=methods)
     assert main(line) == UNFINISHED
     out, err = capfd.readouterr()

@@ -40,7 +40,13 @@ class Attempt:
         torch.manual_seed(0)
         language_model = load_language_model(folder)
         self.ranker = Ranker(language_model, ITEMS)
-        pairs = ["batch_size=2", "epochs=5", "early_stop=2", "checkpoint_every=100", "lr=1e-3"]
+        pairs = [
+            "training.batch_size=2",
+            "training.epochs=5",
+            "training.early_stop=2",
+            "training.checkpoint_every=100",
+            "training.lr=1e-3",
+        ]
         weights = [weight for weight in self.ranker.parameters() if weight.requires_grad]
         optimizer = torch.optim.AdamW([{"params": weights, "name": "all", "lr": 1e-3}])
         prompts = PromptBuilder(
@@ -68,7 +74,7 @@ class Attempt:
             MixedLossUpdater(optimizer),
             PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts),
             FP32,
-            resolve(pairs=pairs, flags={"method": "adamw"}),
+            resolve(pairs=pairs, flags={"method.name": "adamw"}),
             self.log,
             self.checkpoint,
             stopping=EarlyStopping(out / "best.pt", 2, validate),

@@ -32,7 +32,7 @@ def test_frozen_weights_stay_and_trained_weights_move(model_folder: str, method:
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_every_method_has_its_own_rate_for_the_items(llama_folder: str, method: str) -> None:
-    _, updater = built(llama_folder, method, "lr=0.5", "item_lr=0.25")
+    _, updater = built(llama_folder, method, "training.lr=0.5", "training.item_lr=0.25")
     rates = {group["name"].split(".")[-1]: group["lr"] for group in updater.optimizer.param_groups}
     assert rates["items"] == 0.25
     assert rates["matrices"] == 0.5
@@ -62,7 +62,7 @@ def test_half_batches_give_the_gradient_of_the_mixed_batch(llama_folder: str) ->
 
 
 def test_gradients_are_clipped_where_asked(llama_folder: str) -> None:
-    ranker, updater = built(llama_folder, "adamw", "grad_clip=1.0e-3")
+    ranker, updater = built(llama_folder, "adamw", "training.grad_clip=1.0e-3")
     norms: list[float] = []
 
     def look() -> None:
@@ -79,30 +79,32 @@ def test_gems_leaves_vectors_alone_unless_told(t5_folder: str) -> None:
     names = {name for name, weight in ranker.named_parameters() if weight.requires_grad}
     assert not any("norm" in name or "relative_attention_bias" in name for name in names)
     assert any("frozen" in note for note in updater.notes)
-    ranker, _ = built(t5_folder, "gems", "train_others=true")
+    ranker, _ = built(t5_folder, "gems", "method.train_others=true")
     names = {name for name, weight in ranker.named_parameters() if weight.requires_grad}
     assert any("norm" in name for name in names)
     assert any("relative_attention_bias" in name for name in names)
 
 
 def test_what_gems_does_not_decompose_may_have_a_rate_of_its_own(llama_folder: str) -> None:
-    _, updater = built(llama_folder, "gems", "train_others=true", "others_lr=2.0e-5", "lr=1.0e-3")
+    _, updater = built(
+        llama_folder, "gems", "method.train_others=true", "method.others_lr=2.0e-5", "training.lr=1.0e-3"
+    )
     rates = {group["name"]: group["lr"] for group in updater.optimizer.param_groups}
     assert rates["linear.matrices"] == 1e-3
     assert rates["other.vectors"] == 2e-5
     assert any("plain AdamW, at the peak rate 2e-05; no null space protects them" in note for note in updater.notes)
-    _, updater = built(llama_folder, "gems", "train_others=true", "lr=1.0e-3")
+    _, updater = built(llama_folder, "gems", "method.train_others=true", "training.lr=1.0e-3")
     assert {group["lr"] for group in updater.optimizer.param_groups if group["name"] != "items"} == {1e-3}
-    with pytest.raises(ValueError, match=r"others_lr=2e-05 has nothing to train: set train_others"):
-        built(llama_folder, "gems", "others_lr=2.0e-5")
+    with pytest.raises(ValueError, match=r"method.others_lr=2e-05 has nothing to train: set train_others"):
+        built(llama_folder, "gems", "method.others_lr=2.0e-5")
 
 
 @pytest.mark.parametrize("folder", ["llama_folder", "t5_folder"])
 def test_what_gems_does_not_decompose_may_be_protected_too(folder: str, request: pytest.FixtureRequest) -> None:
     """Vectors move, but not along the gradients that general text has for them."""
     folder = request.getfixturevalue(folder)
-    pairs = ["train_others=true", "others_lr=1.0e-2", "energy=0.9"]
-    ranker, updater = built(folder, "gems", *pairs, "protect_others=true")
+    pairs = ["method.train_others=true", "method.others_lr=1.0e-2", "method.energy=0.9"]
+    ranker, updater = built(folder, "gems", *pairs, "method.protect_others=true")
     vectors = {name: weight for name, weight in ranker.backbone.named_parameters() if weight.ndim == 1}
     before = {name: weight.detach().clone() for name, weight in vectors.items()}
     for _ in range(3):
@@ -119,15 +121,17 @@ def test_what_gems_does_not_decompose_may_be_protected_too(folder: str, request:
     assert others - free == len(vectors)
     said = f"the null space of general text's gradients protects {len(vectors)} of the {others}."
     assert any(note.endswith(said) for note in updater.notes)
-    with pytest.raises(ValueError, match=r"protect_others=True asks for train_others and protect, found train_o"):
-        built(folder, "gems", "protect_others=true")
-    with pytest.raises(ValueError, match="protect=False: set both to true"):
-        built(folder, "gems-no-null", "train_others=true", "protect_others=true")
+    with pytest.raises(
+        ValueError, match=r"method.protect_others=True asks for train_others and protect, found train_o"
+    ):
+        built(folder, "gems", "method.protect_others=true")
+    with pytest.raises(ValueError, match="method.protect=False: set both to true"):
+        built(folder, "gems-no-null", "method.train_others=true", "method.protect_others=true")
 
 
 def test_gems_protects_normalized_features_unless_told_otherwise(llama_folder: str) -> None:
     shares = []
-    for pairs in ([], ["normalize=false"]):
+    for pairs in ([], ["method.normalize=false"]):
         _, updater = built(llama_folder, "gems", *pairs)
         optimizer: Any = updater.optimizer
         shares.append([layer.dimension - layer.free for layer in optimizer._stepper.layers.values()])
@@ -150,7 +154,9 @@ def test_gems_protects_general_text_better_than_adamw(llama_folder: str) -> None
     """At the same rates the layers' weights move in both, and the answers to general text hardly in one."""
     change = {}
     for method in ("gems", "adamw"):
-        ranker, updater = built(llama_folder, method, "lr=1.0e-2", *(["energy=0.99"] if method == "gems" else []))
+        ranker, updater = built(
+            llama_folder, method, "training.lr=1.0e-2", *(["method.energy=0.99"] if method == "gems" else [])
+        )
         language_model = load_language_model(llama_folder)
         windows = token_windows(language_model.tokenizer, TEXT, tokens=256, window=64)
         for _ in range(5):
@@ -166,6 +172,6 @@ def test_gems_protects_general_text_better_than_adamw(llama_folder: str) -> None
 
 def test_gems_needs_one_criterion(llama_folder: str) -> None:
     with pytest.raises(ValueError, match=r"exactly one of energy and threshold.*energy=0\.95 and threshold=0\.01"):
-        built(llama_folder, "gems", "threshold=0.01")
+        built(llama_folder, "gems", "method.threshold=0.01")
     with pytest.raises(ValueError, match="exactly one of energy and threshold"):
-        built(llama_folder, "gems", "energy=null")
+        built(llama_folder, "gems", "method.energy=null")

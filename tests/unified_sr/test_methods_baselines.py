@@ -69,7 +69,7 @@ def fitted(method: str, folder: str, *pairs: str) -> tuple[Fitted, list[Example]
     train = [example for task in dataset.tasks for example in dataset.train[task]]
     fit = METHODS[method].fit
     assert fit is not None
-    return fit(resolve(pairs=pairs, flags={"method": method}), dataset, train), list(dataset.test["rec"])
+    return fit(resolve(pairs=pairs, flags={"method.name": method}), dataset, train), list(dataset.test["rec"])
 
 
 def test_popularity_counts_users(data_folder: str) -> None:
@@ -91,7 +91,7 @@ def test_popularity_counts_users(data_folder: str) -> None:
 
 
 def test_ease_scores_the_sum_of_a_historys_rows(data_folder: str) -> None:
-    found, test = fitted("ease", data_folder, "regularisation=2.0")
+    found, test = fitted("ease", data_folder, "method.regularisation=2.0")
     dataset = load_dataset(data_folder, min_user_events=3)
     train = [example for task in dataset.tasks for example in dataset.train[task]]
     B = ease_weights(interactions(train, len(dataset.items)), 2.0)

@@ -144,7 +144,7 @@ def fitted(method: str, dataset: Dataset, *pairs: str) -> Fitted:
     fit = METHODS[method].fit
     assert fit is not None
     train = [example for task in dataset.tasks for example in dataset.train[task]]
-    return fit(resolve(pairs=pairs, flags={"method": method}), dataset, train)
+    return fit(resolve(pairs=pairs, flags={"method.name": method}), dataset, train)
 
 
 def ndcg(dataset: Dataset, found: Fitted, examples: Sequence[Example]) -> float:
@@ -152,7 +152,14 @@ def ndcg(dataset: Dataset, found: Fitted, examples: Sequence[Example]) -> float:
     return rank_catalogue(dataset, examples, scored, negatives=5, seed=0).metrics["ndcg@10"]
 
 
-SMALL = ("max_history=10", "width=16", "batch=16", "learning_rate=0.01", "max_epochs=12", "patience=3")
+SMALL = (
+    "model.max_history=10",
+    "method.width=16",
+    "method.batch=16",
+    "method.learning_rate=0.01",
+    "method.max_epochs=12",
+    "method.patience=3",
+)
 
 
 def test_it_ranks_the_ring_better_than_popularity_and_reports_what_was_validated(tmp_path: Path) -> None:
@@ -172,11 +179,11 @@ def test_equal_seeds_give_equal_scores_and_leave_torchs_own_generator_alone(tmp_
     test = dataset.test["rec"]
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    one = fitted("sasrec", dataset, *SMALL, "max_epochs=2", "seed=3").scores["rec"](test)
+    one = fitted("sasrec", dataset, *SMALL, "method.max_epochs=2", "seed=3").scores["rec"](test)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(6)
-    assert torch.equal(fitted("sasrec", dataset, *SMALL, "max_epochs=2", "seed=3").scores["rec"](test), one)
-    other = fitted("sasrec", dataset, *SMALL, "max_epochs=2", "seed=4").scores["rec"](test)
+    assert torch.equal(fitted("sasrec", dataset, *SMALL, "method.max_epochs=2", "seed=3").scores["rec"](test), one)
+    other = fitted("sasrec", dataset, *SMALL, "method.max_epochs=2", "seed=4").scores["rec"](test)
     assert not torch.isclose(other, one).all(dim=1).any()
 
 
@@ -185,10 +192,10 @@ def test_held_out_events_change_nothing_but_which_epoch_is_the_best(tmp_path: Pa
     one, other = load(walks(tmp_path / "one")), load(walks(tmp_path / "other", held_out=17))
     assert [example.target for example in one.valid["rec"]] != [example.target for example in other.valid["rec"]]
     test = one.test["rec"]
-    found = [fitted("sasrec", dataset, *SMALL, "max_epochs=1").scores["rec"](test) for dataset in (one, other)]
+    found = [fitted("sasrec", dataset, *SMALL, "method.max_epochs=1").scores["rec"](test) for dataset in (one, other)]
     assert torch.equal(*found)
     changed = load(walks(tmp_path / "changed", held_out=17, train_until=5))
-    assert not torch.equal(fitted("sasrec", changed, *SMALL, "max_epochs=1").scores["rec"](test), found[0])
+    assert not torch.equal(fitted("sasrec", changed, *SMALL, "method.max_epochs=1").scores["rec"](test), found[0])
 
 
 def test_sequences_are_the_events_before_the_first_held_out_one(data_folder: str) -> None:
@@ -213,7 +220,7 @@ def test_without_validation_examples_it_runs_all_epochs_and_says_so(tmp_path: Pa
     dataset = load(walks(tmp_path / "ring", users=6))
     bare = replace(dataset, valid={"rec": (), "search": ()})
     with pytest.warns(UserWarning, match="has no validation example of a recommendation, so sasrec runs all of its 2"):
-        found = fitted("sasrec", bare, *SMALL, "max_epochs=2")
+        found = fitted("sasrec", bare, *SMALL, "method.max_epochs=2")
     (note,) = found.notes
     assert "of the last epoch" in note
     assert found.scores["rec"](dataset.test["rec"]).isfinite().all()

@@ -22,7 +22,13 @@ from examples.unified_sr.model import Ranker
 from examples.unified_sr.training import tasks_to_train
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank.*:UserWarning")
-SMALL = ["batch_size=4", "perplexity_tokens=128", "perplexity_window=64", "leak_tokens=0", "min_user_events=3"]
+SMALL = [
+    "training.batch_size=4",
+    "evaluation.perplexity_tokens=128",
+    "evaluation.perplexity_window=64",
+    "training.leak_tokens=0",
+    "data.min_user_events=3",
+]
 
 
 def ran(out: Path, method: str, model: str, data: str) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:
@@ -123,7 +129,7 @@ def test_without_conflict_pcgrad_is_adamw(llama_folder: str) -> None:
 
 
 def test_cagrad_stays_near_the_mean_and_helps_the_worst_task(llama_folder: str) -> None:
-    ranker, updater = built(llama_folder, "cagrad", "radius=0.4")
+    ranker, updater = built(llama_folder, "cagrad", "method.radius=0.4")
     found = opposed(ranker)
     parts = [SAMPLES[task] / 3 * flat(gradients_of(ranker, found[task])) for task in found]
     mixed = parts[0] + parts[1]
@@ -134,7 +140,7 @@ def test_cagrad_stays_near_the_mean_and_helps_the_worst_task(llama_folder: str) 
 
 def test_cagrad_without_a_ball_is_adamw(llama_folder: str) -> None:
     seen = []
-    for method, *pairs in (("cagrad", "radius=0"), ("adamw",)):
+    for method, *pairs in (("cagrad", "method.radius=0"), ("adamw",)):
         ranker, updater = built(llama_folder, method, *pairs)
         seen.append(stepped_on(ranker, updater, opposed(ranker)))
     for name, gradient in seen[0].items():
@@ -147,7 +153,7 @@ def test_a_checkpoint_continues_a_method_exactly(llama_folder: str, tmp_path: Pa
         for _ in range(steps):
             updater.update([*losses(ranker).values()])
 
-    pairs = ("rank=4", "update_proj_gap=3") if method == "galore" else ()
+    pairs = ("method.rank=4", "method.update_proj_gap=3") if method == "galore" else ()
     whole, straight = built(llama_folder, method, *pairs)
     advanced(whole, straight, 4)
     first, updater = built(llama_folder, method, *pairs)
@@ -167,7 +173,7 @@ def schedule_of(updater: Updater) -> torch.optim.lr_scheduler.LRScheduler:
 
 
 def change_of_layers(folder: str, method: str, *pairs: str) -> dict[str, Tensor]:
-    ranker, updater = built(folder, method, "weight_decay=0", *pairs)
+    ranker, updater = built(folder, method, "training.weight_decay=0", *pairs)
     layers = {name: m for name, m in ranker.backbone.named_modules() if isinstance(m, nn.Linear)}
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
     updater.update([*losses(ranker).values()])
@@ -176,7 +182,11 @@ def change_of_layers(folder: str, method: str, *pairs: str) -> dict[str, Tensor]
 
 @pytest.mark.parametrize(
     ("method", "pairs", "rank"),
-    [("galore", ("rank=4",), 4), ("gems-no-task", ("task_rank=2",), 4), ("gems", ("task_rank=2",), 8)],
+    [
+        ("galore", ("method.rank=4",), 4),
+        ("gems-no-task", ("method.task_rank=2",), 4),
+        ("gems", ("method.task_rank=2",), 8),
+    ],
 )
 def test_the_first_step_has_the_rank_of_the_subspaces(
     llama_folder: str, method: str, pairs: tuple[str, ...], rank: int
@@ -211,7 +221,7 @@ def test_ablations_change_one_thing(llama_folder: str) -> None:
 
 
 def test_hypergradient_gates_move(llama_folder: str) -> None:
-    ranker, updater = built(llama_folder, "gems-hypergradient", "lr=1.0e-2")
+    ranker, updater = built(llama_folder, "gems-hypergradient", "training.lr=1.0e-2")
     gates = []
     for _ in range(4):
         updater.update([*losses(ranker).values()])
@@ -224,7 +234,7 @@ def test_hypergradient_gates_move(llama_folder: str) -> None:
 
 def test_gems_clips_where_asked(llama_folder: str) -> None:
     norms = []
-    for pairs in ((), ("grad_clip=1.0e-3",)):
+    for pairs in ((), ("training.grad_clip=1.0e-3",)):
         ranker, updater = built(llama_folder, "gems", *pairs)
         updater.update([*losses(ranker).values()])
         gramian = updater.optimizer.report().gramian  # type: ignore[attr-defined]
@@ -246,17 +256,21 @@ def test_a_variant_follows_the_section_of_its_original(tmp_path: Path) -> None:
         "  adamw: {lr: 3.0e-3, train_tasks: null}\n",
         encoding="utf-8",
     )
-    found = {name: resolve(file=file, flags={"method": name}) for name, method in METHODS.items() if method.variant_of}
+    found = {
+        name: resolve(file=file, flags={"method.name": name}) for name, method in METHODS.items() if method.variant_of
+    }
     for name, settings in found.items():
-        assert settings.lr == (2e-3 if name.startswith("gems") else 3e-3)
+        assert settings.training.lr == (2e-3 if name.startswith("gems") else 3e-3)
     gems = {name: settings for name, settings in found.items() if isinstance(settings, GemsSettings)}
-    assert {name: settings.rank for name, settings in gems.items()} == dict.fromkeys(gems, 7) | {"gems-no-null": 9}
+    assert {name: settings.method.rank for name, settings in gems.items()} == dict.fromkeys(gems, 7) | {
+        "gems-no-null": 9
+    }
     # What a variant is about is not taken from the original.
-    assert [settings.protect for settings in gems.values()].count(False) == 1
+    assert [settings.method.protect for settings in gems.values()].count(False) == 1
     assert gems["gems-uniform"].gate == "uniform"
     assert found["adamw-rec"].train_tasks == "rec"
-    assert resolve(file=file, flags={"method": "gems-paper"}).lr == 5e-4
+    assert resolve(file=file, flags={"method.name": "gems-paper"}).lr == 5e-4
     for name, settings in found.items():
-        original = resolve(file=file, flags={"method": METHODS[name].variant_of})
+        original = resolve(file=file, flags={"method.name": METHODS[name].variant_of})
         changed = {text.partition(":")[0] for text in differences(asdict(original), settings)}
         assert len(changed - {"method", "radius", "rank"}) <= 1, changed

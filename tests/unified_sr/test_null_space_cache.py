@@ -48,13 +48,19 @@ def test_a_grid_fits_it_once_and_trains_alike(llama_folder: str, cache: Path, fi
     assert len(list(cache.iterdir())) == 1
     second = trained(llama_folder)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-    trained(llama_folder, "lr=1e-3", "rank=2")
+    trained(llama_folder, "training.lr=1e-3", "method.rank=2")
     trained(llama_folder, method="gems-uniform")
     assert len(fitted) == 1
 
 
 @pytest.mark.parametrize(
-    "pairs", [("energy=0.9",), ("normalize=true",), ("side=output",), ("train_others=true", "protect_others=true")]
+    "pairs",
+    [
+        ("method.energy=0.9",),
+        ("method.normalize=true",),
+        ("method.side=output",),
+        ("method.train_others=true", "method.protect_others=true"),
+    ],
 )
 def test_another_criterion_is_another_null_space(
     llama_folder: str, cache: Path, fitted: list[int], pairs: tuple[str, ...]

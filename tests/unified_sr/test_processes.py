@@ -41,10 +41,26 @@ def test_two_processes_measure_what_one_does(
     found = {}
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        sizes = ["steps=6", "batch_size=8", f"format={format}", "perplexity_tokens=200", "perplexity_window=64"]
+        sizes = [
+            "training.steps=6",
+            "training.batch_size=8",
+            f"model.format={format}",
+            "evaluation.perplexity_tokens=200",
+            "evaluation.perplexity_window=64",
+        ]
         options = ["--method", method, "--data", data_folder, "--model", llama_folder, "--out", str(out)]
-        own = ["rank=6", "update_proj_gap=3", "null_space_tokens=600"] if method == "gems" else []
-        done = start(launcher, processes, "run", *options, "--set", *sizes, *own, "autocast=none", "checkpoint_every=2")
+        own = ["method.rank=6", "method.update_proj_gap=3", "method.null_space_tokens=600"] if method == "gems" else []
+        done = start(
+            launcher,
+            processes,
+            "run",
+            *options,
+            "--set",
+            *sizes,
+            *own,
+            "model.autocast=none",
+            "training.checkpoint_every=2",
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         found[processes] = {
             name: json.loads((out / name).read_text()) for name in ("metrics.json", "metrics.sampled.json")

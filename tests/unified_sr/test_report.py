@@ -16,7 +16,7 @@ VALUES = {"hit@10": 0.1, "ndcg@10": 0.05, "mrr@10": 0.04}
 def finished(path: Path, method: str = "gems", records: list[dict[str, Any]] | None = None) -> RunFolder:
     path.mkdir()
     folder = RunFolder(path)
-    folder.file(CONFIG).write_text(to_yaml(resolve(flags={"method": method})), encoding="utf-8")
+    folder.file(CONFIG).write_text(to_yaml(resolve(flags={"method.name": method})), encoding="utf-8")
     half = {"rec": VALUES, "search": VALUES, "general": {"perplexity": 40.0}}
     after = {"rec": {**VALUES, "ndcg@10": 0.25}, "search": VALUES, "general": {"perplexity": 41.0}}
     folder.write_json(METRICS, {"zero_shot": half, "final": after})
@@ -71,4 +71,4 @@ def test_a_folder_tells_what_it_holds(tmp_path: Path) -> None:
     folder.file("report.md").write_text("", encoding="utf-8")
     assert folder.check(settings) is State.FINISHED
     with pytest.raises(FileExistsError, match="steps: 100 -> 7"):
-        folder.check(resolve(pairs=["steps=7"]))
+        folder.check(resolve(pairs=["training.steps=7"]))

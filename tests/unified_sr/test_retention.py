@@ -212,7 +212,7 @@ def test_layers_that_read_the_same_tensor_share_it(llama_folder: str) -> None:
 
 
 def test_leak_of_adapters_is_that_of_the_merged_weight(llama_folder: str) -> None:
-    ranker, updater, intact = built_and_recorded(llama_folder, "lora", "lr=1.0e-2")
+    ranker, updater, intact = built_and_recorded(llama_folder, "lora", "training.lr=1.0e-2")
     for _ in range(3):
         updater.update([*losses(ranker).values()])
     found = intact.leak()
@@ -226,7 +226,7 @@ def test_leak_of_adapters_is_that_of_the_merged_weight(llama_folder: str) -> Non
 
 
 def leak_after_training(folder: str, method: str, *pairs: str, tokens: int = 256) -> list[float]:
-    ranker, updater, intact = built_and_recorded(folder, method, "lr=1.0e-2", *pairs, tokens=tokens)
+    ranker, updater, intact = built_and_recorded(folder, method, "training.lr=1.0e-2", *pairs, tokens=tokens)
     for _ in range(5):
         updater.update([*losses(ranker).values()])
     return list(intact.leak().values())
@@ -234,7 +234,7 @@ def leak_after_training(folder: str, method: str, *pairs: str, tokens: int = 256
 
 def test_the_null_space_keeps_the_leak_far_down(llama_folder: str) -> None:
     """The inputs of a random model spread over all directions, and still."""
-    kept = leak_after_training(llama_folder, "gems", "energy=0.99")
+    kept = leak_after_training(llama_folder, "gems", "method.energy=0.99")
     for method in ("gems-no-null", "adamw"):
         free = leak_after_training(llama_folder, method)
         assert sum(kept) < 0.2 * sum(free)
@@ -244,7 +244,7 @@ def test_the_null_space_keeps_the_leak_far_down(llama_folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:null_space was collected on few tokens:UserWarning")
 def test_what_is_protected_wholly_does_not_leak(llama_folder: str) -> None:
     """16 tokens span fewer directions than there are: all of them can be protected, and some are left to learn in."""
-    kept = leak_after_training(llama_folder, "gems", "energy=1.0", tokens=16)
+    kept = leak_after_training(llama_folder, "gems", "method.energy=1.0", tokens=16)
     free = leak_after_training(llama_folder, "gems-no-null", tokens=16)
     assert max(kept) < 1e-4
     assert min(free) > 1e-2
@@ -252,9 +252,22 @@ def test_what_is_protected_wholly_does_not_leak(llama_folder: str) -> None:
 
 def test_a_run_writes_answers_and_leak(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
     path = written(tmp_path / "questions.json", [entry(question) for question in QUESTIONS])
-    small = ["batch_size=4", "perplexity_tokens=64", "perplexity_window=32", "min_user_events=3", "leak_tokens=64"]
+    small = [
+        "training.batch_size=4",
+        "evaluation.perplexity_tokens=64",
+        "evaluation.perplexity_window=32",
+        "data.min_user_events=3",
+        "training.leak_tokens=64",
+    ]
     line = ["run", "--data", data_folder, "--model", llama_folder, "--method", "adamw", "--steps", "2"]
-    line += ["--set", *small, f"multiple_choice={path}", "multiple_choice_questions=3", "--out", str(tmp_path / "run")]
+    line += [
+        "--set",
+        *small,
+        f"evaluation.multiple_choice={path}",
+        "evaluation.multiple_choice_questions=3",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(line) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text(encoding="utf-8"))
     summary = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
@@ -266,5 +279,8 @@ def test_a_run_writes_answers_and_leak(llama_folder: str, data_folder: str, tmp_
     assert len(summary["leak"]) == 14
     assert all(0 < value < 1 for value in summary["leak"].values())
     (tmp_path / "none.json").write_text("[]")
-    assert main([*line[:-1], str(tmp_path / "other"), "--set", f"multiple_choice={tmp_path / 'none.json'}"]) == 2
+    assert (
+        main([*line[:-1], str(tmp_path / "other"), "--set", f"evaluation.multiple_choice={tmp_path / 'none.json'}"])
+        == 2
+    )
     assert not (tmp_path / "other").exists()

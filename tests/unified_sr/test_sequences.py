@@ -61,7 +61,7 @@ def test_timelines_hold_each_training_example_at_its_place(
     tmp_path: Path, rows: list[Row], repeats: str, searches: str
 ) -> None:
     source = write_folder(tmp_path, rows)
-    sizes = {"min_user_events": 1, "min_item_events": 1, "max_history": 200}
+    sizes = {"data.min_user_events": 1, "data.min_item_events": 1, "model.max_history": 200}
     dataset = load_dataset(source, repeats=repeats, searches=searches, **sizes)  # type: ignore[arg-type]
     for task in TASKS:
         trained = Counter(
@@ -160,8 +160,8 @@ def test_a_shared_forward_pass_takes_the_step_of_separate_ones(method: str, llam
         torch.manual_seed(0)
         language_model = load_language_model(llama_folder)
         ranker = Ranker(language_model, ITEMS).train()
-        own = ["rank=4", "update_proj_gap=2", "protect=false"] if method == "gems" else []
-        settings_of_run = resolve(pairs=["lr=1.0e-2", *own], flags={"method": method})
+        own = ["method.rank=4", "method.update_proj_gap=2", "method.protect=false"] if method == "gems" else []
+        settings_of_run = resolve(pairs=["training.lr=1.0e-2", *own], flags={"method.name": method})
         build = method_named(method).build
         assert build is not None
         updater = build(Setup(ranker, settings_of_run, ("rec", "search"), lambda: iter(()), print))
@@ -187,7 +187,7 @@ def _only(turn: Turn, task: str) -> Turn:
 
 
 def test_a_task_that_is_not_trained_has_no_target(data_folder: str) -> None:
-    chosen = resolve(pairs=["format=sequence"], flags={"method": "adamw-rec", "data": data_folder})
+    chosen = resolve(pairs=["model.format=sequence"], flags={"method.name": "adamw-rec", "data.source": data_folder})
     dataset = load_dataset(data_folder)
     pool = training_pools(dataset, chosen, ["rec"])["sequences"]
     turns = [turn for timeline in pool.units for turn in timeline.turns]
@@ -199,10 +199,34 @@ def test_a_task_that_is_not_trained_has_no_target(data_folder: str) -> None:
 def test_a_run_on_sequences_learns_and_goes_on_where_it_stopped(
     method: str, data_folder: str, llama_folder: str, tmp_path: Path
 ) -> None:
-    sizes = ["steps=12", "batch_size=6", "accumulation=2", "perplexity_tokens=200", "perplexity_window=64"]
-    own = ["rank=6", "update_proj_gap=3", "null_space_tokens=600"] if method == "gems" else []
-    options = ["run", "--method", method, "--data", data_folder, "--model", llama_folder, "--set", "format=sequence"]
-    options += ["--set", *sizes, *own, "lr=1.0e-2", "item_lr=3.0e-2", "checkpoint_every=3", "max_history=4"]
+    sizes = [
+        "training.steps=12",
+        "training.batch_size=6",
+        "training.accumulation=2",
+        "evaluation.perplexity_tokens=200",
+        "evaluation.perplexity_window=64",
+    ]
+    own = ["method.rank=6", "method.update_proj_gap=3", "method.null_space_tokens=600"] if method == "gems" else []
+    options = [
+        "run",
+        "--method",
+        method,
+        "--data",
+        data_folder,
+        "--model",
+        llama_folder,
+        "--set",
+        "model.format=sequence",
+    ]
+    options += [
+        "--set",
+        *sizes,
+        *own,
+        "training.lr=1.0e-2",
+        "training.item_lr=3.0e-2",
+        "training.checkpoint_every=3",
+        "model.max_history=4",
+    ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert main([*options, "--out", str(whole)]) == 0
     with pytest.MonkeyPatch.context() as patch:
@@ -229,6 +253,16 @@ def _until(steps: int) -> Callable[..., Any]:
 def test_an_encoder_decoder_is_refused(
     data_folder: str, t5_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["run", "--method", "adamw", "--data", data_folder, "--model", t5_folder, "--set", "format=sequence"]
+    options = [
+        "run",
+        "--method",
+        "adamw",
+        "--data",
+        data_folder,
+        "--model",
+        t5_folder,
+        "--set",
+        "model.format=sequence",
+    ]
     assert main([*options, "--out", str(tmp_path / "run")]) != 0
-    assert "format='sequence'" in capsys.readouterr().err
+    assert "model.format='sequence'" in capsys.readouterr().err

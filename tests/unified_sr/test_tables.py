@@ -75,7 +75,7 @@ def test_every_number_of_a_run_is_in_the_files(tmp_path: Path) -> None:
         ranks={"rec": GOOD, "search": FAIR},
         general={"multiple_choice": 0.25},
         summary={"leak": {"a": 0.1, "b": None, "c": 0.3}},
-        pairs=("general_text=/home/somebody/wikitext2/valid.txt",),
+        pairs=("evaluation.general_text=/home/somebody/wikitext2/valid.txt",),
     )
     (folder.parent / "selection.json").write_text('{"lr": 6.0e-4,\n "at_edge": false}', encoding="utf-8")
     pack([tmp_path], tmp_path / "out")
@@ -90,7 +90,7 @@ def test_every_number_of_a_run_is_in_the_files(tmp_path: Path) -> None:
     assert (row["trained_tasks"], row["seconds"], row["leak"]) == ("rec,search", 6.0, pytest.approx(0.2))
     assert json.loads(row["selection"]) == {"lr": 6e-4, "at_edge": False}
     settings = read_yaml(folder / CONFIG)
-    assert json.loads(row["settings"]) == {**settings, "general_text": "wikitext2/valid.txt"}
+    assert json.loads(row["settings"]) == {**settings, "evaluation.general_text": "wikitext2/valid.txt"}
     assert not any(
         b"somebody" in data or b"a-name-of-a-machine" in data for data in contents(tmp_path / "out").values()
     )
@@ -222,8 +222,8 @@ def test_the_schema_is_written_down_and_holds(tmp_path: Path) -> None:
 def test_what_two_settings_differ_in() -> None:
     texts = [json.dumps({"seed": 0, "a": 1, "b": 2}), json.dumps({"seed": 1, "a": 1, "b": 3}), json.dumps({"a": 1})]
     assert difference(texts) == {"b": [2, 3, None]}
-    assert evaluated_differently({"x": '{"eval_users": 3}', "y": '{"eval_users": 4}'}) == (
-        "eval_users=3 in x, eval_users=4 in y"
+    assert evaluated_differently({"x": '{"evaluation.users": 3}', "y": '{"evaluation.users": 4}'}) == (
+        "evaluation.users=3 in x, eval_users=4 in y"
     )
     assert evaluated_differently({"x": '{"lr": 3}', "y": '{"lr": 4}'}) is None
 

@@ -28,9 +28,11 @@ FP32 = Precision(torch.device("cpu"), None)
 def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) -> tuple[Ranker, History]:
     language_model = load_language_model(folder)
     ranker = Ranker(language_model, ITEMS)
-    settings = resolve(pairs=["batch_size=5", "report_every=2", *pairs], flags={"method": "adamw"})
+    settings = resolve(
+        pairs=["training.batch_size=5", "training.report_every=2", *pairs], flags={"method.name": "adamw"}
+    )
     weights = [weight for weight in ranker.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": weights, "name": "all", "lr": settings.lr}])
+    optimizer = torch.optim.AdamW([{"params": weights, "name": "all", "lr": settings.training.lr}])
     updater: Updater = MixedLossUpdater(optimizer)
     prompts = PromptBuilder(
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
@@ -41,7 +43,7 @@ def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) ->
 
 def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
     log = tmp_path / "steps.jsonl"
-    ranker, history = trained(model_folder, log, "steps=40", "lr=1.0e-2")
+    ranker, history = trained(model_folder, log, "training.steps=40", "training.lr=1.0e-2")
     first, last = history.records[0]["loss"], history.records[-1]["loss"]
     assert all(last[task] < 0.5 * first[task] for task in ROWS)
     assert not ranker.training
@@ -56,7 +58,7 @@ def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
 def test_the_same_seed_gives_the_same_run(llama_folder: str, tmp_path: Path) -> None:
     # Two of five examples in a batch: with all of them, another order would change the loss by rounding at most.
     runs = [
-        trained(llama_folder, tmp_path / "a", "steps=3", "batch_size=2", f"seed={seed}")[1].records
+        trained(llama_folder, tmp_path / "a", "training.steps=3", "training.batch_size=2", f"seed={seed}")[1].records
         for seed in (1, 1, 2)
     ]
     curves = [[record["loss"] for record in records] for records in runs]
@@ -66,14 +68,14 @@ def test_the_same_seed_gives_the_same_run(llama_folder: str, tmp_path: Path) -> 
 
 def test_bfloat16_trains_too(llama_folder: str, tmp_path: Path) -> None:
     precision = Precision(torch.device("cpu"), torch.bfloat16)
-    _, history = trained(llama_folder, tmp_path / "log", "steps=2", precision=precision)
-    _, exact = trained(llama_folder, tmp_path / "log", "steps=2")
+    _, history = trained(llama_folder, tmp_path / "log", "training.steps=2", precision=precision)
+    _, exact = trained(llama_folder, tmp_path / "log", "training.steps=2")
     assert history.records[0]["loss"]["rec"] == pytest.approx(exact.records[0]["loss"]["rec"], rel=0.02)
 
 
 def test_a_loss_that_is_nan_names_its_task(llama_folder: str, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"loss of the task 'rec' is (nan|inf).*Lower lr"):
-        trained(llama_folder, tmp_path / "log", "steps=20", "lr=1.0e+30", "warmup=0")
+        trained(llama_folder, tmp_path / "log", "training.steps=20", "training.lr=1.0e+30", "training.warmup=0")
 
 
 def test_batches_cover_each_epoch_and_depend_on_seed_and_task_alone() -> None:
@@ -100,8 +102,8 @@ def test_the_schedule_rises_and_falls(steps: int, warmup: float) -> None:
 
 
 def test_precision_is_what_was_asked_for() -> None:
-    assert choose_precision(resolve(pairs=["autocast=none", "device=cpu"])) == FP32
-    assert choose_precision(resolve(pairs=["autocast=bfloat16", "device=cpu"])).autocast is torch.bfloat16
+    assert choose_precision(resolve(pairs=["model.autocast=none", "model.device=cpu"])) == FP32
+    assert choose_precision(resolve(pairs=["model.autocast=bfloat16", "model.device=cpu"])).autocast is torch.bfloat16
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch finds no GPU"):
-            choose_precision(resolve(pairs=["device=cuda"]))
+            choose_precision(resolve(pairs=["model.device=cuda"]))

@@ -26,7 +26,13 @@ QUESTION = {
 def settings(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Settings:
     questions = tmp_path_factory.mktemp("questions") / "all.json"
     questions.write_text(json.dumps([QUESTION, QUESTION]), encoding="utf-8")
-    common = {"batch_size": 4, "perplexity_tokens": 64, "perplexity_window": 64, "min_user_events": 3, "steps": 2}
+    common = {
+        "training.batch_size": 4,
+        "evaluation.perplexity_tokens": 64,
+        "evaluation.perplexity_window": 64,
+        "data.min_user_events": 3,
+        "steps": 2,
+    }
     data = {"model": llama_folder, "data": data_folder, "multiple_choice": str(questions)}
     return build_settings("adamw", {**common, **data})
 
@@ -74,21 +80,21 @@ def test_what_is_not_trained_is_measured(settings: Settings, measured: Path, tmp
 @pytest.mark.parametrize(
     ("changes", "alike"),
     [
-        ({"lr": 0.5, "seed": 9, "steps": 7, "batch_size": 2, "leak_tokens": 0}, True),
-        ({"eval_split": "valid"}, False),
-        ({"eval_users": 3}, False),
+        ({"lr": 0.5, "seed": 9, "steps": 7, "training.batch_size": 2, "training.leak_tokens": 0}, True),
+        ({"evaluation.split": "valid"}, False),
+        ({"evaluation.users": 3}, False),
         ({"data": "elsewhere"}, False),
         ({"model": "another"}, False),
-        ({"max_history": 3}, False),
-        ({"autocast": "bfloat16"}, False),
-        ({"multiple_choice_questions": 1}, False),
+        ({"model.max_history": 3}, False),
+        ({"model.autocast": "bfloat16"}, False),
+        ({"evaluation.multiple_choice_questions": 1}, False),
     ],
 )
 def test_only_settings_of_training_may_differ(
     changes: dict[str, object], alike: bool, settings: Settings, measured: Path
 ) -> None:
     assert evaluates_alike(measured, replace(settings, **changes)) is alike  # type: ignore[arg-type]
-    gems = build_settings("gems", {**vars(settings), "method": "gems", **changes})
+    gems = build_settings("gems", {**vars(settings), "method.name": "gems", **changes})
     assert evaluates_alike(measured, gems) is alike
 
 

@@ -73,7 +73,7 @@ def estimate_memory(
         on_gpu: whether the memory is a GPU's, where Python takes none.
     """
     item_rows = items * shape.width * (1 if shape.tied else 2)
-    training = _training(settings, shape, tasks) if method_named(settings.method).build else _NOTHING
+    training = _training(settings, shape, tasks) if method_named(settings.method.name).build else _NOTHING
     trained_rows = item_rows if training is not _NOTHING else 0
     return MemoryEstimate(
         weights=FLOAT * (shape.weights + item_rows + training.adapters),
@@ -101,15 +101,15 @@ _NOTHING = _Training()
 
 def _training(settings: Any, shape: ModelShape, tasks: int) -> _Training:
     """What a family of methods holds. In steps that are measured, as the first one is, tasks' gradients are apart."""
-    name = settings.method
+    name = settings.method.name
     trained = shape.others + sum(layer.weights for layer in shape.layers)
     if name.startswith("gems"):
         return _gems(settings, shape, tasks)
     if name == "lora":
-        adapters = sum(settings.rank * (layer.out_features + layer.in_features) for layer in shape.layers)
+        adapters = sum(settings.method.rank * (layer.out_features + layer.in_features) for layer in shape.layers)
         return _Training(tasks * FLOAT * adapters, 2 * FLOAT * adapters, adapters=adapters)
     if name == "galore":
-        low = sum(_galore(layer, settings.rank) for layer in shape.layers)
+        low = sum(_galore(layer, settings.method.rank) for layer in shape.layers)
         return _Training(tasks * FLOAT * trained, FLOAT * (low + 2 * shape.others))
     return _Training(tasks * FLOAT * trained, 2 * FLOAT * trained)
 
@@ -117,32 +117,34 @@ def _training(settings: Any, shape: ModelShape, tasks: int) -> _Training:
 def _gems(settings: Any, shape: ModelShape, tasks: int) -> _Training:
     gradients = optimizer = null_space = 0
     for layer in shape.layers:
-        d = layer.in_features if settings.side == "input" else layer.out_features
+        d = layer.in_features if settings.method.side == "input" else layer.out_features
         found = layer_bytes(
             layer.out_features,
             layer.in_features,
-            rank=settings.rank,
-            task_rank=settings.task_rank,
-            tasks=tasks if settings.task_subspaces else 0,
-            side=settings.side,
-            protected=int(PROTECTED_SHARE * d) if settings.protect else 0,
+            rank=settings.method.rank,
+            task_rank=settings.method.task_rank,
+            tasks=tasks if settings.method.task_subspaces else 0,
+            side=settings.method.side,
+            protected=int(PROTECTED_SHARE * d) if settings.method.protect else 0,
         )
         # Without task subspaces the tasks' whole gradients are what there is.
-        whole = 0 if settings.task_subspaces else tasks * FLOAT * layer.weights
+        whole = 0 if settings.method.task_subspaces else tasks * FLOAT * layer.weights
         gradients += found.captured + found.sketches + whole
         optimizer += found.state
-        null_space += 2 * FLOAT * d * d if settings.protect else 0  # sums of products are kept in float64
-    others = shape.others if settings.train_others else 0
-    if settings.protect_others:  # shape.others counts entries, not vectors; those of a norm are as wide as the model
+        null_space += 2 * FLOAT * d * d if settings.method.protect else 0  # sums of products are kept in float64
+    others = shape.others if settings.method.train_others else 0
+    if (
+        settings.method.protect_others
+    ):  # shape.others counts entries, not vectors; those of a norm are as wide as the model
         null_space += 2 * FLOAT * others * shape.width
         optimizer += int(PROTECTED_SHARE * FLOAT * others * shape.width)
     return _Training(gradients + FLOAT * others, optimizer + 2 * FLOAT * others, null_space)
 
 
 def _intact(settings: Settings, shape: ModelShape) -> int:
-    if not settings.leak_tokens:
+    if not settings.training.leak_tokens:
         return 0
-    return FLOAT * sum(layer.weights + settings.leak_tokens * layer.in_features for layer in shape.layers)
+    return FLOAT * sum(layer.weights + settings.training.leak_tokens * layer.in_features for layer in shape.layers)
 
 
 def _galore(layer: Layer, rank: int) -> int:
@@ -158,16 +160,18 @@ def _activations(settings: Any, shape: ModelShape, items: int, rows: RowSize, au
     Outputs stand for what norms, attention and activation functions keep. With GEMS on the input side, only the inputs'
     coordinates in the subspaces are kept. The logits of the catalogue are kept three times: raw, in fp32, normalised.
     """
-    micro = -(-settings.batch_size // settings.accumulation)
+    micro = -(-settings.training.batch_size // settings.training.accumulation)
     count = micro * rows.tokens
     kept = None
-    if settings.method.startswith("gems") and settings.side == "input":
-        kept = settings.rank + (max(1, settings.rank // 2) if settings.task_rank is None else settings.task_rank)
+    if settings.method.startswith("gems") and settings.method.side == "input":
+        kept = settings.method.rank + (
+            max(1, settings.method.rank // 2) if settings.method.task_rank is None else settings.method.task_rank
+        )
     read = [layer for layer in shape.layers if layer.per_token]
     inputs = sum(layer.in_features if kept is None else min(layer.in_features, kept) for layer in read)
     outputs = sum(layer.out_features for layer in read)
     per_token = (inputs + outputs) * (FLOAT // 2 if autocast else FLOAT)
-    if settings.gradient_checkpointing:
+    if settings.training.gradient_checkpointing:
         per_token = per_token // max(1, shape.blocks) + shape.blocks * shape.width * FLOAT
     # Under autocast a layer's weight is kept in bfloat16 too, as long as a backward pass needs it.
     weights = FLOAT // 2 * sum(layer.weights for layer in shape.layers) if autocast else 0

@@ -141,9 +141,9 @@ class _Contents:
     def add_inputs(self, runs: Iterable[Settings], say: Callable[[str], None]) -> None:
         """Add models, data and texts of all runs."""
         for settings in runs:
-            self._once("data", settings.data, self._data)
-            if method_named(settings.method).fit is None:
-                self._once("model", settings.model, self._model)
+            self._once("data", settings.data.source, self._data)
+            if method_named(settings.method.name).fit is None:
+                self._once("model", settings.model.name, self._model)
                 for key in FILES:
                     file = getattr(settings, key)
                     if file is not None:

@@ -67,7 +67,7 @@ class Forecast:
         It leaves one after any step once it is told to stop, so that is loading, measuring the intact model and a step;
         without checkpoints and without training it is all of it. A run that goes on from a checkpoint starts likewise.
         """
-        if not job.trained or not job.settings().checkpoint_every:
+        if not job.trained or not job.settings().training.checkpoint_every:
             return self.seconds(job)
         near = [seconds for (data, _), found in self._starts.items() if data == job.data for seconds in found]
         known = (
@@ -96,8 +96,8 @@ class Forecast:
             return math.nan
         settings = job.settings()
         dataset = self.dataset(settings)
-        split = dataset.valid if settings.eval_split == "valid" else dataset.test
-        queries = sum(min(settings.eval_users or len(rows), len(rows)) for rows in split.values())
+        split = dataset.valid if settings.evaluation.split == "valid" else dataset.test
+        queries = sum(min(settings.evaluation.users or len(rows), len(rows)) for rows in split.values())
         if not job.trained:
             return cost.seconds(steps=0, queries=queries, evaluations=1)
         steps = plan_training(settings, _pools(dataset, settings)).steps
@@ -122,18 +122,18 @@ class Forecast:
         if _without_language_model(job):
             return "little: there is no language model"
         try:
-            if settings.model not in self._shapes:
-                self._shapes[settings.model] = shape_of(describe_language_model(settings.model))
+            if settings.model.name not in self._shapes:
+                self._shapes[settings.model.name] = shape_of(describe_language_model(settings.model.name))
         except (OSError, ValueError) as error:
             return f"unknown ({error})"
         dataset = self.dataset(settings)
         precision = choose_precision(settings)
         found = estimate_memory(
             settings,
-            self._shapes[settings.model],
+            self._shapes[settings.model.name],
             items=len(dataset.items),
             tasks=len(_tasks(dataset, settings)),
-            rows=row_size(_pools(dataset, settings), lambda row: _rough_size(row, settings.max_query_tokens)),
+            rows=row_size(_pools(dataset, settings), lambda row: _rough_size(row, settings.model.max_query_tokens)),
             autocast=precision.autocast is not None,
             on_gpu=precision.device.type == "cuda",
         )
@@ -141,7 +141,7 @@ class Forecast:
 
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""
-        key = (settings.data, *(getattr(settings, name) for name in DATA_SETTINGS))
+        key = (settings.data.source, *(getattr(settings, name) for name in DATA_SETTINGS))
         if key not in self._datasets:
             self._datasets[key] = load_data(settings)
         return self._datasets[key]
@@ -152,7 +152,7 @@ def _without_language_model(job: Job) -> bool:
 
 
 def _tasks(dataset: Dataset, settings: Settings) -> tuple[str, ...]:
-    return tasks_to_train(settings.train_tasks, [task for task in dataset.tasks if dataset.train[task]])
+    return tasks_to_train(settings.training.tasks, [task for task in dataset.tasks if dataset.train[task]])
 
 
 def _pools(dataset: Dataset, settings: Settings) -> dict[str, Pool]:

@@ -174,10 +174,10 @@ def _record(entry: Entry, settings: Settings, trials: Sequence[Trial], choice: C
         "max_perplexity_increase": limit,
         "budget": {
             "trials": len(trials),
-            "steps": settings.steps if settings.epochs is None else None,
-            "epochs": settings.epochs,
+            "steps": settings.training.steps if settings.training.epochs is None else None,
+            "epochs": settings.training.epochs,
             "seed": settings.seed,
-            "examples per task": settings.eval_users or "all",
+            "examples per task": settings.evaluation.users or "all",
         },
         "trials": [
             {"lr": trial.rate, "value": trial.value, "perplexity_increase": trial.perplexity_increase}

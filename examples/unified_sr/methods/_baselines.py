@@ -13,7 +13,6 @@ from ..data import Dataset, Example
 from ..settings import MethodSettings, Number, Settings
 from ._base import Fitted, Method
 
-
 NO_MODEL = {"model.name": "none", "training.steps": 0}
 """Defaults without a language model; the sections `model` and `training` mean nothing but by histories and tasks."""
 
@@ -75,6 +74,11 @@ POPULARITY = Method(
     "popularity", "most popular items; no language model", MethodSettings, None, fit_popularity, defaults=NO_MODEL
 )
 EASE = Method(
-    "ease", "EASE, a linear autoencoder of histories; no language model", EaseSettings, None, fit_ease, defaults=NO_MODEL
+    "ease",
+    "EASE, a linear autoencoder of histories; no language model",
+    EaseSettings,
+    None,
+    fit_ease,
+    defaults=NO_MODEL,
 )
 BM25 = Method("bm25", "BM25 of queries and titles; no language model", Bm25Settings, None, fit_bm25, defaults=NO_MODEL)

@@ -13,9 +13,7 @@ class GemsSettings(MethodSettings):
     """The subspaces and what is protected from them; the defaults are those of the library."""
 
     rank: int = Field(128, ge=1, description="dimension of the shared subspace")
-    task_rank: int | None = Field(
-        None, ge=1, description="dimension of each task's subspace; null takes half the rank"
-    )
+    task_rank: int | None = Field(None, ge=1, description="dimension of each task's subspace; null takes half the rank")
     update_proj_gap: int = Field(200, ge=1, description="steps between two refreshes of the subspaces")
     scale: Number = Field(1.0, gt=0, description="factor of the lifted update")
     lr_scale: Literal["adamw"] | None = Field(
@@ -35,9 +33,7 @@ class GemsSettings(MethodSettings):
     capture: Literal["auto", "fused", "generic"] = Field("auto", description="how the layers' gradients are captured")
     refresh: Literal["auto", "sketch", "svd"] = Field("auto", description="what the bases are refreshed from")
     protect: bool = Field(True, description="whether to keep the updates inside the null space of general text")
-    energy: Number | None = Field(
-        0.95, gt=0, le=1, description="share of the general features' energy protected"
-    )
+    energy: Number | None = Field(0.95, gt=0, le=1, description="share of the general features' energy protected")
     threshold: Number | None = Field(None, ge=0, description="protect directions above this eigenvalue instead")
     null_space_tokens: int = Field(8192, ge=16, description="tokens of general text that define the null space")
     normalize: bool | None = Field(

@@ -14,9 +14,9 @@ def write_report(folder: RunFolder) -> None:
     """Draw the plots and write ``report.md`` of a run whose other files are all there."""
     settings = read_yaml(folder.file(CONFIG))
     summary: dict[str, Any] = folder.read_json("run.json")
-    model = f" with {settings['model']}" if perplexities(folder) else ""
+    model = f" with {settings['model.name']}" if perplexities(folder) else ""
     sections = [
-        f"# {settings['method']} on {settings['data']}{model}",
+        f"# {settings['method.name']} on {settings['data.source']}{model}",
         _result(folder, settings, summary),
         *_plots(folder),
         _sampled(folder, settings),
@@ -28,14 +28,14 @@ def write_report(folder: RunFolder) -> None:
 
 
 def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
-    split = {"test": "test", "valid": "validation"}[settings["eval_split"]]
+    split = {"test": "test", "valid": "validation"}[settings["evaluation.split"]]
     evaluated = ", ".join(f"{count} {split} examples of {task}" for task, count in summary["evaluated"].items())
     text = f"Full ranking of the whole catalogue without the items the user had seen; {evaluated}."
     found = perplexities(folder)
     if found is not None:
         old, new = found
         text += (
-            f" {summary['steps']} steps of {settings['batch_size']} examples per task, seed {settings['seed']}. "
+            f" {summary['steps']} steps of {settings['training.batch_size']} examples per task, seed {settings['seed']}. "
             f"Perplexity on {summary['perplexity_tokens']} held-out tokens of general text: {old:.2f} for the intact "
             f"model, {new:.2f} after training ({change(old, new)})."
         )
@@ -50,13 +50,13 @@ def _plots(folder: RunFolder) -> list[str]:
 
 
 def _sampled(folder: RunFolder, settings: dict[str, Any]) -> str:
-    cells = [["", "zero-shot", settings["method"]]]
+    cells = [["", "zero-shot", settings["method.name"]]]
     cells += [[f"{name} (sampled)", f"{old:.4f}", f"{new:.4f}"] for name, old, new in result_rows(folder, sampled=True)]
     if perplexities(folder) is None:
         cells = [[row[0], row[2]] for row in cells]
     return "\n".join(
         [
-            f"## The same among 1 + {settings['negatives']} sampled items",
+            f"## The same among 1 + {settings['evaluation.negatives']} sampled items",
             "",
             "Only for comparison with literature that ranks among a few random negatives: these numbers are inflated.",
             "",

@@ -57,18 +57,23 @@ class Retention:
     def __init__(self, language_model: LanguageModel, text: str, settings: Settings, device: torch.device) -> None:
         self._language_model = language_model
         self._device = device
-        self._budget = settings.eval_tokens
+        self._budget = settings.model.inference_tokens
         self._windows = token_windows(
-            language_model.tokenizer, text, tokens=settings.perplexity_tokens, window=settings.perplexity_window
+            language_model.tokenizer,
+            text,
+            tokens=settings.evaluation.perplexity_tokens,
+            window=settings.evaluation.perplexity_window,
         )
         self._leak_windows: list[torch.Tensor] = []
-        if settings.leak_tokens:
+        if settings.training.leak_tokens:
             self._leak_windows = token_windows(
-                language_model.tokenizer, text, tokens=settings.leak_tokens, window=LEAK_WINDOW
+                language_model.tokenizer, text, tokens=settings.training.leak_tokens, window=LEAK_WINDOW
             )
         self._questions: list[Question] = []
-        if settings.multiple_choice is not None:
-            self._questions = load_questions(settings.multiple_choice, settings.multiple_choice_questions)
+        if settings.evaluation.multiple_choice is not None:
+            self._questions = load_questions(
+                settings.evaluation.multiple_choice, settings.evaluation.multiple_choice_questions
+            )
 
     def measure(self, name: str) -> General:
         """Measure perplexity and ask the questions; ``name`` says in the progress bar of what."""

@@ -45,7 +45,7 @@ def rows_of(folder: RunFolder) -> Rows:
     columns = {"label": label_of(folder.path, settings), **setting_columns(settings)}
     if not steps:
         columns |= {"lr": None, "item_lr": None}
-    name = identity({**columns, "lr": settings["lr"]})
+    name = identity({**columns, "lr": settings["training.lr"]})
     selection = folder.path.parent / SELECTION
     run = {
         "run": name,

@@ -19,16 +19,16 @@ EVALUATION = (
 def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are columns of their own, and all of them as JSON text."""
     return {
-        "data": PurePath(settings["data"]).name,
-        "model": PurePath(settings["model"]).name,
-        "method": settings["method"],
-        "split": settings.get("eval_split", "test"),
+        "data": PurePath(settings["data.source"]).name,
+        "model": PurePath(settings["model.name"]).name,
+        "method": settings["method.name"],
+        "split": settings.get("evaluation.split", "test"),
         "seed": settings["seed"],
-        "lr": settings["lr"],
-        "item_lr": settings["item_lr"],
-        "format": settings.get("format", "prompt"),
-        "batch_size": settings["batch_size"],
-        "negatives": settings["negatives"],
+        "lr": settings["training.lr"],
+        "item_lr": settings["training.item_lr"],
+        "format": settings.get("model.format", "prompt"),
+        "batch_size": settings["training.batch_size"],
+        "negatives": settings["evaluation.negatives"],
         "settings": _text(shortened(settings)),
     }
 
@@ -55,8 +55,8 @@ def identity(columns: Mapping[str, Any]) -> str:
 
 def label_of(path: PurePath, settings: Mapping[str, Any]) -> str:
     """Return what a run is called: METHOD of a grid's METHOD/seed-SEED and METHOD/lr-RATE, otherwise the method."""
-    in_grid = path.name in (f"seed-{settings['seed']}", f"lr-{settings['lr']:g}")
-    return path.parent.name if in_grid else str(settings["method"])
+    in_grid = path.name in (f"seed-{settings['seed']}", f"lr-{settings['training.lr']:g}")
+    return path.parent.name if in_grid else str(settings["method.name"])
 
 
 def without_seed(text: str) -> str:
