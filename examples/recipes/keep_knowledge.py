@@ -48,7 +48,7 @@ from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.model import LanguageModel, load_language_model
 from examples.unified_sr.precision import choose_precision
 from examples.unified_sr.report import change, markdown_table
-from examples.unified_sr.settings import Settings
+from examples.unified_sr.settings import ModelSettings
 from gradsub import NullSpace, freeze_unprotected
 from gradsub.integrations import GemsReportCallback, GemsTrainerMixin
 
@@ -99,7 +99,7 @@ class Knowledge:
         self.collate = Collate(tokenizer.pad_token_id or 0)
         self.batches = [self.collate(held_out[start : start + 32]) for start in range(0, len(held_out), 32)]
         self.windows = token_windows(tokenizer, text, tokens=options.perplexity_tokens, window=2 * WINDOW)
-        self.precision = choose_precision(Settings())
+        self.precision = choose_precision(ModelSettings())
 
     def loss(self, model: Any) -> float:
         """Of the task, on held-out rows."""
@@ -215,7 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     fitted, unseen = load_general_text(options.general_text)
     check_settings(options)
     language_model = load_language_model(options.model)
-    model, tokenizer = language_model.model.to(choose_precision(Settings()).device), language_model.tokenizer
+    model, tokenizer = language_model.model.to(choose_precision(ModelSettings()).device), language_model.tokenizer
     trained, held_out = split(encode(rows, tokenizer, options.length), options.held_out)
     knowledge = Knowledge(language_model, unseen, held_out, options)
     print(f"{len(trained)} rows to train on, {len(held_out)} held out; for example: {rows[0]}")

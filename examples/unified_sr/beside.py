@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .config import read_yaml
+from .config import read_config
 from .processes import current
 from .report import comparison_table, result_table
 from .run import run
@@ -52,7 +52,7 @@ def summary(folder: RunFolder, others: Mapping[str, tuple[Settings, str]]) -> st
     if not others:
         return result_table(folder)
     beside = [RunFolder(folder.path / name) for name in others]
-    notes = [f"{name}: lr {own.lr:g}, {text}" for name, (own, text) in others.items()]
-    own = read_yaml(folder.file(CONFIG))
+    notes = [f"{name}: lr {own.training.lr:g}, {text}" for name, (own, text) in others.items()]
+    own = read_config(folder.file(CONFIG))
     notes.append(f"{own['method.name']}: lr {own['training.lr']:g}")
     return "\n".join([comparison_table([*beside, folder]), "", *notes])

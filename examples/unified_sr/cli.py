@@ -5,20 +5,31 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .beside import run_beside, summary
 from .compare import compare
-from .config import beside, resolve
+from .config import beside, known_settings, resolve
 from .grid import BUNDLE, GRACE, read_grid, run_grid, write_bundle
 from .interruption import UNFINISHED
-from .methods import METHODS
+from .methods import METHODS, defaults_of
 from .processes import joined, launched
 from .run import describe_result
-from .settings import Settings
+from .settings import MethodSettings, Settings
 from .tables import pack
+
+FLAGS = {
+    "data": "data.source",
+    "model": "model.name",
+    "method": "method.name",
+    "steps": "training.steps",
+    "seed": "seed",
+    "general-text": "evaluation.general_text",
+}
+"""Options of ``run`` that are short for settings."""
 
 DESCRIPTION = "Search and recommendation as one conditional generation task of one language model."
 
@@ -44,12 +55,10 @@ def _add_run(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--config", metavar="FILE.yaml", help="settings; see configs/")
-    command.add_argument("--data", metavar="NAME_OR_DIR", help="movielens-100k, or a folder; see data/README.md")
-    command.add_argument("--model", metavar="NAME_OR_PATH", help="smollm2-135m, a hub name, or a local folder")
-    command.add_argument("--method", help=", ".join(METHODS))
-    command.add_argument("--steps", type=int, help="optimizer steps")
-    command.add_argument("--seed", type=int)
-    command.add_argument("--general-text", metavar="FILE", help="general-domain English; Python's own without it")
+    known = known_settings(MethodSettings)
+    for flag, key in FLAGS.items():
+        kind = known[key].annotation
+        command.add_argument(f"--{flag}", dest=key, type=int if kind is int else str, help=known[key].description)
     command.add_argument("--out", metavar="RUN_DIR", help="default: runs/DATA/MODEL/METHOD/seed-SEED")
     command.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs")
     command.set_defaults(carry_out=_run)
@@ -184,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    flags = {key: getattr(options, key) for key in ("data", "model", "method", "steps", "seed", "general_text")}
+    flags = {key: getattr(options, key) for key in FLAGS.values()}
     settings = resolve(file=options.config, pairs=options.pairs, flags=flags)
     others = beside(options.config, pairs=options.pairs, flags=flags)
     with joined() as processes:
@@ -264,14 +273,22 @@ def default_folder(settings: Settings) -> Path:
 
 
 def _epilog() -> str:
-    shared = {item.name for item in fields(Settings)}
+    listed = known_settings(MethodSettings)
     lines = ["settings for --set and --config (default):", ""]
-    lines += [f"  {item.name} ({item.default}): {item.metadata['doc']}" for item in fields(Settings)]
-    for method in METHODS.values():
-        own = [item for item in fields(method.settings) if item.name not in shared]
+    lines += [f"  {key} ({_shown(field.default)}): {field.description}" for key, field in listed.items()]
+    for name, method in METHODS.items():
+        defaults = defaults_of(method)
+        own = {key: field for key, field in known_settings(method.settings).items() if key not in listed}
+        lines += ["", f"{name}: {method.summary}"]
         lines += [
-            "",
-            f"{method.name}: {method.summary}",
-            *(f"  {x.name} ({x.default}): {x.metadata['doc']}" for x in own),
+            f"  {key} ({_shown(defaults.get(key, field.default))}): {field.description}" for key, field in own.items()
         ]
+        lines += [f"  {key} ({_shown(value)})" for key, value in defaults.items() if key not in own]
+        if method.variant_of is None:
+            variants = [other for other in METHODS.values() if other.settings is method.settings]
+            listed = listed | (own if len(variants) > 1 else {})
     return "\n".join(lines).replace("%", "%%")
+
+
+def _shown(value: object) -> str:
+    return yaml.safe_dump(value).splitlines()[0]

@@ -171,7 +171,10 @@ def differences(old: Mapping[str, Any], new: Settings[Any]) -> list[str]:
     """
     current = flatten(new.model_dump())
     known = known_settings(type(new.method))
-    old = {**{key: field.default for key, field in known.items() if field.default in (None, False)}, **old}
+    old = {
+        **{key: field.default for key, field in known.items() if field.default is None or field.default is False},
+        **old,
+    }
     keys = [*current, *(key for key in old if key not in current)]
     absent = "(absent)"
     return [

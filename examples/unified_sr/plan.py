@@ -32,16 +32,16 @@ def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
     Raises:
         ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
     """
-    if settings.training.early_stop is not None and settings.training.epochs is None:
+    training = settings.training
+    if training.early_stop is not None and training.epochs is None:
         raise ValueError(
-            f"training.early_stop={settings.training.early_stop} counts epochs, but epochs is null; set epochs to the most wanted"
+            f"training.early_stop={training.early_stop} counts epochs, but training.epochs is null; set it to the most "
+            "wanted"
         )
-    if settings.training.accumulation > settings.training.batch_size:
+    if training.accumulation > training.batch_size:
         raise ValueError(
-            f"training.accumulation={settings.training.accumulation} parts cannot be cut from batch_size={settings.training.batch_size} examples; "
-            "lower it"
+            f"training.accumulation={training.accumulation} parts cannot be cut from training.batch_size="
+            f"{training.batch_size} examples; lower it"
         )
-    per_epoch = max(math.ceil(len(rows) / settings.training.batch_size) for rows in pools.values())
-    return Plan(
-        settings.training.steps if settings.training.epochs is None else settings.training.epochs * per_epoch, per_epoch
-    )
+    per_epoch = max(math.ceil(len(rows) / training.batch_size) for rows in pools.values())
+    return Plan(training.steps if training.epochs is None else training.epochs * per_epoch, per_epoch)

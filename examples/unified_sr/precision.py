@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .settings import Settings
+from .settings import ModelSettings
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,18 @@ class Precision:
         return f"{self.device}, {'fp32' if self.autocast is None else 'bfloat16 autocast'}"
 
 
-def choose_precision(settings: Settings) -> Precision:
+def choose_precision(model: ModelSettings) -> Precision:
     """Settle ``device`` and ``autocast``, whose ``auto`` asks the hardware.
 
     Raises:
         ValueError: if ``device`` is ``"cuda"`` and there is none.
     """
-    device = settings.model.device
+    device = model.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("the setting device is 'cuda', but torch finds no GPU; pass device=cpu or device=auto")
-    reduced = settings.model.autocast == "bfloat16" or (
-        settings.model.autocast == "auto" and _faster_in_bfloat16(device)
-    )
+    reduced = model.autocast == "bfloat16" or (model.autocast == "auto" and _faster_in_bfloat16(device))
     return Precision(torch.device(device), torch.bfloat16 if reduced else None)
 
 

@@ -40,8 +40,8 @@ class Processes:
         """
         if size % self.count or size // self.count < accumulation:
             raise ValueError(
-                f"training.batch_size={size} cannot be divided among {self.count} processes with accumulation={accumulation}: "
-                f"pass a multiple of {self.count} of at least {self.count * accumulation}"
+                f"training.batch_size={size} cannot be divided among {self.count} processes with accumulation="
+                f"{accumulation}: pass a multiple of {self.count} of at least {self.count * accumulation}"
             )
 
     def part(self, rows: Sequence[T]) -> Sequence[T]:

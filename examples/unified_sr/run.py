@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from .busy import busy_notice, own_load
 from .checkpoint import Checkpoint
+from .config import changed
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
 from .environment import describe_environment
@@ -38,7 +39,7 @@ from .retention import Retention, retention_summary
 from .run_baseline import run_baseline
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
 from .sealed import seal
-from .settings import Settings, on_split
+from .settings import Settings
 from .training import History, tasks_to_train, train
 from .zero_shot import Measured, Shared, ZeroShot
 
@@ -129,9 +130,9 @@ def _run(
         say(busy)
     checkpoint = Checkpoint(shared.file("checkpoint.pt"))
     clock = Clock()
-    precision = choose_precision(settings)
+    precision = choose_precision(settings.model)
     with clock.phase("loading"):
-        dataset = load_data(settings)
+        dataset = load_dataset(**data_arguments(settings))
         say(format_statistics(dataset))
     method = method_named(settings.method.name)
     if method.fit is not None:
@@ -265,16 +266,13 @@ def _write_results(
     write_report(folder)
 
 
-DATA_SETTINGS = (
-    *("min_user_events", "min_task_events", "min_item_events", "item_counts", "max_history"),
-    *("split", "histories", "searches", "train_targets"),
-)
-"""Settings that, with ``data``, decide what the data set is."""
-
-
-def load_data(settings: Settings) -> Dataset:
-    """Load the data of a run."""
-    return load_dataset(settings.data.source, **{name: getattr(settings, name) for name in DATA_SETTINGS})
+def data_arguments(settings: Settings) -> dict[str, Any]:
+    """Return what decides the data set of a run: the arguments of ``load_dataset``."""
+    return {
+        **settings.data.model_dump(),
+        "max_history": settings.model.max_history,
+        "train_targets": settings.training.targets,
+    }
 
 
 def _summary(
@@ -327,7 +325,8 @@ class _Parts:
         tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
         if not tasks:
             raise ValueError(
-                f"{settings.data.source!r} has no task with both training and {settings.evaluation.split} examples; pass more data"
+                f"{settings.data.source!r} has no task with both training and {settings.evaluation.split} examples; "
+                "pass more data"
             )
         ranker = Ranker(language_model, dataset.items).to(precision.device)
         tokenizer = language_model.tokenizer
@@ -353,7 +352,7 @@ class _Parts:
             }
             for examples in (dataset.valid, split)
         )
-        wanted = getattr(settings, "null_space_tokens", 16)
+        wanted = getattr(settings.method, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
         retention = Retention(language_model, text[1], settings, precision.device)
         return cls(
@@ -407,7 +406,7 @@ class _Parts:
 
     def on_test(self, dataset: Dataset, say: Callable[[str], None]) -> _Parts | None:
         """The same parts with the test examples to evaluate, or None if other tasks would be trained there."""
-        settings = on_split(self.settings, "test")
+        settings = changed(self.settings, {"evaluation.split": "test"})
         tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
         if tasks != self.tasks:
             say(f"the test split is not evaluated in the same run: it has the tasks {tasks}, validation {self.tasks}")

@@ -64,7 +64,8 @@ def run_baseline(
     }
     if not test:
         raise ValueError(
-            f"{settings.data.source!r} has no {settings.evaluation.split} example of what {method.name!r} serves; pass other data"
+            f"{settings.data.source!r} has no {settings.evaluation.split} example of what {method.name!r} serves; pass "
+            "other data"
         )
     folder.start(settings, describe_environment(settings.seed, Precision(fitted.device, None)))
     folder.write_json("statistics.json", dataset.statistics())

@@ -7,7 +7,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from .config import differences, read_yaml, to_yaml
+from .config import differences, read_config, to_yaml
 from .evaluation import TaskResult
 from .settings import Settings
 from .trec import write_qrels, write_run
@@ -52,7 +52,7 @@ class RunFolder:
                 f"the output folder {str(self.path)!r} is not empty and holds no run (no {CONFIG}); pass another "
                 "folder with --out"
             )
-        changed = differences(read_yaml(self.path / CONFIG), settings)
+        changed = differences(read_config(self.path / CONFIG), settings)
         if changed:
             raise FileExistsError(
                 f"the output folder {str(self.path)!r} holds another run's results, whose settings differ: "

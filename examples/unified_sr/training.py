@@ -67,7 +67,7 @@ class History:
 
 
 def tasks_to_train(wanted: str | None, available: Sequence[str]) -> tuple[str, ...]:
-    """Return the tasks named in the setting ``train_tasks``, in the order of ``available``; all of them for ``None``.
+    """Return the tasks that ``training.tasks`` names, in the order of ``available``; all of them for ``None``.
 
     Raises:
         ValueError: naming a task that is not there.
@@ -81,7 +81,7 @@ def tasks_to_train(wanted: str | None, available: Sequence[str]) -> tuple[str, .
     names = [name.strip() for name in wanted.split(",")]
     for name in names:
         if name not in available:
-            raise ValueError(f"train_tasks names {name!r}, but the data's tasks are {', '.join(available)}")
+            raise ValueError(f"training.tasks names {name!r}, but the data's tasks are {', '.join(available)}")
     return tuple(task for task in available if task in names)
 
 
@@ -119,7 +119,7 @@ def train(
         precision: of the forward passes.
         settings: of the run.
         log: a file that gets one JSON object per step.
-        checkpoint: where an interrupted run left off, if it is there; written every ``settings.training.checkpoint_every``.
+        checkpoint: where an interrupted run left off, if it is there; written every ``checkpoint_every`` steps.
         stopping: may end it after an epoch, and then chooses the weights.
         watch: is called with the history after each step.
 

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .alone import alone
 from .checkpoint import write_text_whole
-from .config import read_yaml
+from .config import flatten, read_config
 from .evaluation import TaskResult
 from .retention import General
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder
-from .settings import Settings
-
-_OF_TRAINING = frozenset(
-    {
-        *("method", "steps", "epochs", "early_stop", "seed", "train_tasks", "batch_size"),
-        *("accumulation", "gradient_checkpointing", "lr", "item_lr", "warmup", "weight_decay", "grad_clip"),
-        *("leak_tokens", "checkpoint_every", "report_every"),
-    }
-)
-"""Settings that change nothing for a model that is not trained."""
+from .settings import EVALUATION, Settings
 
 
 @dataclass
@@ -96,8 +88,7 @@ class Shared:
 
     def file(self, settings: Settings) -> Path:
         """The file of all runs that evaluate as this one."""
-        chosen = {name: getattr(settings, name) for name in _of_evaluation()}
-        text = json.dumps(sorted(chosen.items()), ensure_ascii=False)
+        text = json.dumps(sorted(_of_evaluation(settings).items()), ensure_ascii=False)
         return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
 
     def write(self, settings: Settings, found: ZeroShot) -> None:
@@ -126,17 +117,18 @@ class Shared:
             return found
 
 
-def _of_evaluation() -> list[str]:
-    return [item.name for item in fields(Settings) if item.name not in _OF_TRAINING]
+def _of_evaluation(settings: Settings) -> dict[str, Any]:
+    sections = tuple(f"{section}." for section in (*EVALUATION, "model"))
+    return {key: value for key, value in flatten(settings.model_dump()).items() if key.startswith(sections)}
 
 
 def evaluates_alike(path: str | Path, settings: Settings) -> bool:
     """Tell whether a folder holds a finished run that measured the same intact model on the same examples.
 
-    All settings but those of training have to agree, so a setting that is not known to be one of these counts.
+    They agree in the sections of the evaluation and in that of the model; how the two are trained changes nothing.
     """
     folder = RunFolder(path)
     if not folder.finished or not folder.read_json(METRICS)["zero_shot"]:
         return False
-    written = read_yaml(folder.file(CONFIG))
-    return all(name in written and written[name] == getattr(settings, name) for name in _of_evaluation())
+    written = read_config(folder.file(CONFIG))
+    return all(written.get(key) == value for key, value in _of_evaluation(settings).items())

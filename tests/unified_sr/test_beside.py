@@ -15,7 +15,7 @@ import yaml
 from examples.unified_sr import busy
 from examples.unified_sr.busy import busy_notice, cores
 from examples.unified_sr.cli import main
-from examples.unified_sr.config import beside, read_yaml
+from examples.unified_sr.config import beside, read_config, read_yaml
 from examples.unified_sr.demo_rates import choose, trials
 from examples.unified_sr.estimates import TimeNotice
 from examples.unified_sr.training import History
@@ -27,23 +27,15 @@ DEMO = ROOT / "examples/unified_sr/configs/demo.yaml"
 def small_demo(folder: Path, model: str, data: str) -> Path:
     """The demo's configuration with everything small, and nothing else changed."""
     content = read_yaml(DEMO)
-    content.update(
-        {
-            "data": data,
-            "model": model,
-            "steps": 3,
-            "training.batch_size": 4,
-            "evaluation.users": 6,
-            "data.min_user_events": 3,
-        },
-        **{
-            "evaluation.perplexity_tokens": 256,
-            "evaluation.perplexity_window": 64,
-            "model.inference_tokens": 512,
-            "training.checkpoint_every": 1,
-        },
-    )
-    content["methods"]["gems"].update({"rank": 4, "method.update_proj_gap": 2, "method.null_space_tokens": 256})
+    small = {
+        "data": {"source": data, "min_user_events": 3},
+        "model": {"name": model, "inference_tokens": 512},
+        "training": {"steps": 3, "batch_size": 4, "checkpoint_every": 1},
+        "evaluation": {"users": 6, "perplexity_tokens": 256, "perplexity_window": 64},
+    }
+    for section, values in small.items():
+        content[section].update(values)
+    content["methods"]["gems"]["method"].update({"rank": 4, "update_proj_gap": 2, "null_space_tokens": 256})
     file = folder / "demo.yaml"
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return file
@@ -73,7 +65,7 @@ def test_the_demo_compares_with_adamw(
     }.items():
         assert rows[2][column] == f"{metrics['rec']['ndcg@10']:.4f}"
         assert rows[5][column] == f"{metrics['general']['perplexity']:.2f}"
-    assert f"adamw: lr {beside(DEMO)['adamw'][0].lr:g}, " in printed
+    assert f"adamw: lr {beside(DEMO)['adamw'][0].training.lr:g}, " in printed
     assert "gems: lr 0.001" in printed
     table = printed[printed.index("|    ") : printed.index("\n\nreport:")]
     assert (tmp_path / "out/beside.md").read_text(encoding="utf-8") == table + "\n"
@@ -127,7 +119,7 @@ def test_what_is_beside_takes_part_in_flags_but_keeps_its_own_rate() -> None:
         DEMO, pairs=["training.lr=0.5", "method.rank=4", "training.batch_size=7"], flags={"training.steps": 9}
     )
     settings, text = found["adamw"]
-    own = read_yaml(DEMO)["methods"]["adamw"]["lr"]
+    own = read_yaml(DEMO)["methods"]["adamw"]["training"]["lr"]
     assert (settings.method.name, settings.training.lr, settings.training.batch_size, settings.training.steps) == (
         "adamw",
         own,
@@ -162,7 +154,7 @@ def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str
     assert set(losses) == {"1", "1e-06"}
     assert losses["1"] > losses["1e-06"], "the first one ruins the model"
     assert found["lr"] == 1e-6
-    config = read_yaml(tmp_path / "trials/lr-1e-06/config.yaml")
+    config = read_config(tmp_path / "trials/lr-1e-06/config.yaml")
     assert (config["evaluation.split"], config["method.name"], config["training.lr"], config["training.steps"]) == (
         "valid",
         "adamw",

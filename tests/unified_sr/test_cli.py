@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.unified_sr.cli import main
+from examples.unified_sr.config import read_config
 from examples.unified_sr.methods import METHODS
 from examples.unified_sr.metrics import CUTOFFS
 from examples.unified_sr.trec import evaluate_files

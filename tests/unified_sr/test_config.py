@@ -1,12 +1,23 @@
 from __future__ import annotations
 
-from dataclasses import fields
+import doctest
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+from pydantic import ValidationError
 
-from examples.unified_sr.config import differences, resolve, to_yaml
+from examples.unified_sr import config
+from examples.unified_sr.config import (
+    build_settings,
+    changed,
+    differences,
+    flatten,
+    known_settings,
+    read_config,
+    resolve,
+    to_yaml,
+)
 from examples.unified_sr.methods import METHODS
 
 DEMO = Path(__file__).parents[2] / "examples" / "unified_sr" / "configs"
@@ -14,59 +25,84 @@ DEMO = Path(__file__).parents[2] / "examples" / "unified_sr" / "configs"
 
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_survive_the_round_trip_through_yaml(method: str, tmp_path: Path) -> None:
-    settings = resolve(flags={"method": method})
+    settings = resolve(flags={"method.name": method})
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(settings), encoding="utf-8")
     assert resolve(file=file) == settings
-    assert differences(yaml.safe_load(file.read_text(encoding="utf-8")), settings) == []
+    assert differences(read_config(file), settings) == []
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_method_names_itself_and_documents_every_setting(method: str) -> None:
-    owner = METHODS[method].settings
-    assert owner.method == method
-    assert all(item.metadata["doc"] for item in fields(owner))
+def test_every_setting_is_documented_and_every_default_is_one(method: str) -> None:
+    known = known_settings(METHODS[method].settings)
+    assert all(field.description for field in known.values())
+    settings = flatten(build_settings(method, {}).model_dump())
+    assert settings.keys() == known.keys()
+    assert settings["method.name"] == method
+    assert METHODS[method].defaults.items() <= settings.items()
+    own = {*METHODS[method].defaults, *METHODS[METHODS[method].variant_of or method].defaults, "method.name"}
+    assert all(settings[key] == field.default for key, field in known.items() if key not in own)
 
 
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "f.yaml"
     file.write_text(
-        "steps: 1\nlr: 1.0e-2\nbatch_size: 3\nmethods:\n  gems: {lr: 2.0e-2, rank: 7}\n  adamw: {lr: 5.0e-1}\n",
+        "training: {steps: 1, lr: 1.0e-2}\ntraining.batch_size: 3\n"
+        "methods:\n  gems: {training.lr: 2.0e-2, method: {rank: 7}}\n  adamw: {training: {lr: 5.0e-1}}\n",
         encoding="utf-8",
     )
-    settings = resolve(file=file, pairs=["steps=2", "batch_size=4"], flags={"steps": 5, "method": "gems"})
-    assert (settings.steps, settings.lr, settings.batch_size, settings.rank) == (5, 0.02, 4, 7)  # type: ignore[attr-defined]
-    assert resolve(file=file, flags={"method": "adamw"}).lr == 0.5
-    assert resolve(file=file, flags={"method": "lora"}).lr == 0.01
+    settings = resolve(
+        file=file,
+        pairs=["training.steps=2", "training.batch_size=4"],
+        flags={"training.steps": 5, "method.name": "gems"},
+    )
+    training = settings.training
+    assert (training.steps, training.lr, training.batch_size, settings.method.rank) == (5, 0.02, 4, 7)
+    assert resolve(file=file, flags={"method.name": "adamw"}).training.lr == 0.5
+    assert resolve(file=file, flags={"method.name": "lora"}).training.lr == 0.01
 
 
 @pytest.mark.parametrize(("text", "value"), [("6e-4", 6e-4), ("1", 1.0), ("1.0e-3", 1e-3)])
 def test_numbers_in_every_spelling(text: str, value: float) -> None:
-    settings = resolve(pairs=[f"lr={text}"])
-    assert settings.lr == value
-    assert isinstance(settings.lr, float)
+    training = resolve(pairs=[f"training.lr={text}"]).training
+    assert training.lr == value
+    assert isinstance(training.lr, float)
 
 
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("stepz=3", "no setting 'stepz'.*did you mean steps"),
-        ("zzzz=3", "no setting 'zzzz'.*the known ones are data, model"),
-        ("alpha=3", "'gems' has no setting 'alpha', only lora has it"),
-        ("steps=2.5", "steps must be a whole number, got 2.5"),
-        ("steps=true", "steps must be a whole number, got True"),
-        ("steps=-1", "steps must be at least 0, got -1"),
-        ("lr=fast", "lr must be a number, got 'fast'"),
-        ("lr=0", "lr must be more than 0, got 0"),
-        ("lr=.nan", "lr must be a number, got nan"),
-        ("warmup=1.5", "warmup must be at most 1, got 1.5"),
-        ("side=left", "side must be one of 'input', 'output', got 'left'"),
-        ("protect=1", "protect must be true or false, got 1"),
-        ("energy=2", "energy must be at most 1, got 2"),
-        ("data=3", "data must be text, got 3"),
-        ("steps", "--set takes key=value, got 'steps'"),
-        ("steps=[", "steps: the value '\\[' is not YAML"),
-        ("method=gem", "no method 'gem'; did you mean 'gems'"),
+        ("training.stepz=3", "no setting 'training.stepz'.*did you mean training.steps"),
+        ("steps=3", "no setting 'steps' of the method 'gems'; did you mean training.steps?"),
+        ("evaluation.lr=3", r"no setting 'evaluation.lr'.*did you mean training.lr\?"),
+        ("eval_users=3", r"no setting 'eval_users'.*did you mean evaluation.users"),
+        ("train_tasks=rec", r"no setting 'train_tasks'.*did you mean training.tasks"),
+        ("zzzz=3", "no setting 'zzzz'.*the known ones are seed, data.source"),
+        ("data=shop", "'data' is a section of settings such as data.source, got 'shop'"),
+        (
+            "method.alpha=3",
+            "'gems' has no setting 'method.alpha', only lora has it; in a YAML file put it under methods",
+        ),
+        ("training.steps=2.5", "training.steps must be a whole number of at least 0, got 2.5 .optimizer steps"),
+        ("training.steps=true", "training.steps must be a whole number of at least 0, got True"),
+        ("training.steps='3'", "training.steps must be a whole number of at least 0, got '3'"),
+        ("training.steps=-1", "training.steps must be a whole number of at least 0, got -1"),
+        ("training.epochs=0", "training.epochs must be a whole number of at least 1 or null, got 0"),
+        ("training.lr=fast", "training.lr must be a number above 0, got 'fast'"),
+        ("training.lr=0", "training.lr must be a number above 0, got 0"),
+        ("training.lr=.nan", "training.lr must be a number above 0, got nan"),
+        ("training.lr=true", "training.lr must be a number above 0, got True"),
+        ("training.warmup=1.5", "training.warmup must be a number of at least 0 and of at most 1, got 1.5"),
+        ("training.grad_clip=x", "training.grad_clip must be a number above 0 or null, got 'x'"),
+        ("method.side=left", "method.side must be one of 'input', 'output', got 'left'"),
+        ("method.lr_scale=sgd", "method.lr_scale must be one of 'adamw' or null, got 'sgd'"),
+        ("method.protect=1", "method.protect must be true or false, got 1"),
+        ("method.energy=2", "method.energy must be a number above 0 and of at most 1 or null, got 2"),
+        ("data.source=3", "data.source must be text, got 3"),
+        ("seed=-1", "the setting seed must be a whole number of at least 0, got -1"),
+        ("training.steps", "--set takes key=value, got 'training.steps'"),
+        ("training.steps=[", r"training.steps: the value '\[' is not YAML"),
+        ("method.name=gem", "no method 'gem'; did you mean 'gems'"),
     ],
 )
 def test_what_is_wrong_is_named(pair: str, message: str) -> None:
@@ -79,11 +115,17 @@ def test_what_is_wrong_is_named(pair: str, message: str) -> None:
     [
         ("- 1\n", "must be a mapping"),
         ("a: [\n", "is not YAML"),
-        ("stepz: 1\n", "stepz"),
+        ("training: {stepz: 1}\n", "training.stepz"),
+        ("steps: 1\n", "no setting 'steps'.*did you mean training.steps"),
+        ("model: t5\n", "'model' is a section of settings such as model.name, got 't5'"),
         ("methods: [gems]\n", "must hold one mapping"),
         ("methods: {gemz: {}}\n", "no method 'gemz'"),
-        ("methods: {lora: {rnk: 3}}\n", "'rnk'.*did you mean rank.*section methods.lora"),
+        ("methods: {lora: {method: {rnk: 3}}}\n", "'method.rnk'.*did you mean method.rank.*section methods.lora"),
         ("methods: {lora: {seed: 3}}\n", "'seed' cannot be set in the section"),
+        (
+            "methods: {lora: {training: {lr: -1}}}\n",
+            "training.lr must be a number above 0, got -1.*section methods.lora",
+        ),
     ],
 )
 def test_a_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
@@ -101,20 +143,54 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(DEMO.glob("*.yaml")), ids=lambda file: file.name)
 def test_committed_configurations_are_valid(file: Path) -> None:
     for method in METHODS:
-        resolve(file=file, flags={"method": method})
+        resolve(file=file, flags={"method.name": method})
 
 
 def test_differences_name_changed_and_absent_settings() -> None:
-    settings = resolve(pairs=["steps=7"])
-    old = {**yaml.safe_load(to_yaml(settings)), "steps": 3, "gone": 1}
+    settings = resolve(pairs=["training.steps=7"])
+    old = {**flatten(settings.model_dump()), "training.steps": 3, "training.gone": 1}
     del old["seed"]
-    assert differences(old, settings) == ["steps: 3 -> 7", "seed: '(absent)' -> 0", "gone: 1 -> '(absent)'"]
+    assert differences(old, settings) == [
+        "seed: '(absent)' -> 0",
+        "training.steps: 3 -> 7",
+        "training.gone: 1 -> '(absent)'",
+    ]
 
 
 def test_an_old_run_lacks_no_setting_that_is_off() -> None:
-    settings = resolve(flags={"method": "gems"})
-    old = yaml.safe_load(to_yaml(settings))
-    del old["others_lr"], old["normalize"], old["protect_others"]
+    settings = resolve(flags={"method.name": "gems"})
+    old = flatten(settings.model_dump())
+    del old["method.others_lr"], old["method.normalize"], old["method.protect_others"]
     assert differences(old, settings) == []
-    trained = resolve(flags={"method": "gems"}, pairs=["train_others=true", "others_lr=1.0e-4"])
-    assert differences({**old, "train_others": True}, trained) == ["others_lr: None -> 0.0001"]
+    own = {"method.train_others": True, "method.others_lr": 1e-4}
+    assert differences({**old, "method.train_others": True}, changed(settings, own)) == [
+        "method.others_lr: None -> 0.0001"
+    ]
+
+
+def test_the_settings_of_a_run_before_they_had_sections_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {source: here}\nlr: 0.1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config.yaml: there is no setting 'lr'.*did you mean training.lr\?"):
+        read_config(file)
+    file.write_text("method: gems\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config.yaml: 'method' is a section of settings such as method.name"):
+        read_config(file)
+    file.write_text("seed: 3\ntraining: {gone: 1}\n", encoding="utf-8")
+    assert read_config(file) == {"seed": 3, "training.gone": 1}
+
+
+def test_an_empty_section_is_none_and_settings_do_not_change(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("training:\nmodel: {}\nmethods: {lora: {method: }}\n", encoding="utf-8")
+    settings: Any = resolve(file=file)
+    assert settings == resolve()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.training.lr = 1.0
+    other = changed(settings, {"training": {"lr": 0.5}})
+    assert (other.training.lr, settings.training.lr) == (0.5, 6e-4)
+    assert changed(other, {"training.lr": 6e-4}) == settings
+    with pytest.raises(ValueError, match=r"training\.lr must be a number above 0"):
+        changed(settings, {"training.lr": 0})
+    assert doctest.testmod(config).attempted
+    assert doctest.testmod(config).failed == 0

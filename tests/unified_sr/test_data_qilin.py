@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from examples.unified_sr.config import resolve
+from examples.unified_sr.config import build_settings, flatten
 from examples.unified_sr.data import TASKS, Dataset, Example, format_statistics, load_dataset
 from examples.unified_sr.data import _parquet as parquet
+from examples.unified_sr.run import data_arguments
 
 README = Path(parquet.__file__).parent / "README.md"
 ANY = {"min_user_events": 1, "min_item_events": 1}
@@ -295,10 +296,9 @@ def crowd(root: Path) -> str:
 def test_the_published_preprocessing_is_a_set_of_settings(tmp_path: Path) -> None:
     block = re.search(r"is approached by these settings:\n\n((?:    .*\n)+)", README.read_text(encoding="utf-8"))
     assert block is not None
-    chosen = yaml.safe_load(block[1])
-    resolve(pairs=[f"{key}={value}" for key, value in chosen.items()], flags={})
     source = crowd(tmp_path)
-    dataset = load_dataset(source, **chosen)
+    settings = build_settings("gems", {**flatten(yaml.safe_load(block[1])), "data.source": source})
+    dataset = load_dataset(**data_arguments(settings))
     assert {int(item.id) for item in dataset.items} == set(range(61)), "the other notes occur once"
     for task in TASKS:
         own = Counter(example.user for part in (dataset.train, dataset.valid, dataset.test) for example in part[task])
@@ -313,7 +313,7 @@ def test_the_published_preprocessing_is_a_set_of_settings(tmp_path: Path) -> Non
                 for other in part[task]
                 if other.user == example.user
             )
-    clicks = load_dataset(source, **{**chosen, "item_counts": "events"})
+    clicks = load_dataset(**{**data_arguments(settings), "item_counts": "events"})
     assert {int(item.id) for item in clicks.items} == set(range(60)), "note 60 was clicked once"
 
 

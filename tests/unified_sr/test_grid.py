@@ -15,13 +15,15 @@ import pytest
 import yaml
 
 from examples.unified_sr.cli import main
+from examples.unified_sr.config import read_config
 from examples.unified_sr.grid._forecast import Forecast
 from examples.unified_sr.tables import gather
 
 SMALL = {
-    "training.batch_size": 4, "evaluation.perplexity_tokens": 64, "evaluation.perplexity_window": 64, "data.min_user_events": 3,
-    "training.leak_tokens": 0, "steps": 3,
-}  # fmt: skip
+    "training": {"batch_size": 4, "leak_tokens": 0, "steps": 3},
+    "evaluation": {"perplexity_tokens": 64, "perplexity_window": 64},
+    "data": {"min_user_events": 3},
+}
 METHODS: list[Any] = ["bm25", "adamw"]
 
 

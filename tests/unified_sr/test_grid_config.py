@@ -18,14 +18,14 @@ FILE = """
 data: {films: movielens-100k, shop: null}
 seeds: [3, 1]
 settings:
-  steps: 7
-  methods: {gems: {rank: 4, energy: 0.9}, lora: {lr: 1e-3}}
-select: {rates: [1e-2, 1.0e-4], seed: 5, settings: {steps: 2}}
+  training: {steps: 7}
+  methods: {gems: {method: {rank: 4, energy: 0.9}}, lora: {training.lr: 1e-3}}
+select: {rates: [1e-2, 1.0e-4], seed: 5, settings: {training.steps: 2}}
 methods:
   - zero-shot
   - name: small
     method: gems
-    settings: {rank: 2}
+    settings: {method.rank: 2}
     seeds: [1]
   - gems-no-null
   - lora
@@ -58,37 +58,44 @@ def test_settings_come_from_all_places_in_order(tmp_path: Path) -> None:
     grid = read_grid(written(tmp_path), pairs=["training.batch_size=3"])
     jobs = {job.name: job for job in list_jobs(grid, ["films/small/*", "gems-no-null", "films/lora/*"])}
     trial = jobs["films/small/lr-0.01"].settings()
-    assert (trial.steps, trial.seed, trial.lr, trial.eval_split, trial.batch_size) == (2, 5, 0.01, "valid", 3)
+    assert (trial.training.steps, trial.seed, trial.training.lr, trial.evaluation.split, trial.training.batch_size) == (
+        2,
+        5,
+        0.01,
+        "valid",
+        3,
+    )
     main = jobs["films/small/seed-1"].settings(0.01)
-    assert (main.steps, main.seed, main.lr, main.eval_split) == (7, 1, 0.01, "test")
-    assert (main.rank, main.energy) == (2, 0.9)  # type: ignore[attr-defined]
+    assert (main.training.steps, main.seed, main.training.lr, main.evaluation.split) == (7, 1, 0.01, "test")
+    assert (main.method.rank, main.method.energy) == (2, 0.9)
     variant = jobs["films/gems-no-null/seed-3"].settings()
-    assert (variant.rank, variant.protect) == (4, False)  # type: ignore[attr-defined]
+    assert (variant.method.rank, variant.method.protect) == (4, False)
     assert jobs["films/lora/seed-3"].settings().training.lr == 1e-3, "a rate that is fixed is not searched for"
     assert not jobs["films/lora/seed-3"].selects
 
 
 def test_a_method_may_be_chosen_by_a_rule_of_its_own(tmp_path: Path) -> None:
-    kept = (
-        "  - {name: kept, method: gems, select: {max_perplexity_increase: 0.05, rates: [1e-3], settings: {steps: 4}}}"
-    )
+    own = "{max_perplexity_increase: 0.05, rates: [1e-3], settings: {training.steps: 4}}"
+    kept = f"  - {{name: kept, method: gems, select: {own}}}"
     grid = read_grid(written(tmp_path, FILE.replace("  - not-there-yet", kept)))
     entries = {entry.name: entry for entry in grid.entries}
-    assert entries["kept"].selection == Selection(5, "ndcg@10", 0.05, {"steps": 4}), "the rest is the grid's"
-    assert entries["small"].selection == Selection(5, "ndcg@10", None, {"steps": 2})
+    assert entries["kept"].selection == Selection(5, "ndcg@10", 0.05, {"training.steps": 4}), "the rest is the grid's"
+    assert entries["small"].selection == Selection(5, "ndcg@10", None, {"training.steps": 2})
     (trial, run) = list_jobs(grid, ["films/kept/seed-3"])
     assert (trial.name, trial.settings().training.steps, trial.seed) == ("films/kept/lr-0.001", 4, 5)
     assert run.settings(1e-3).training.steps == 7
 
 
 def test_settings_of_a_data_set_hold_for_its_runs_alone(tmp_path: Path) -> None:
-    data = "data: {films: movielens-100k, shop: {settings: {min_item_events: 2, steps: 9}}}"
+    data = "data: {films: movielens-100k, shop: {settings: {data.min_item_events: 2, training.steps: 9}}}"
     path = written(tmp_path, FILE.replace("data: {films: movielens-100k, shop: null}", data))
     wanted = ["shop/small/*", "films/small/*"]
     jobs = {job.name: job for job in list_jobs(read_grid(path, data=["shop=here"]), wanted)}
     shop, films = (jobs[f"{name}/small/seed-1"].settings(0.01) for name in ("shop", "films"))
-    assert (shop.data, shop.min_item_events, shop.steps) == ("here", 2, 9), "they win over the settings of all runs"
-    assert (films.data, films.min_item_events, films.steps) == ("movielens-100k", 5, 7)
+    assert (shop.data.source, shop.data.min_item_events, shop.training.steps) == ("here", 2, 9), (
+        "they win over the settings of all runs"
+    )
+    assert (films.data.source, films.data.min_item_events, films.training.steps) == ("movielens-100k", 5, 7)
     assert jobs["shop/small/lr-0.01"].settings().training.steps == 2, "those of the trials win over them"
     given_source = FILE.replace("shop: null", "shop: {source: there, settings: {}}")
     (job,) = list_jobs(read_grid(written(tmp_path, given_source)), ["shop/zero-shot/seed-1"])
@@ -120,8 +127,8 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
         ("seed: 5", "trials: 1", "it must be at least the number of rates, 2, got 1"),
         ("seed: 5", "metric: speed", "metric of select must be one of hit@5"),
         ("seed: 5", "max_perplexity_increase: -1", "must be null or a share such as 0.05, got -1"),
-        ("  steps: 7", "  seed: 7", "cannot set 'seed': the grid gives it to each run"),
-        ("{rank: 2}", "[rank]", "settings of the method 'small' .* must be a mapping"),
+        ("  training: {steps: 7}", "  seed: 7", "cannot set 'seed': the grid gives it to each run"),
+        ("{method.rank: 2}", "[rank]", "settings of the method 'small' .* must be a mapping"),
         ("- lora", "- gems-no-null", r"hold \['gems-no-null'\] more than once"),
         ("- lora", "- {name: a/b, method: lora}", "needs a name that is text without '/'"),
         ("- lora", "- {name: lora, rate: [1]}", "no key 'rate'; did you mean 'rates'?"),
@@ -146,7 +153,7 @@ def test_other_errors(tmp_path: Path) -> None:
     path = written(tmp_path)
     with pytest.raises(ValueError, match="--data takes NAME=SOURCE"):
         read_grid(path, data=["shop"])
-    with pytest.raises(ValueError, match="--set cannot set 'data'"):
+    with pytest.raises(ValueError, match=r"--set cannot set 'data\.source'"):
         read_grid(path, pairs=["data.source=x"])
     with pytest.raises(ValueError, match="must be a list of names and mappings, got None"):
         read_grid(written(tmp_path, "data: {a: b}\n"))

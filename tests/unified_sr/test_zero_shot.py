@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from examples.unified_sr.config import build_settings
+from examples.unified_sr.config import build_settings, changed, flatten
 from examples.unified_sr.run import _Parts, run
 from examples.unified_sr.run_folder import DONE
 from examples.unified_sr.settings import Settings
@@ -31,9 +30,9 @@ def settings(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempP
         "evaluation.perplexity_tokens": 64,
         "evaluation.perplexity_window": 64,
         "data.min_user_events": 3,
-        "steps": 2,
+        "training.steps": 2,
     }
-    data = {"model": llama_folder, "data": data_folder, "multiple_choice": str(questions)}
+    data = {"model.name": llama_folder, "data.source": data_folder, "evaluation.multiple_choice": str(questions)}
     return build_settings("adamw", {**common, **data})
 
 
@@ -49,7 +48,7 @@ def measured(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_taken_measurement_gives_the_same_files(
     settings: Settings, measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = replace(settings, lr=1e-3, seed=3)
+    other = changed(settings, {"training.lr": 1e-3, "seed": 3})
     made = run(other, tmp_path / "made", quiet)
     evaluations: list[str] = []
     measure: Callable[[_Parts, str], Measured] = _Parts.measure
@@ -72,7 +71,7 @@ def test_a_taken_measurement_gives_the_same_files(
 
 
 def test_what_is_not_trained_is_measured(settings: Settings, measured: Path, tmp_path: Path) -> None:
-    untrained = run(replace(settings, steps=0), tmp_path / "run", quiet, zero_shot=measured)
+    untrained = run(changed(settings, {"training.steps": 0}), tmp_path / "run", quiet, zero_shot=measured)
     assert untrained.file("run.rec.trec").is_file()
     assert "zero-shot evaluation" in untrained.read_json("run.json")["seconds"]
 
@@ -80,11 +79,14 @@ def test_what_is_not_trained_is_measured(settings: Settings, measured: Path, tmp
 @pytest.mark.parametrize(
     ("changes", "alike"),
     [
-        ({"lr": 0.5, "seed": 9, "steps": 7, "training.batch_size": 2, "training.leak_tokens": 0}, True),
+        (
+            {"training.lr": 0.5, "seed": 9, "training.steps": 7, "training.batch_size": 2, "training.leak_tokens": 0},
+            True,
+        ),
         ({"evaluation.split": "valid"}, False),
         ({"evaluation.users": 3}, False),
-        ({"data": "elsewhere"}, False),
-        ({"model": "another"}, False),
+        ({"data.source": "elsewhere"}, False),
+        ({"model.name": "another"}, False),
         ({"model.max_history": 3}, False),
         ({"model.autocast": "bfloat16"}, False),
         ({"evaluation.multiple_choice_questions": 1}, False),
@@ -93,8 +95,8 @@ def test_what_is_not_trained_is_measured(settings: Settings, measured: Path, tmp
 def test_only_settings_of_training_may_differ(
     changes: dict[str, object], alike: bool, settings: Settings, measured: Path
 ) -> None:
-    assert evaluates_alike(measured, replace(settings, **changes)) is alike  # type: ignore[arg-type]
-    gems = build_settings("gems", {**vars(settings), "method.name": "gems", **changes})
+    assert evaluates_alike(measured, changed(settings, changes)) is alike
+    gems = build_settings("gems", {**flatten(settings.model_dump()), **changes})
     assert evaluates_alike(measured, gems) is alike
 
 

@@ -163,7 +163,7 @@ def _activations(settings: Any, shape: ModelShape, items: int, rows: RowSize, au
     micro = -(-settings.training.batch_size // settings.training.accumulation)
     count = micro * rows.tokens
     kept = None
-    if settings.method.startswith("gems") and settings.method.side == "input":
+    if settings.method.name.startswith("gems") and settings.method.side == "input":
         kept = settings.method.rank + (
             max(1, settings.method.rank // 2) if settings.method.task_rank is None else settings.method.task_rank
         )

@@ -16,18 +16,18 @@ from typing import Any
 
 import yaml
 
-from ..config import SECTIONS, read_yaml
+from ..config import SECTIONS, flatten, read_yaml
 from ..data import MOVIELENS, movielens_folder
 from ..environment import describe_environment
 from ..methods import method_named
 from ..model import SMOLLM2, load_language_model, packaged_model
 from ..precision import choose_precision
-from ..settings import Settings
+from ..settings import ModelSettings, Settings
 from ._config import Grid, read_grid
 from ._jobs import list_jobs
 
 BUNDLE = "bundle"
-FILES = ("general_text", "multiple_choice")
+FILES = ("evaluation.general_text", "evaluation.multiple_choice")
 """Settings that name a file."""
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -141,21 +141,23 @@ class _Contents:
     def add_inputs(self, runs: Iterable[Settings], say: Callable[[str], None]) -> None:
         """Add models, data and texts of all runs."""
         for settings in runs:
-            self._once("data", settings.data.source, self._data)
+            self._once("data.source", settings.data.source, self._data)
             if method_named(settings.method.name).fit is None:
-                self._once("model", settings.model.name, self._model)
+                self._once("model.name", settings.model.name, self._model)
+                values = flatten(settings.model_dump())
                 for key in FILES:
-                    file = getattr(settings, key)
+                    file = values[key]
                     if file is not None:
                         self._once(key, file, self._file)
-        if not any(key == "general_text" for key, _ in self._names):
-            say("general_text is null: general text comes out of Python's documentation, of the Python there")
+        if not any(key == FILES[0] for key, _ in self._names):
+            say("evaluation.general_text is null: general text comes out of Python's documentation, of the Python there")
 
     def moved(self, content: dict[str, Any], grid: Grid) -> dict[str, Any]:
         """Return the grid's file with sources and settings as they are there, and what --set says in it."""
 
         def settings(values: Mapping[str, Any] | None) -> dict[str, Any]:
-            return {key: self._there(key, value) for key, value in (values or {}).items() if key not in grid.overrides}
+            given = flatten(values or {})
+            return {key: self._there(key, value) for key, value in given.items() if key not in grid.overrides}
 
         def select(values: Mapping[str, Any] | None) -> dict[str, Any]:
             return {key: settings(value) if key == "settings" else value for key, value in (values or {}).items()}
@@ -172,7 +174,7 @@ class _Contents:
         return {
             **content,
             "data": {
-                name: {"source": self._there("data", data.source), "settings": settings(data.settings)}
+                name: {"source": self._there("data.source", data.source), "settings": settings(data.settings)}
                 for name, data in grid.data.items()
             },
             "settings": {**settings(shared), **given, **({SECTIONS: sections} if sections else {})},
@@ -225,7 +227,7 @@ class _Contents:
 
 
 def _made_here() -> dict[str, Any]:
-    return describe_environment(0, choose_precision(Settings()))
+    return describe_environment(0, choose_precision(ModelSettings()))
 
 
 def _wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:

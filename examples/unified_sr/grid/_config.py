@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import SECTIONS, parse_pairs, read_yaml
+from ..config import SECTIONS, flatten, parse_pairs, read_yaml
 from ..metrics import CUTOFFS
 
 KEYS = ("data", "seeds", "settings", "select", "methods")
 DATA_KEYS = ("source", "settings")
 ENTRY_KEYS = ("name", "method", "settings", "seeds", "rates", "select")
 SELECT_KEYS = ("rates", "trials", "seed", "metric", "max_perplexity_increase", "settings")
-RESERVED = ("data", "method", "seed", "eval_split")
+RESERVED = ("data.source", "method.name", "seed", "evaluation.split")
 """Settings that the grid itself gives to each run."""
 
 
@@ -187,7 +187,7 @@ def _selection(content: Mapping[str, Any], grid: str) -> Selection:
 
 
 def _settings(content: Any, where: str) -> dict[str, Any]:
-    settings = _mapping(content, f"settings of {where}")
+    settings = flatten(_mapping(content, f"settings of {where}"))
     for key in RESERVED:
         if key in settings:
             raise ValueError(f"{where} cannot set {key!r}: the grid gives it to each run")

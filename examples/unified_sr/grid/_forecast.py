@@ -7,24 +7,28 @@ import math
 import statistics
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data import Dataset
+from ..config import changed
+from ..data import Dataset, load_dataset
 from ..estimates import Cost, ModelShape, estimate_memory, row_size, shape_of
 from ..feeds import Pool, Window, training_pools
 from ..methods import method_named
 from ..model import describe_language_model
 from ..plan import plan_training
 from ..precision import choose_precision
-from ..run import DATA_SETTINGS, load_data
+from ..run import data_arguments
 from ..settings import Settings
 from ..training import tasks_to_train
 from ._jobs import Job
 from ._process import execute
 
-PROBE = {"steps": 3, "epochs": None, "early_stop": None, "eval_users": 16, "perplexity_tokens": 16}
+PROBE = {
+    "training": {"steps": 3, "epochs": None, "early_stop": None},
+    "evaluation": {"users": 16, "perplexity_tokens": 16},
+}
 """The settings of a probe: little of everything. What perplexity takes is left out of its estimate."""
 
 
@@ -49,7 +53,7 @@ class Forecast:
 
     def probe(self, job: Job) -> str | None:
         """Measure a run of a few steps, whose results are thrown away; return why it failed, if it did."""
-        short = replace(job.settings(), **PROBE)  # type: ignore[arg-type]
+        short = changed(job.settings(), PROBE)
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch, "probe")
             failure = execute(short, folder, Path(scratch, "probe.log"))
@@ -127,7 +131,7 @@ class Forecast:
         except (OSError, ValueError) as error:
             return f"unknown ({error})"
         dataset = self.dataset(settings)
-        precision = choose_precision(settings)
+        precision = choose_precision(settings.model)
         found = estimate_memory(
             settings,
             self._shapes[settings.model.name],
@@ -141,9 +145,10 @@ class Forecast:
 
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""
-        key = (settings.data.source, *(getattr(settings, name) for name in DATA_SETTINGS))
+        arguments = data_arguments(settings)
+        key = tuple(arguments.items())
         if key not in self._datasets:
-            self._datasets[key] = load_data(settings)
+            self._datasets[key] = load_dataset(**arguments)
         return self._datasets[key]
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import build_settings, differences, read_yaml, section_of
+from ..config import build_settings, changed, differences, read_config, section_of
 from ..methods import method_named
 from ..run_folder import CONFIG, RunFolder, State
-from ..settings import Settings, on_split
+from ..settings import Settings
 from ._config import Entry, Grid
 
 DIVERGED = "diverged.txt"
@@ -54,7 +54,7 @@ class Job:
     @property
     def trials(self) -> list[Job]:
         """The first trials of its method on its data, if it has a rate and nobody has fixed it."""
-        if not self.trained or "lr" in self._given():
+        if not self.trained or "training.lr" in self._given():
             return []
         return [self.trial(rate) for rate in self.entry.rates]
 
@@ -67,7 +67,7 @@ class Job:
         """Whether this trial is the same training as the run with its seed at its rate, but for what is evaluated."""
         if self.rate is None or self.seed not in self.entry.seeds:
             return False
-        return replace(self, rate=None).settings(self.rate) == on_split(self.settings(), "test")
+        return replace(self, rate=None).settings(self.rate) == changed(self.settings(), {"evaluation.split": "test"})
 
     def settings(self, rate: float | None = None) -> Settings:
         """Return the settings of the run.
@@ -82,9 +82,14 @@ class Job:
         if source is None:
             raise ValueError(f"the data {self.data!r} has no source; pass --data {self.data}=DIR, or leave it out")
         trial = self.rate is not None
-        values = {**self._given(), "data": source, "seed": self.seed, "eval_split": "valid" if trial else "test"}
+        values = {
+            **self._given(),
+            "data.source": source,
+            "seed": self.seed,
+            "evaluation.split": "valid" if trial else "test",
+        }
         chosen = self.rate if trial else rate
-        return build_settings(self.entry.method, values if chosen is None else {**values, "lr": chosen})
+        return build_settings(self.entry.method, values if chosen is None else {**values, "training.lr": chosen})
 
     def _given(self) -> dict[str, Any]:
         """What the file and the command line say, later ones winning."""
@@ -160,7 +165,7 @@ def is_same_run(path: Path, settings: Settings) -> bool:
     """Tell whether a folder holds a run with these very settings that is finished or diverged."""
     folder = RunFolder(path)
     over = folder.finished or folder.file(DIVERGED).is_file()
-    return over and not differences(read_yaml(folder.file(CONFIG)), settings)
+    return over and not differences(read_config(folder.file(CONFIG)), settings)
 
 
 def state_of(job: Job, settings: Settings, out: Path) -> State:

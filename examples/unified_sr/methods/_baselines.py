@@ -50,8 +50,9 @@ def fit_ease(settings: Settings[EaseSettings], dataset: Dataset, train: Sequence
         return torch.from_numpy(histories(examples, n_items) @ weights)
 
     note = (
-        f"EASE (lambda = {settings.method.regularisation:g}) is fitted on the items of each user's training examples and reads"
-        " the same histories as the language models, as sets; it knows no queries, so it serves recommendation alone."
+        f"EASE (lambda = {settings.method.regularisation:g}) is fitted on the items of each user's training examples "
+        "and reads the same histories as the language models, as sets; it knows no queries, so it serves "
+        "recommendation alone."
     )
     return Fitted({"rec": scores}, [note])
 
@@ -64,8 +65,8 @@ def fit_bm25(settings: Settings[Bm25Settings], dataset: Dataset, train: Sequence
         return torch.from_numpy(index([example.query for example in examples]))
 
     note = (
-        f"BM25 (k1 = {settings.method.k1:g}, b = {settings.method.b:g}) looks for the query's words in the items' titles and learns "
-        "nothing from examples; it serves search alone."
+        f"BM25 (k1 = {settings.method.k1:g}, b = {settings.method.b:g}) looks for the query's words in the items' "
+        "titles and learns nothing from examples; it serves search alone."
     )
     return Fitted({"search": scores}, [note])
 

@@ -92,12 +92,13 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     settings, training, ranker = setup.settings.method, setup.settings.training, setup.ranker
     if settings.others_lr is not None and not settings.train_others:
         raise ValueError(
-            f"others_lr={settings.others_lr} has nothing to train: set train_others to true, or others_lr to null"
+            f"method.others_lr={settings.others_lr} has nothing to train: set method.train_others to true, or "
+            "it to null"
         )
     if settings.protect_others and not (settings.train_others and settings.protect):
         raise ValueError(
-            f"protect_others=True asks for train_others and protect, found train_others={settings.train_others} and "
-            f"protect={settings.protect}: set both to true, or protect_others to false"
+            f"method.protect_others=True asks for train_others and protect, found train_others={settings.train_others} "
+            f"and protect={settings.protect}: set both to true, or protect_others to false"
         )
     layers: list[Any] = list(select_layers(ranker.backbone).values())
     linear: list[nn.Parameter] = [layer.weight for layer in layers]

@@ -18,7 +18,7 @@ class GemsSettings(MethodSettings):
     scale: Number = Field(1.0, gt=0, description="factor of the lifted update")
     lr_scale: Literal["adamw"] | None = Field(
         None,
-        description="adamw makes updates as large as AdamW's of whole weights at the same rate; null leaves them shorter",
+        description="adamw makes updates as large as AdamW's of whole weights at the same rate; null: shorter ones",
     )
     side: Literal["input", "output"] = Field(
         "input", description="side of the weights that subspaces and protection live on"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import read_yaml
+from ..config import read_config
 from ..run_folder import CONFIG, DONE, ENVIRONMENT, RunFolder
 from ._plots import draw_plots
 from ._table import change, markdown_table, perplexities, result_rows, result_table
@@ -12,7 +12,7 @@ from ._table import change, markdown_table, perplexities, result_rows, result_ta
 
 def write_report(folder: RunFolder) -> None:
     """Draw the plots and write ``report.md`` of a run whose other files are all there."""
-    settings = read_yaml(folder.file(CONFIG))
+    settings = read_config(folder.file(CONFIG))
     summary: dict[str, Any] = folder.read_json("run.json")
     model = f" with {settings['model.name']}" if perplexities(folder) else ""
     sections = [
@@ -35,9 +35,9 @@ def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]
     if found is not None:
         old, new = found
         text += (
-            f" {summary['steps']} steps of {settings['training.batch_size']} examples per task, seed {settings['seed']}. "
-            f"Perplexity on {summary['perplexity_tokens']} held-out tokens of general text: {old:.2f} for the intact "
-            f"model, {new:.2f} after training ({change(old, new)})."
+            f" {summary['steps']} steps of {settings['training.batch_size']} examples per task, seed "
+            f"{settings['seed']}. Perplexity on {summary['perplexity_tokens']} held-out tokens of general text: "
+            f"{old:.2f} for the intact model, {new:.2f} after training ({change(old, new)})."
         )
     lines = ["## Result", "", result_table(folder), "", text]
     lines += ["", *(f"- {note}" for note in summary["notes"])] if summary["notes"] else []

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradsub import plots
 
-from ..config import read_yaml
+from ..config import read_config
 from ..run_folder import CONFIG, METRICS, RunFolder
 
 Record = Mapping[str, Any]
@@ -72,7 +72,7 @@ def history_of(records: list[Record]) -> plots.History:
 def _metrics(folder: RunFolder) -> dict[str, dict[str, dict[str, float]]]:
     """Task -> the model before and after -> metric -> number."""
     metrics = folder.read_json(METRICS)
-    method = read_yaml(folder.file(CONFIG))["method"]
+    method = read_config(folder.file(CONFIG))["method.name"]
     names = {"hit@10": "Hit@10", "ndcg@10": "NDCG@10", "mrr@10": "MRR@10"}
     return {
         task: {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import read_yaml
+from ..config import read_config
 from ..run_folder import CONFIG, METRICS, SAMPLED, RunFolder
 
 Rows = list[tuple[str, float, float]]
@@ -47,7 +47,7 @@ def result_table(folder: RunFolder) -> str:
     The ranking columns are zero-shot against the method, over the full catalogue; perplexity is that of general text
     that the null space was not fitted on.
     """
-    method = read_yaml(folder.file(CONFIG))["method"]
+    method = read_config(folder.file(CONFIG))["method.name"]
     trained = folder.read_json(METRICS)["zero_shot"] and method != "zero-shot"
     cells = [["", "zero-shot", method, "change"] if trained else ["", method]]
     cells += [[name, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}"] for name, old, new in result_rows(folder)]
@@ -66,7 +66,7 @@ def comparison_table(folders: Sequence[RunFolder]) -> str:
     """
     rows = [dict(map(_named, result_rows(folder))) for folder in folders]
     found = [perplexities(folder) for folder in folders]
-    cells = [["", "zero-shot", *(read_yaml(folder.file(CONFIG))["method"] for folder in folders)]]
+    cells = [["", "zero-shot", *(read_config(folder.file(CONFIG))["method.name"] for folder in folders)]]
     for name, (before, _) in rows[0].items():
         cells.append([name, f"{before:.4f}", *(f"{row[name][1]:.4f}" for row in rows)])
     pairs = [pair for pair in found if pair is not None]

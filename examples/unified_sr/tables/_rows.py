@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import read_yaml
+from ..config import read_config
 from ..run_folder import CONFIG, ENVIRONMENT, METRICS, SAMPLED, RunFolder
 from ._settings import identity, label_of, setting_columns
 
@@ -38,7 +38,7 @@ def rows_of(folder: RunFolder) -> Rows:
     Raises:
         OSError: if one of its files is missing.
     """
-    settings = read_yaml(folder.file(CONFIG))
+    settings = read_config(folder.file(CONFIG))
     summary = folder.read_json("run.json")
     lines = folder.file("steps.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [{key: _short(value) for key, value in _flat(json.loads(line))} for line in lines]

@@ -8,13 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-EVALUATION = (
-    *("min_user_events", "min_task_events", "min_item_events", "item_counts", "split", "histories", "searches"),
-    *("eval_users", "eval_seed", "negatives", "perplexity_tokens", "perplexity_window", "general_text"),
-    *("multiple_choice", "multiple_choice_questions"),
-)
-"""Settings in which runs must agree for their numbers to mean the same."""
-
+from ..settings import EVALUATION
 
 def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are columns of their own, and all of them as JSON text."""
@@ -71,7 +65,9 @@ def evaluated_differently(texts: Mapping[str, str]) -> str | None:
         texts: run -> its settings as JSON text.
     """
     settings = {run: json.loads(text) for run, text in texts.items()}
-    for key in EVALUATION:
+    sections = tuple(f"{section}." for section in EVALUATION)
+    keys = dict.fromkeys(key for found in settings.values() for key in found if key.startswith(sections))
+    for key in [key for key in keys if key != "data.source"]:  # which may lie elsewhere on another machine
         values = {found.get(key): run for run, found in settings.items()}
         if len(values) > 1:
             return ", ".join(f"{key}={value!r} in {run}" for value, run in values.items())
