@@ -13,7 +13,7 @@ from examples.unified_sr.config import resolve
 from examples.unified_sr.data import load_dataset
 from examples.unified_sr.general_domain import general_batches, perplexity, token_windows
 from examples.unified_sr.general_text import load_general_text
-from examples.unified_sr.methods._base import item_group, parameter_groups, train_only
+from examples.unified_sr.methods import item_group, parameter_groups, train_only
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.training import example_batches
 from gradsub import GemsOptimizer, NullSpace
@@ -91,7 +91,7 @@ class World:
     def adamw(self, lr: float) -> torch.optim.Optimizer:
         """AdamW of the linear layers at this rate, without weight decay, and of the items' rows at their own."""
         groups = [{**group, "lr": lr, "weight_decay": 0.0} for group in self._groups()]
-        return torch.optim.AdamW([*groups, {**item_group(self.ranker, self.settings), "subspace": False}])
+        return torch.optim.AdamW([*groups, {**item_group(self.ranker, self.settings.training), "subspace": False}])
 
     def gems(self, lr: float, null_space: NullSpace | None, **options: Any) -> GemsOptimizer:
         """The same inside the subspaces."""
@@ -136,4 +136,4 @@ class World:
         return found.value
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [dict(group) for group in parameter_groups(list(self.weights.values()), self.settings)]
+        return [dict(group) for group in parameter_groups(list(self.weights.values()), self.settings.training)]

@@ -12,7 +12,7 @@ from examples.unified_sr.config import resolve
 from examples.unified_sr.data import load_dataset
 from examples.unified_sr.general_domain import general_batches, token_windows
 from examples.unified_sr.general_text import load_general_text
-from examples.unified_sr.methods._base import item_group, model_parameters, parameter_groups, train_only
+from examples.unified_sr.methods import item_group, model_parameters, parameter_groups, train_only
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.training import example_batches
 from gradsub import NullSpace
@@ -47,7 +47,9 @@ def collect(folder: Path, steps: int, batch_size: int) -> None:
         torch.save({name: null_space.basis(name).float() for name in layers}, folder / f"null_{side}.pt")
     weights = model_parameters(ranker)
     train_only(ranker, weights)
-    optimizer = torch.optim.AdamW([*parameter_groups(weights, settings), item_group(ranker, settings)])
+    optimizer = torch.optim.AdamW(
+        [*parameter_groups(weights, settings.training), item_group(ranker, settings.training)]
+    )
     streams = {task: example_batches(dataset.train[task], batch_size, 0, task) for task in TASKS}
     ranker.train()
     for step in tqdm(range(steps), desc="training"):

@@ -59,9 +59,7 @@ def film_rows() -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: if the package recbole, which carries it, is not installed.
     """
-    from examples.unified_sr.data._atomic import read_atomic
-    from examples.unified_sr.data._movies import natural_title
-    from examples.unified_sr.data._recbole import movielens_folder
+    from examples.unified_sr.data import movielens_folder, natural_title, read_atomic
 
     films = read_atomic(movielens_folder() / "ml-100k.item")
     rows = []

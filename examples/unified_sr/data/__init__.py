@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from ._atomic import read_atomic
 from ._events import SPLITS, Event, Reading
 from ._examples import HISTORIES, TRAIN_TARGETS, Rules
 from ._filters import ITEM_COUNTS, Minima, drop_repeats, k_core, mentioned
+from ._movies import natural_title
 from ._recbole import MOVIELENS, movielens_folder
 from ._sources import read_source
 from ._split import make_split
@@ -29,6 +31,8 @@ __all__ = [
     "format_statistics",
     "load_dataset",
     "movielens_folder",
+    "natural_title",
+    "read_atomic",
 ]
 
 CHOICES = {

@@ -6,7 +6,17 @@ import difflib
 from typing import Any
 
 from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
-from ._base import Diagnostics, Fitted, Method, Setup, Updater
+from ._base import (
+    Diagnostics,
+    Fitted,
+    Method,
+    Setup,
+    Updater,
+    item_group,
+    model_parameters,
+    parameter_groups,
+    train_only,
+)
 from ._baselines import BM25, EASE, POPULARITY
 from ._galore import GALORE
 from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PAPER, GEMS_UNIFORM
@@ -39,7 +49,20 @@ METHODS: dict[str, Method] = {
     )
 }
 
-__all__ = ["METHODS", "Diagnostics", "Fitted", "Method", "Setup", "Updater", "backward", "defaults_of", "method_named"]
+__all__ = [
+    "METHODS",
+    "Diagnostics",
+    "Fitted",
+    "Method",
+    "Setup",
+    "Updater",
+    "defaults_of",
+    "item_group",
+    "method_named",
+    "model_parameters",
+    "parameter_groups",
+    "train_only",
+]
 
 
 def method_named(name: str) -> Method:
