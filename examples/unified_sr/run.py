@@ -22,7 +22,7 @@ from .config import changed
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
 from .environment import describe_environment
-from .estimates import MemoryEstimate, TimeNotice, estimate_memory, row_size, shape_of
+from .estimates import TimeNotice, estimate_memory, row_size
 from .evaluation import Evaluator, TaskResult, choose_examples
 from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
 from .general_domain import general_batches, token_windows
@@ -142,7 +142,6 @@ def _run(
     with clock.phase("loading"):
         text = load_general_text(settings.evaluation.general_text)
         language_model = load_language_model(settings.model.name)
-        shape = shape_of(language_model)
         parts = _Parts.assemble(settings, dataset, language_model, text, precision)
         trained = tasks_to_train(settings.training.tasks, parts.tasks)
         feed = parts.feed(dataset, trained)
@@ -150,19 +149,6 @@ def _run(
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
     say(f"{settings.model.name} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
-    memory = estimate_memory(
-        settings,
-        shape,
-        items=len(dataset.items),
-        tasks=len(trained),
-        rows=row_size(feed.pools, feed.size),
-        autocast=precision.autocast is not None,
-        on_gpu=precision.device.type == "cuda",
-    )
-    free = free_memory(precision.device)
-    say(f"memory: {memory}, an estimate; {free / 2**30:.1f} GiB are free on {precision.device}")
-    if memory.further > free:
-        say("the estimate exceeds what is free: raise accumulation, set gradient_checkpointing, or lower batch_size")
     build = method.build if plan.steps > 0 else None
     unseen = parts.on_test(dataset, say) if sealing and build is not None else None
     after: Measured
@@ -192,6 +178,7 @@ def _run(
             intact = parts.retention.intact_layers(parts.ranker.backbone)
             torch.manual_seed(settings.seed)
             updater = build(Setup(parts.ranker, settings, trained, parts.general, say))
+            _say_memory(parts, updater, feed, say)
         with clock.phase("training"):
             history = train(
                 parts.ranker,
@@ -220,7 +207,7 @@ def _run(
     if not processes.first:
         return folder  # the first one writes, and takes away what is done with
     weights = sum(weight.numel() for weight in parts.ranker.parameters() if weight.requires_grad) if updater else 0
-    summary = {"trained_parameters": weights, **_summary(updater, history, clock, memory, peak)}
+    summary = {"trained_parameters": weights, **_summary(updater, history, clock, peak)}
     if unseen is not None:
 
         def write(sealed: RunFolder) -> None:
@@ -266,6 +253,19 @@ def _write_results(
     write_report(folder)
 
 
+def _say_memory(parts: _Parts, updater: Updater, feed: Feed, say: Callable[[str], None]) -> None:
+    rows, autocast = row_size(feed.pools, feed.size), parts.precision.autocast is not None
+    training, tasks = parts.settings.training, len(tasks_to_train(parts.settings.training.tasks, parts.tasks))
+    memory = estimate_memory(parts.ranker, updater.optimizer, training, rows, tasks=tasks, autocast=autocast)
+    free = free_memory(parts.precision.device)
+    say(f"memory: training takes {memory}, an estimate; {free / 2**30:.1f} GiB are free on {parts.precision.device}")
+    if memory.total > free:
+        say(
+            "the estimate exceeds what is free: raise training.accumulation, set training.gradient_checkpointing, or "
+            "lower training.batch_size"
+        )
+
+
 def data_arguments(settings: Settings) -> dict[str, Any]:
     """Return what decides the data set of a run: the arguments of ``load_dataset``."""
     return {
@@ -279,7 +279,6 @@ def _summary(
     updater: Updater | None,
     history: History,
     clock: Clock,
-    memory: MemoryEstimate,
     peak: dict[str, int | None],
 ) -> dict[str, Any]:
     return {
@@ -289,7 +288,6 @@ def _summary(
         "throughput": history.throughput,
         "seconds": clock.seconds,
         "peak_memory": peak,
-        "estimated_memory": memory.total,
         "protected": dict(history.last.protected) if history.last else {},
         # Diagnostics of a layer without a gradient are NaN, which JSON does not know.
         "layers": json.loads(json.dumps(history.last.full), parse_constant=lambda _: None) if history.last else {},
@@ -435,8 +433,8 @@ def _prompts(settings: Settings, language_model: LanguageModel, first_item: int)
         return PromptBuilder(language_model.tokenizer, first_item=first_item, encoder_decoder=encoder_decoder, **limits)
     if language_model.encoder_decoder:
         raise ValueError(
-            f"model.format='sequence' predicts behind every item, which the encoder-decoder {settings.model.name!r} cannot; "
-            "set format to 'prompt', or take a decoder alone"
+            f"model.format='sequence' predicts behind every item, which the encoder-decoder {settings.model.name!r} "
+            "cannot; set it to 'prompt', or take a decoder alone"
         )
     return SequenceBuilder(language_model.tokenizer, first_item=first_item, **limits)
 

@@ -14,89 +14,80 @@ import torch
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
-from examples.unified_sr.estimates import Cost, RowSize, _time, estimate_memory, row_size, shape_of
+from examples.unified_sr.estimates import Cost, RowSize, _time, estimate_memory, row_size
 from examples.unified_sr.feeds import Pool
 from examples.unified_sr.losses import Pass
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.methods._mixed import MixedLossUpdater
-from examples.unified_sr.model import Collator, PromptBuilder, Ranker, describe_language_model, load_language_model
+from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.peak_memory import free_memory, peak_memory, reset_peak_memory
+from examples.unified_sr.settings import TrainingSettings
 
 ITEMS = [Item(str(n), f"title {n}") for n in range(7)]
 ROWS = [Example("rec", "u", tuple(range(6)), "", (6,), 0.0, f"r{n}") for n in range(8)]
 CPU = torch.device("cpu")
 
 
-def estimated(settings: Any, folder: str, tokens: float = 20.0) -> Any:
-    shape = shape_of(load_language_model(folder))
-    rows = RowSize(tokens, 1.0)
-    return estimate_memory(settings, shape, items=len(ITEMS), tasks=2, rows=rows, autocast=False, on_gpu=True)
-
-
-def test_a_model_on_the_meta_device_has_the_same_shape(model_folder: str) -> None:
-    loaded = load_language_model(model_folder)
-    described = describe_language_model(model_folder)
-    assert all(weight.is_meta for weight in described.model.parameters())
-    assert shape_of(described) == shape_of(loaded)
-    shape = shape_of(loaded)
-    assert shape.weights == sum(weight.numel() for weight in loaded.model.parameters())
-    assert (shape.blocks, shape.width) == (2, 24)
-    assert shape.tied == ("untied" not in model_folder)
-
-
-@pytest.mark.parametrize("method", ["adamw", "lora", "gems"])
-def test_weights_gradients_and_state_are_counted_exactly(
-    method: str, model_folder: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = {"gems": ["method.rank=4", "method.protect=false"], "lora": ["method.rank=4"]}.get(method, [])
-    settings: Any = resolve(pairs=own, flags={"method.name": method})
-    language_model = load_language_model(model_folder)
+def world(folder: str, method: str, *pairs: str) -> tuple[Ranker, Any, Any]:
+    """A ranker, the updater of a method on it, and a batch of the task rec."""
+    language_model = load_language_model(folder)
     ranker = Ranker(language_model, ITEMS)
     prompts = PromptBuilder(
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
+    settings = resolve(pairs=pairs, flags={"method.name": method})
     build = method_named(method).build
     assert build is not None
     updater = build(Setup(ranker, settings, ("rec", "search"), lambda: iter(()), print))
-    batch = Collator(0)([prompts(row) for row in ROWS], [row.target for row in ROWS], "rec")
+    return ranker, updater, Collator(0)([prompts(row) for row in ROWS], [row.target for row in ROWS], "rec")
+
+
+def estimated(ranker: Ranker, updater: Any, tokens: float = 20.0, autocast: bool = False, **training: Any) -> Any:
+    settings = TrainingSettings(batch_size=8, **training)
+    return estimate_memory(ranker, updater.optimizer, settings, RowSize(tokens, 1.0), tasks=2, autocast=autocast)
+
+
+def held(optimizer: torch.optim.Optimizer) -> int:
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+@pytest.mark.parametrize(
+    ("method", "pairs"),
+    [
+        ("adamw", ()),
+        ("lora", ("method.rank=4",)),
+        ("gems", ("method.rank=4", "method.protect=false")),
+        ("gems-no-task", ("method.rank=4", "method.protect=false")),
+    ],
+)
+def test_gradients_and_moments_are_counted_exactly(
+    method: str, pairs: tuple[str, ...], model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker, updater, batch = world(model_folder, method, *pairs)
+    found, before = estimated(ranker, updater), held(updater.optimizer)
     apart: list[int] = []
     if isinstance(updater, MixedLossUpdater):
         combine = updater._combine
 
         def watched(parts: Any, measure: bool) -> None:
-            held = (gradient for part in parts.values() for gradient in part if gradient is not None)
-            apart.append(sum(gradient.numel() * gradient.element_size() for gradient in held))
+            kept = (gradient for part in parts.values() for gradient in part if gradient is not None)
+            apart.append(sum(gradient.numel() * gradient.element_size() for gradient in kept))
             combine(parts, measure)
 
         monkeypatch.setattr(updater, "_combine", watched)
     passes = [Pass({task: 8}, lambda task=task: {task: ranker.loss(batch)}) for task in ("rec", "search")]  # type: ignore[misc]
-    for measure in (True, False):
-        updater.update(passes, measure=measure)
-    found = estimated(settings, model_folder)
-    assert found.weights == 4 * sum(weight.numel() for weight in ranker.parameters())
-    held = sum(
-        value.numel() * value.element_size()
-        for state in updater.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-    # The formula leaves out Adam's step counters, and counts what sketches remember: layers this small have none.
-    assert found.optimizer == pytest.approx(held, rel=0.03 if method == "gems" else 0.01)
+    updater.update(passes, measure=True)
+    # Adam's step counters are left out.
+    assert found.moments == pytest.approx(held(updater.optimizer) - before, rel=0.01)
     if method != "gems":
         assert apart == [found.gradients]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_of_the_right_size(checkpointing: bool, model_folder: str) -> None:
-    language_model = load_language_model(model_folder)
-    ranker = Ranker(language_model, ITEMS).train()
-    prompts = PromptBuilder(
-        language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
-    )
-    settings: Any = resolve(
-        pairs=["training.batch_size=8", f"training.gradient_checkpointing={str(checkpointing).lower()}"],
-        flags={"method.name": "adamw"},
-    )
+@pytest.mark.parametrize(("method", "checkpointing"), [("adamw", False), ("adamw", True), ("lora", False)])
+def test_activations_are_of_the_right_size(method: str, checkpointing: bool, model_folder: str) -> None:
+    ranker, updater, batch = world(model_folder, method)
+    ranker.train()
     if checkpointing:
         ranker.recompute_activations()
     weights = {weight.data_ptr() for weight in ranker.parameters()}
@@ -107,31 +98,29 @@ def test_activations_are_of_the_right_size(checkpointing: bool, model_folder: st
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = Collator(0)([prompts(row) for row in ROWS], [row.target for row in ROWS])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = ranker.loss(batch)
     tokens = batch.input_ids.shape[1]
-    found = estimated(settings, model_folder, float(tokens)).activations
+    found = estimated(ranker, updater, float(tokens), gradient_checkpointing=checkpointing).activations
     del loss
     # A block that is computed again holds its activations then, which the hooks of the forward pass do not see.
     assert (0.2 if checkpointing else 0.5) * found < sum(saved.values()) < 2 * found
 
 
 def test_what_saves_memory_lowers_the_estimate(llama_folder: str) -> None:
-    plain = estimated(resolve(flags={"method.name": "adamw"}), llama_folder).activations
-    cut = estimated(
-        resolve(pairs=["training.accumulation=4"], flags={"method.name": "adamw"}), llama_folder
-    ).activations
-    checkpointed = estimated(
-        resolve(pairs=["training.gradient_checkpointing=true"], flags={"method.name": "adamw"}), llama_folder
+    ranker, updater, _ = world(llama_folder, "adamw")
+    plain = estimated(ranker, updater).activations
+    assert estimated(ranker, updater, accumulation=4).activations == pytest.approx(plain / 4)
+    assert estimated(ranker, updater, gradient_checkpointing=True).activations < plain
+    assert (
+        estimated(ranker, updater, tokens=200.0, autocast=True).activations
+        < estimated(ranker, updater, 200.0).activations
     )
-    assert cut == pytest.approx(plain / 4)
-    assert checkpointed.activations < plain
-    zero = estimated(resolve(flags={"method.name": "zero-shot"}), llama_folder)
-    assert zero.gradients == zero.optimizer == zero.activations == zero.null_space == 0
-    protected = estimated(resolve(flags={"method.name": "gems"}), llama_folder)
-    assert protected.null_space > 0
-    assert str(protected).startswith("about 0.0 GiB (weights 0.00, gradients")
+    own = ("method.rank=4", "method.protect=false", "method.capture=fused")
+    inside = estimated(*world(llama_folder, "gems", *own)[:2])
+    outside = estimated(*world(llama_folder, "gems", *own, "method.side=output")[:2])
+    assert inside.activations < outside.activations == plain
+    assert str(inside).startswith("about 0.0 GiB (gradients 0.00, moments 0.00")
 
 
 def test_rows_are_measured_on_a_sample_of_the_longest_stream() -> None:
@@ -190,10 +179,9 @@ def test_a_run_says_beforehand_what_it_takes(
     line = ["run", "--data", data_folder, "--model", llama_folder, "--method", "adamw", "--steps", "5"]
     assert main([*line, "--out", str(tmp_path / "run"), "--set", *small]) == 0
     printed = capsys.readouterr().out
-    assert "memory: about 1.3 GiB (weights 0.00" in printed
+    assert "memory: training takes about 0.0 GiB (gradients 0.00, moments 0.00, activations" in printed
     assert "an estimate" in printed
     assert "for 2 further steps of" in printed
     summary = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert summary["peak_memory"]["resident"] > 2**27
-    assert summary["estimated_memory"] > 2**30
     assert "Peak memory of the process" in (tmp_path / "run" / "report.md").read_text(encoding="utf-8")

@@ -43,7 +43,7 @@ def test_two_steps_of_a_miniature(
     line = ["run", "--config", str(CONFIGS / f"{name}.yaml"), "--model", request.getfixturevalue(f"{model}_folder")]
     line += ["--data", data_folder, "--general-text", str(text), "--steps", "2", "--out", str(out)]
     assert main([*line, "--set", "training.epochs=null", "training.early_stop=null", "data.min_user_events=3"]) == 0
-    assert "memory: about" in capsys.readouterr().out
+    assert "memory: training takes about" in capsys.readouterr().out
     used = read_config(out / "config.yaml")
     written = read_yaml(CONFIGS / f"{name}.yaml")
     settings = {**flatten(written), **flatten(written["methods"][written["method"]["name"]])}

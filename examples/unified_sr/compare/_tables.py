@@ -19,7 +19,7 @@ NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "gems_ndcg": 
 LAST_STEPS = 5
 """Steps over which a training loss is averaged: one batch's says little."""
 
-ELSEWHERE = ("method", "seed", "lr")
+ELSEWHERE = ("method.name", "seed", "training.lr")
 """Settings that stand in other tables."""
 
 DASH = "–"

@@ -150,7 +150,9 @@ class _Contents:
                     if file is not None:
                         self._once(key, file, self._file)
         if not any(key == FILES[0] for key, _ in self._names):
-            say("evaluation.general_text is null: general text comes out of Python's documentation, of the Python there")
+            say(
+                "evaluation.general_text is null: general text comes out of Python's documentation, of the Python there"
+            )
 
     def moved(self, content: dict[str, Any], grid: Grid) -> dict[str, Any]:
         """Return the grid's file with sources and settings as they are there, and what --set says in it."""

@@ -1,4 +1,4 @@
-"""How long the runs that are left will take, and what each takes in memory: estimates, said as such."""
+"""How long the runs that are left will take: estimates, said as such."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import Any
 
 from ..config import changed
 from ..data import Dataset, load_dataset
-from ..estimates import Cost, ModelShape, estimate_memory, row_size, shape_of
-from ..feeds import Pool, Window, training_pools
+from ..estimates import Cost
+from ..feeds import Pool, training_pools
 from ..methods import method_named
-from ..model import describe_language_model
 from ..plan import plan_training
-from ..precision import choose_precision
 from ..run import data_arguments
 from ..settings import Settings
 from ..training import tasks_to_train
@@ -41,7 +39,6 @@ class Forecast:
     _starts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _probed: list[Cost] = field(default_factory=list)
     _datasets: dict[Any, Dataset] = field(default_factory=dict)
-    _shapes: dict[str, ModelShape] = field(default_factory=dict)
 
     def learn(self, job: Job, folder: Path) -> None:
         """Take in what a finished run took; one without a language model tells nothing about the others."""
@@ -120,29 +117,6 @@ class Forecast:
         """Estimate the seconds of several runs together."""
         return math.fsum(self.seconds(job) for job in jobs)
 
-    def memory(self, job: Job) -> str:
-        """Estimate what a run takes in memory, or say why that is not possible."""
-        settings = job.settings()
-        if _without_language_model(job):
-            return "little: there is no language model"
-        try:
-            if settings.model.name not in self._shapes:
-                self._shapes[settings.model.name] = shape_of(describe_language_model(settings.model.name))
-        except (OSError, ValueError) as error:
-            return f"unknown ({error})"
-        dataset = self.dataset(settings)
-        precision = choose_precision(settings.model)
-        found = estimate_memory(
-            settings,
-            self._shapes[settings.model.name],
-            items=len(dataset.items),
-            tasks=len(_tasks(dataset, settings)),
-            rows=row_size(_pools(dataset, settings), lambda row: _rough_size(row, settings.model.max_query_tokens)),
-            autocast=precision.autocast is not None,
-            on_gpu=precision.device.type == "cuda",
-        )
-        return f"{found}, an estimate"
-
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""
         arguments = data_arguments(settings)
@@ -171,13 +145,3 @@ def _cost(folder: Path) -> Cost:
 def _summary(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     return found
-
-
-def _rough_size(row: Any, most: int) -> tuple[int, int]:
-    """Tokens and targets of a row without a tokenizer: one an item, two a word of a query, and the fixed words."""
-    if isinstance(row, Window):
-        queries = [query for turn in row.turns for query in turn.queries]
-        items = len(row.context) + sum(len(turn.items) for turn in row.turns)
-        words = sum(4 + min(most, 2 * len(query.split())) for query in queries)
-        return 2 + items + words, max(1, sum(bool(turn.tasks) for turn in row.turns))
-    return 6 + len(row.history) + min(most, 2 * len(row.query.split())), 1

@@ -105,7 +105,6 @@ def run_grid(
     if dry_run:
         for job in jobs:
             say(f"  {job.name}: {states[job.name].value}")
-    _say_memory(left, forecast, say)
     if not dry_run and deadline is None and len(left) > 1 and math.isnan(forecast.total(left)):
         _probe(left, forecast, say)
     further = _further_trials(jobs, out)
@@ -150,15 +149,6 @@ def _state(job: Job, out: Path) -> State:
             return State.NEW  # training diverged at every rate, which is said where the run's turn comes
     job.settings()  # what is wrong with them is said before anything runs
     return State.NEW
-
-
-def _say_memory(jobs: Sequence[Job], forecast: Forecast, say: Say) -> None:
-    shown: set[tuple[str, str]] = set()
-    for job in jobs:
-        kind = (job.data, job.entry.name)
-        if kind not in shown:
-            shown.add(kind)
-            say(f"memory of {'/'.join(kind)}: {forecast.memory(job)}")
 
 
 def _probe(jobs: Sequence[Job], forecast: Forecast, say: Say) -> None:

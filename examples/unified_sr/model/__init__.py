@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ._batch import Batch, Collator, length_buckets
 from ._items import ItemEmbedding, title_rows, token_name
-from ._load import SMOLLM2, LanguageModel, describe_language_model, load_language_model, packaged_model
+from ._load import SMOLLM2, LanguageModel, load_language_model, packaged_model
 from ._prompts import Place, PromptBuilder, SequenceBuilder
 from ._ranker import Ranker
 
@@ -18,7 +18,6 @@ __all__ = [
     "PromptBuilder",
     "Ranker",
     "SequenceBuilder",
-    "describe_language_model",
     "length_buckets",
     "load_language_model",
     "packaged_model",

