@@ -12,13 +12,13 @@ import yaml
 
 from .beside import run_beside, summary
 from .compare import compare
-from .config import beside, known_settings, resolve
+from .config import beside, resolve
 from .grid import BUNDLE, GRACE, read_grid, run_grid, write_bundle
 from .interruption import UNFINISHED
 from .methods import METHODS, defaults_of
 from .processes import joined, launched
 from .run import describe_result
-from .settings import MethodSettings, Settings
+from .settings import MethodSettings, Settings, known_settings
 from .tables import pack
 
 FLAGS = {

@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 from .busy import busy_notice, own_load
+from .checking import changed
 from .checkpoint import Checkpoint
-from .config import changed
 from .data import Dataset, Example, format_statistics, load_dataset
 from .early_stopping import EarlyStopping
 from .environment import describe_environment

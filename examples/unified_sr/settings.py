@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny
+from pydantic.fields import FieldInfo
 from typing_extensions import TypeVar
 
 
@@ -150,3 +152,34 @@ class Settings(Section, Generic[M]):
 
 EVALUATION = ("data", "evaluation")
 """The sections in which runs must agree for their numbers to mean the same."""
+
+
+def sections(method: type[MethodSettings] = MethodSettings) -> dict[str, type[Section]]:
+    """Return the sections by name, of which ``method`` is of the method's own class."""
+    found = {name: field.annotation for name, field in Settings.model_fields.items()} | {"method": method}
+    return {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Section)}
+
+
+def known_settings(method: type[MethodSettings] = MethodSettings) -> dict[str, FieldInfo]:
+    """Return all settings by ``section.key`` with their declarations."""
+    top = {name: field for name, field in Settings.model_fields.items() if name not in sections()}
+    return top | {
+        f"{name}.{key}": field for name, kind in sections(method).items() for key, field in kind.model_fields.items()
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return settings as one mapping by ``section.key``.
+
+    Example:
+        >>> flatten({"seed": 1, "training": {"lr": 0.1}, "method.rank": 2})
+        {'seed': 1, 'training.lr': 0.1, 'method.rank': 2}
+    """
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found |= flatten(value, f"{name}.")
+        elif value is not None or name not in sections():  # YAML reads an empty section as null
+            found[name] = value
+    return found

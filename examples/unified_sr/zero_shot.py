@@ -11,11 +11,11 @@ from typing import Any
 
 from .alone import alone
 from .checkpoint import write_text_whole
-from .config import flatten, read_config
+from .config import read_config
 from .evaluation import TaskResult
 from .retention import General
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder
-from .settings import EVALUATION, Settings
+from .settings import EVALUATION, Settings, flatten
 
 
 @dataclass

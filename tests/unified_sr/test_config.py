@@ -7,18 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from examples.unified_sr import config
-from examples.unified_sr.config import (
-    build_settings,
-    changed,
-    differences,
-    flatten,
-    known_settings,
-    read_config,
-    resolve,
-    to_yaml,
-)
+from examples.unified_sr import settings as settings_module
+from examples.unified_sr.checking import build_settings, changed
+from examples.unified_sr.config import differences, read_config, resolve, to_yaml
 from examples.unified_sr.methods import METHODS
+from examples.unified_sr.settings import flatten, known_settings
 
 DEMO = Path(__file__).parents[2] / "examples" / "unified_sr" / "configs"
 
@@ -192,5 +185,5 @@ def test_an_empty_section_is_none_and_settings_do_not_change(tmp_path: Path) -> 
     assert changed(other, {"training.lr": 6e-4}) == settings
     with pytest.raises(ValueError, match=r"training\.lr must be a number above 0"):
         changed(settings, {"training.lr": 0})
-    assert doctest.testmod(config).attempted
-    assert doctest.testmod(config).failed == 0
+    assert doctest.testmod(settings_module).attempted
+    assert doctest.testmod(settings_module).failed == 0

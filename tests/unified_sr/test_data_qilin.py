@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from examples.unified_sr.config import build_settings, flatten
+from examples.unified_sr.checking import build_settings
 from examples.unified_sr.data import TASKS, Dataset, Example, format_statistics, load_dataset
 from examples.unified_sr.data import _parquet as parquet
 from examples.unified_sr.run import data_arguments
+from examples.unified_sr.settings import flatten
 
 README = Path(parquet.__file__).parent / "README.md"
 ANY = {"min_user_events": 1, "min_item_events": 1}

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from examples.unified_sr.checking import changed
 from examples.unified_sr.cli import main
-from examples.unified_sr.config import changed, flatten, read_config, read_yaml
+from examples.unified_sr.config import read_config, read_yaml
 from examples.unified_sr.grid import list_jobs, read_grid
 from examples.unified_sr.methods import METHODS
+from examples.unified_sr.settings import flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "examples" / "unified_sr" / "configs"
 

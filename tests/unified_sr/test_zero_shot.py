@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from examples.unified_sr.config import build_settings, changed, flatten
+from examples.unified_sr.checking import build_settings, changed
 from examples.unified_sr.run import _Parts, run
 from examples.unified_sr.run_folder import DONE
-from examples.unified_sr.settings import Settings
+from examples.unified_sr.settings import Settings, flatten
 from examples.unified_sr.zero_shot import Measured, ZeroShot, evaluates_alike
 
 QUESTION = {

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
-from ..config import SECTIONS, flatten, read_yaml
+from ..config import SECTIONS, read_yaml
 from ..data import MOVIELENS, movielens_folder
 from ..environment import describe_environment
 from ..methods import method_named
 from ..model import SMOLLM2, load_language_model, packaged_model
 from ..precision import choose_precision
-from ..settings import ModelSettings, Settings
+from ..settings import ModelSettings, Settings, flatten
 from ._config import Grid, read_grid
 from ._jobs import list_jobs
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import SECTIONS, flatten, parse_pairs, read_yaml
+from ..config import SECTIONS, parse_pairs, read_yaml
 from ..metrics import CUTOFFS
+from ..settings import flatten
 
 KEYS = ("data", "seeds", "settings", "select", "methods")
 DATA_KEYS = ("source", "settings")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config import changed
+from ..checking import changed
 from ..data import Dataset, load_dataset
 from ..estimates import Cost
 from ..feeds import Pool, training_pools

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import build_settings, changed, differences, read_config, section_of
+from ..checking import build_settings, changed
+from ..config import differences, read_config, section_of
 from ..methods import method_named
 from ..run_folder import CONFIG, RunFolder, State
 from ..settings import Settings
