@@ -61,7 +61,7 @@ def test_timelines_hold_each_training_example_at_its_place(
     tmp_path: Path, rows: list[Row], repeats: str, searches: str
 ) -> None:
     source = write_folder(tmp_path, rows)
-    sizes = {"data.min_user_events": 1, "data.min_item_events": 1, "model.max_history": 200}
+    sizes = {"min_user_events": 1, "min_item_events": 1, "max_history": 200}
     dataset = load_dataset(source, repeats=repeats, searches=searches, **sizes)  # type: ignore[arg-type]
     for task in TASKS:
         trained = Counter(
