@@ -56,7 +56,7 @@ def write_run(
         "peak_memory": {"resident": 2**30, "device": None},
     }
     run.write_json("run.json", {**found, **(summary or {})})
-    tasks = [getattr(settings, "train_tasks", None)] if getattr(settings, "train_tasks", None) else list(ranks)
+    tasks = [settings.training.tasks] if settings.training.tasks else list(ranks)
     records = [
         {
             "step": step,

@@ -51,9 +51,9 @@ def here(llama_folder: str, data_folder: str, tmp_path: Path) -> Path:
                 "training.batch_size": 4,
             },
             **{
-                "model": "nowhere",
+                "model.name": "nowhere",
                 "evaluation.general_text": str(here / "text.txt"),
-                "methods": {"adamw": {"model": "nowhere"}},
+                "methods": {"adamw": {"model": {"name": "nowhere"}}},
             },
         },
         "methods": ["popularity", {"name": "adamw", "settings": {"training.lr": 1e-3, "training.steps": 2}}],
@@ -139,8 +139,8 @@ def test_what_is_named_keeps_its_name_and_comes_where_its_package_would_be(
     assert "recbole/dataset_example/ml-100k/ml-100k.kg" not in names
     assert any(name.startswith("gguf/") for name in names), "what reads the model"
     assert content["data"]["shop"]["source"] == "movielens-100k"
-    assert content["settings"]["model"] == "smollm2-135m"
-    assert content["settings"]["general_text"] == "bundle/texts/text.txt"
+    assert content["settings"]["model.name"] == "smollm2-135m"
+    assert content["settings"]["evaluation.general_text"] == "bundle/texts/text.txt"
     assert content["settings"]["methods"] == {"adamw": {}}, "--set wins over all"
 
 

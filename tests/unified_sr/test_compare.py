@@ -202,9 +202,9 @@ def test_times_of_different_machines_are_not_averaged(tmp_path: Path) -> None:
 
 def test_more_columns_where_more_was_measured(tmp_path: Path) -> None:
     leak = {"leak": {"a": 0.1, "b": None, "c": 0.3}}
-    more: dict[str, Any] = {"evaluation.compat": "gems", "general": {"multiple_choice": 0.25}, "summary": leak}
+    more: dict[str, Any] = {"compat": "gems", "general": {"multiple_choice": 0.25}, "summary": leak}
     write_run(tmp_path / "a", "gems", ranks={"rec": GOOD}, **more)
-    write_run(tmp_path / "b", "adamw", ranks={"rec": GOOD})
+    write_run(tmp_path / "b", "adamw", ranks={"search": GOOD}, compat="gems")
     tables = World(tmp_path).tables()
     ranking, cost = tables["Full ranking"], tables["Retention and cost"]
     assert list(cost.loc[["gems", "adamw"], "multiple choice"]) == ["0.2500", DASH]
@@ -223,9 +223,9 @@ def test_trials_and_the_chosen_rate(tmp_path: Path) -> None:
 
 def test_settings_that_differ_are_named_with_who_differs(tmp_path: Path) -> None:
     found = World(write_grid(tmp_path)).tables()["Settings that differ"]
-    assert found.loc["energy", "most"] == "0.95"
-    assert found.loc["energy", "others"] == "0.5: half_protected"
-    assert not {"method", "seed", "lr"} & set(found.index)
+    assert found.loc["method.energy", "most"] == "0.95"
+    assert found.loc["method.energy", "others"] == "0.5: half_protected"
+    assert not {"method.name", "seed", "training.lr"} & set(found.index)
 
 
 def test_the_released_metrics_count_only_what_was_retrieved() -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from examples.unified_sr.cli import main
-from examples.unified_sr.config import read_yaml, resolve
+from examples.unified_sr.config import read_config, resolve
 from examples.unified_sr.grid import Trial, next_rate
 from examples.unified_sr.grid._forecast import Forecast
 from examples.unified_sr.grid._process import Running
@@ -32,12 +32,12 @@ SMALL = {
     "data.min_user_events": 3,
     "training.leak_tokens": 0,
 }
-GEMS = {"rank": 4, "method.null_space_tokens": 256}
+GEMS = {"method.rank": 4, "method.null_space_tokens": 256}
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals end a process at once elsewhere")
 
 
 def command(folder: Path, model: str, data: str, *more: str, **content: Any) -> list[str]:
-    settings = {**SMALL, "model": model, **content.pop("settings", {})}
+    settings = {**SMALL, "model.name": model, **content.pop("settings", {})}
     file = folder / "grid.yaml"
     file.write_text(yaml.safe_dump({"data": {"shop": data}, "settings": settings, **content}), encoding="utf-8")
     return ["grid", "--config", str(file), "--out", str(folder / "out"), *more]
@@ -114,8 +114,9 @@ def test_what_a_trial_scores_on_the_test_split_stays_closed(shop: Path) -> None:
     rate = read(shop / "adamw" / "selection.json")["lr"]
     for trial in (shop / "adamw").glob("lr-*/"):
         assert (trial / SEALED).is_file()
-        assert read_yaml(trial / "config.yaml")["eval_split"] == "valid"
-    tested = [path.parent.name for path in shop.glob("adamw/*/config.yaml") if read_yaml(path)["eval_split"] == "test"]
+        assert read_config(trial / "config.yaml")["evaluation.split"] == "valid"
+    splits = {path.parent.name: read_config(path)["evaluation.split"] for path in shop.glob("adamw/*/config.yaml")}
+    tested = [name for name, split in splits.items() if split == "test"]
     assert sorted(tested) == ["seed-0", "seed-1"], "other rates are nowhere to be seen"
     settings = resolve(file=shop / "adamw" / "seed-0" / "config.yaml")
     matching = [path.name for path in shop.glob("adamw/lr-*/") if holds(RunFolder(path), settings)]
@@ -154,7 +155,7 @@ def when(ready: Callable[[], bool], act: Callable[[], object]) -> threading.Thre
     return thread
 
 
-EARLY: dict[str, Any] = {"epochs": 1, "training.early_stop": 1, "training.checkpoint_every": 1000, "lr": 1e-3}
+EARLY: dict[str, Any] = {"training": {"epochs": 1, "early_stop": 1, "checkpoint_every": 1000, "lr": 1e-3}}
 
 
 def test_what_is_stopped_goes_on_to_the_same_results(

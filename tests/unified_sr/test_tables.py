@@ -11,7 +11,7 @@ import pytest
 from run_files import FAIR, GOOD, write_grid, write_run
 
 from examples.unified_sr.cli import main
-from examples.unified_sr.config import read_yaml
+from examples.unified_sr.config import read_config
 from examples.unified_sr.run_folder import CONFIG, DONE, METRICS, RunFolder
 from examples.unified_sr.tables import (
     COLUMNS,
@@ -89,7 +89,7 @@ def test_every_number_of_a_run_is_in_the_files(tmp_path: Path) -> None:
     assert (row["label"], row["seed"], row["lr"], row["split"], row["steps"]) == ("gems", 3, 6e-4, "test", 2)
     assert (row["trained_tasks"], row["seconds"], row["leak"]) == ("rec,search", 6.0, pytest.approx(0.2))
     assert json.loads(row["selection"]) == {"lr": 6e-4, "at_edge": False}
-    settings = read_yaml(folder / CONFIG)
+    settings = read_config(folder / CONFIG)
     assert json.loads(row["settings"]) == {**settings, "evaluation.general_text": "wikitext2/valid.txt"}
     assert not any(
         b"somebody" in data or b"a-name-of-a-machine" in data for data in contents(tmp_path / "out").values()
@@ -223,9 +223,9 @@ def test_what_two_settings_differ_in() -> None:
     texts = [json.dumps({"seed": 0, "a": 1, "b": 2}), json.dumps({"seed": 1, "a": 1, "b": 3}), json.dumps({"a": 1})]
     assert difference(texts) == {"b": [2, 3, None]}
     assert evaluated_differently({"x": '{"evaluation.users": 3}', "y": '{"evaluation.users": 4}'}) == (
-        "evaluation.users=3 in x, eval_users=4 in y"
+        "evaluation.users=3 in x, evaluation.users=4 in y"
     )
-    assert evaluated_differently({"x": '{"lr": 3}', "y": '{"lr": 4}'}) is None
+    assert evaluated_differently({"x": '{"training.lr": 3}', "y": '{"training.lr": 4}'}) is None
 
 
 def test_tables_without_a_run_can_be_merged_with_others(tmp_path: Path) -> None:

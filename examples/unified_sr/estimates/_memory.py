@@ -104,8 +104,8 @@ def row_size(pools: Mapping[str, Pool], measure: Callable[[Any], tuple[int, int]
 def _activations(ranker: Ranker, training: TrainingSettings, rows: RowSize, kept: Mapping[str, int], size: int) -> int:
     """Roughly inputs and outputs of every linear layer for every token; outputs stand for all that is no input.
 
-    A layer whose weight is frozen keeps no input.     The logits of the catalogue are kept three times: raw, in fp32, normalised. Layers of a decoder that answers with
-    one token read none of the prompt's.
+    A layer whose weight is frozen keeps no input. The logits of the catalogue are kept three times: raw, in fp32,
+    normalised. Layers of a decoder that answers with one token read none of the prompt's.
     """
     reader = ranker.lm.get_encoder() if ranker.encoder_decoder else ranker.backbone
     read = {id(module) for module in reader.modules()}
