@@ -86,16 +86,16 @@ def test_outside_a_grid_settings_tell_runs_apart(tmp_path: Path) -> None:
 def test_rates_tell_runs_apart_too(tmp_path: Path) -> None:
     for number, rate in enumerate(("training.lr=1.0e-3", "training.lr=2.0e-3")):
         write_run(tmp_path / f"run{number}", "gems", ranks={"rec": GOOD}, pairs=(rate,))
-    assert set(World(tmp_path).runs["group"]) == {"gems (lr=0.001)", "gems (lr=0.002)"}
+    assert set(World(tmp_path).runs["group"]) == {"gems (training.lr=0.001)", "gems (training.lr=0.002)"}
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", "gems", ranks={"rec": GOOD})
     other = write_run(tmp_path / "c", "adamw", ranks={"rec": FAIR}, pairs=("evaluation.users=3",))
-    with pytest.raises(ValueError, match=r"evaluated differently: eval_users=.* in .*, eval_users=.* in"):
+    with pytest.raises(ValueError, match=r"evaluated differently: evaluation.users=.* in .*, evaluation.users=.* in"):
         compare([first, other], tmp_path / "out")
     pack([first, other], tmp_path / "packed")
-    with pytest.raises(ValueError, match="evaluated differently: eval_users="):
+    with pytest.raises(ValueError, match=r"evaluated differently: evaluation\.users="):
         compare([tmp_path / "packed"], tmp_path / "out")
     valid = write_run(tmp_path / "d", "adamw", ranks={"rec": FAIR}, pairs=("evaluation.split=valid",))
     with pytest.raises(ValueError, match="needs the test split"):

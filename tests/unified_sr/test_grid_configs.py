@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from examples.unified_sr.checking import changed
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config, read_yaml
 from examples.unified_sr.grid import list_jobs, read_grid

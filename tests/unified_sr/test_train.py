@@ -15,6 +15,7 @@ from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.precision import Precision, choose_precision
+from examples.unified_sr.settings import ModelSettings
 from examples.unified_sr.training import History, train, warmup_cosine
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood"))]
@@ -102,8 +103,8 @@ def test_the_schedule_rises_and_falls(steps: int, warmup: float) -> None:
 
 
 def test_precision_is_what_was_asked_for() -> None:
-    assert choose_precision(resolve(pairs=["model.autocast=none", "model.device=cpu"])) == FP32
-    assert choose_precision(resolve(pairs=["model.autocast=bfloat16", "model.device=cpu"])).autocast is torch.bfloat16
+    assert choose_precision(ModelSettings(autocast="none", device="cpu")) == FP32
+    assert choose_precision(ModelSettings(autocast="bfloat16", device="cpu")).autocast is torch.bfloat16
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch finds no GPU"):
-            choose_precision(resolve(pairs=["model.device=cuda"]))
+            choose_precision(ModelSettings(device="cuda"))
