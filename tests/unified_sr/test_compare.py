@@ -80,7 +80,7 @@ def test_outside_a_grid_settings_tell_runs_apart(tmp_path: Path) -> None:
     for number, rate in enumerate(("method.energy=0.5", "method.energy=0.6")):
         write_run(tmp_path / f"run{number}", "gems", ranks={"rec": GOOD}, pairs=(rate,))
     write_run(tmp_path / "other", "adamw", ranks={"rec": GOOD})
-    assert set(World(tmp_path).runs["group"]) == {"gems (energy=0.5)", "gems (energy=0.6)", "adamw"}
+    assert set(World(tmp_path).runs["group"]) == {"gems (method.energy=0.5)", "gems (method.energy=0.6)", "adamw"}
 
 
 def test_rates_tell_runs_apart_too(tmp_path: Path) -> None:

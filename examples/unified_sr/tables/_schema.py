@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         Column("format", _WORD, "prompt: a target an example; sequence: a target at each event of a user"),
         Column("batch_size", _COUNT, "examples of each task in a step, or sequences"),
         Column("negatives", _COUNT, "random items of the sampled metrics"),
-        Column("settings", _TEXT, "all settings as JSON; of an absolute path the last two parts"),
+        Column("settings", _TEXT, "all settings as JSON by section.key; of an absolute path the last two parts"),
         Column("selection", _TEXT, "how the grid chose the rate, as JSON; null outside of a grid or without a choice"),
         Column("trained_tasks", _WORD, "tasks that were trained, separated by commas"),
         Column("trained_parameters", _COUNT, "weights that were trained"),
