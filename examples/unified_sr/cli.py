@@ -58,7 +58,9 @@ def _add_run(commands: Any) -> None:
     known = known_settings(MethodSettings)
     for flag, key in FLAGS.items():
         kind = known[key].annotation
-        command.add_argument(f"--{flag}", dest=key, type=int if kind is int else str, help=known[key].description)
+        command.add_argument(
+            f"--{flag}", dest=key, metavar=key, type=int if kind is int else str, help=known[key].description
+        )
     command.add_argument("--out", metavar="RUN_DIR", help="default: runs/DATA/MODEL/METHOD/seed-SEED")
     command.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs")
     command.set_defaults(carry_out=_run)
