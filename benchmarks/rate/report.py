@@ -12,7 +12,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def table(files: Sequence[Path]) -> str:
-    """The losses of all runs in the files, the sizes of the first updates, and the rates of the committed trials."""
+    """The losses of all runs in the files, the sizes of the first updates, and the rates of the first grid's trials."""
     rows = [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     steps = len(rows[0]["loss"]["search"])
     lines = [
@@ -52,7 +52,7 @@ def table(files: Sequence[Path]) -> str:
             lines.append(f"| {row['data']} | {row['rate']:.0e} | {row['method']} | {cells} |")
     lines += [
         "",
-        "## Rates with the same loss of search after 30 steps, in the committed trials of examples/unified_sr",
+        "## Rates with the same loss of search after 30 steps, in the trials of the first grid of examples/unified_sr",
         "",
         committed(),
     ]

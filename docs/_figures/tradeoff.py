@@ -3,97 +3,45 @@
     python docs/_figures/tradeoff.py
 
 Every method is a point (the mean of its seeds) and a dot for each seed. Across: the perplexity of general text after
-training over that before, on a logarithmic scale. Up: NDCG@10 of search in the ranking of the whole catalogue.
+training over that before, on a logarithmic scale. Up: NDCG@10 of search in the ranking of the whole catalogue. What has
+no language model has nothing to forget and is not shown.
 """
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))  # run as a file, a script knows its own folder alone
+
+from examples.unified_sr.compare import chosen_methods, group_runs, leader, place_labels, trade  # noqa: E402
+from examples.unified_sr.tables import read_tables  # noqa: E402
+
 RESULTS = ROOT / "examples" / "unified_sr" / "results"
 PICTURE = ROOT / "docs" / "assets" / "tradeoff.svg"
 
 WIDTH, HEIGHT = 1120, 480
 TOP, BOTTOM = 78, 404  # of the axes, pixels
-RATIOS = (1, 2, 5, 10, 20, 50, 100)
+METRIC = "ndcg@10"
+TITLES = {"amazon-industrial": "Amazon Industrial & Scientific", "movielens-100k": "MovieLens-100K"}
+SHOWN: tuple[str, ...] = ()
+"""Labels of the methods in the picture; none: those that `compare` draws."""
 
-
-@dataclass(frozen=True)
-class Label:
-    """The words at a point, and where: pixels from it, and the side of the words that is there."""
-
-    text: str
-    right: float = 12
-    down: float = 5
-    anchor: str = "start"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One data set: its folder, its title, the left and right end of its axis, the top of its scale."""
-
-    folder: str
-    title: str
-    left: float
-    right: float
-    top: float
-    step: float
-    labels: dict[str, Label]
-
-    def x(self, ratio: float) -> float:
-        """Pixels from the left of a perplexity ratio."""
-        return self.left + 14 + (self.right - self.left - 14) * math.log(ratio) / math.log(RATIOS[-1])
-
-    def y(self, value: float) -> float:
-        """Pixels from the top of an NDCG."""
-        return BOTTOM - (BOTTOM - TOP) * value / self.top
-
-
-PANELS = (
-    Panel(
-        "amazon-industrial",
-        "Amazon Industrial & Scientific",
-        70,
-        545,
-        0.6,
-        0.1,
-        {
-            "gems-normalized-44k": Label("GEMS, 44k tokens, normalized", 6, 42),
-            "gems": Label("GEMS", 2, -13),
-            "gems-shared-first-normalized": Label("GEMS, 4 × rate"),
-            "gems-paper": Label("GEMS as published", 12, 4),
-            "adamw-kept": Label("AdamW, 1/4 of its rate", 12, 10),
-            "adamw": Label("AdamW", 10, 22),
-            "cagrad": Label("CAGrad", 4, -12, "end"),
-            "pcgrad": Label("PCGrad", 8, -10),
-            "galore": Label("GaLore", 8, -14, "middle"),
-            "lora": Label("LoRA", 4, 28, "middle"),
-            "lora-kept": Label("LoRA, 1/16 of its rate"),
-            "zero-shot": Label("before training", 12, -2),
-        },
-    ),
-    Panel(
-        "movielens",
-        "MovieLens-100K",
-        630,
-        1100,
-        0.25,
-        0.05,
-        {
-            "gems-normalized-44k": Label("GEMS, 44k tokens, normalized", 14, 8),
-            "gems": Label("GEMS", 14, -4),
-            "adamw-other-rates": Label("AdamW, 1/2 of its rate", -4, -40),
-            "adamw": Label("AdamW"),
-            "lora": Label("LoRA"),
-            "zero-shot": Label("before training", 12, -2),
-        },
-    ),
-)
+NAMES = {
+    "zero-shot": "before training",
+    "gems": "GEMS",
+    "gems-paper": "GEMS as published",
+    "adamw": "AdamW",
+    "lora": "LoRA",
+    "galore": "GaLore",
+    "pcgrad": "PCGrad",
+    "cagrad": "CAGrad",
+}
+FONT = 15  # of the words at a point, pixels
 
 STYLE = """<style>
 .page { fill: #ffffff }
@@ -119,15 +67,50 @@ text.ours, text.theirs, text.none { filter: brightness(1.15) }
 </style>"""
 
 
-def measured(folder: Path) -> list[tuple[float, float]]:
-    """The perplexity ratio and the search NDCG@10 of each seed of a method."""
-    points = []
-    for path in sorted(folder.glob("seed-*/metrics.json")):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        before, after = metrics["zero_shot"], metrics["final"]
-        ratio = after["general"]["perplexity"] / before["general"]["perplexity"]
-        points.append((ratio, after["search"]["ndcg@10"]))
-    return points
+@dataclass(frozen=True)
+class Panel:
+    """One data set: its runs, the left and right end of its axis, and the ends of its scales."""
+
+    title: str
+    runs: Any
+    left: float
+    right: float
+    top: float
+    step: float
+    ratios: tuple[int, ...]
+
+    @classmethod
+    def of(cls, data: str, runs: Any, left: float, right: float) -> Panel:
+        """Choose what is shown, and scales that hold it."""
+        groups = group_runs(runs, METRIC)
+        found = trade(groups, METRIC)
+        shown = {*chosen_methods(found, SHOWN), *found.index[found["method"] == "zero-shot"]}
+        kept = groups[groups["group"].isin(shown) & groups["perplexity"].notna()]
+        most = float(kept[f"search_{METRIC}"].max())
+        step = next(size for size in (0.01, 0.02, 0.05, 0.1, 0.2) if 6 * size >= most)
+        farthest = float((kept["perplexity"] / kept["perplexity_before"]).max())
+        known = [digit * 10**power for power in range(6) for digit in (1, 2, 5)]
+        last = next(place for place, ratio in enumerate(known) if ratio >= farthest and ratio > 1)
+        ratios = known[: last + 1] if last < 9 else known[: last + 3 : 3]
+        return cls(TITLES.get(data, data), kept, left, right, step * math.ceil(1.05 * most / step), step, tuple(ratios))
+
+    def x(self, ratio: float) -> float:
+        """Pixels from the left of a perplexity ratio."""
+        return self.left + 14 + (self.right - self.left - 14) * math.log(ratio) / math.log(self.ratios[-1])
+
+    def y(self, value: float) -> float:
+        """Pixels from the top of an NDCG."""
+        return BOTTOM - (BOTTOM - TOP) * value / self.top
+
+
+def panels() -> list[Panel]:
+    """The two data sets side by side."""
+    runs = read_tables(RESULTS).frames()[0]
+    runs = runs[runs["split"] == "test"]
+    places = ((70.0, 545.0), (630.0, 1100.0))
+    return [
+        Panel.of(str(data), found, *place) for (data, found), place in zip(runs.groupby("data"), places, strict=False)
+    ]
 
 
 def kind(method: str) -> str:
@@ -143,10 +126,10 @@ def axes(panel: Panel) -> list[str]:
         y = panel.y(value)
         parts.append(f'<path d="M{panel.left} {y:.1f}H{panel.right}" class="grid"/>')
         parts.append(f'<text x="{panel.left - 8}" y="{y + 5:.1f}" text-anchor="end" class="note">{value:g}</text>')
-    for ratio in RATIOS:
+    for ratio in panel.ratios:
         x = panel.x(ratio)
         parts.append(f'<path d="M{x:.1f} {BOTTOM}V{BOTTOM + 6}" class="axis"/>')
-        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 24}" text-anchor="middle" class="note">{ratio}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{BOTTOM + 24}" text-anchor="middle" class="note">{ratio:,}</text>')
     parts.append(f'<path d="M{panel.left} {BOTTOM}H{panel.right}" class="axis"/>')
     middle = (panel.left + panel.right) / 2
     words = "perplexity of general text, as a multiple of that before training"
@@ -155,22 +138,29 @@ def axes(panel: Panel) -> list[str]:
 
 def points(panel: Panel) -> list[str]:
     """A point and its words for each method, above the dots of the seeds."""
-    dots, marks = [], []
-    for method, label in panel.labels.items():
-        found = measured(RESULTS / panel.folder / method)
-        if not found:
-            raise FileNotFoundError(f"no seed-*/metrics.json in {RESULTS / panel.folder / method}")
-        name = kind(method)
-        if len(found) > 1:
+    dots, marks, places, texts, kinds = [], [], [], [], []
+    runs = panel.runs.assign(ratio=panel.runs["perplexity"] / panel.runs["perplexity_before"])
+    for group, found in runs.groupby("group", sort=False):
+        name = kind(found["method"].iloc[0])
+        seeds = list(zip(found["ratio"], found[f"search_{METRIC}"], strict=True))
+        if len(seeds) > 1:
             dots += [
                 f'<circle cx="{panel.x(ratio):.1f}" cy="{panel.y(value):.1f}" r="3" class="{name} seed"/>'
-                for ratio, value in found
+                for ratio, value in seeds
             ]
         # The mean of perplexities, as the results' own tables have it.
-        x, y = panel.x(fmean(ratio for ratio, _ in found)), panel.y(fmean(value for _, value in found))
-        marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" class="{name}"/>')
-        place = f'x="{x + label.right:.1f}" y="{y + label.down:.1f}" text-anchor="{label.anchor}"'
-        marks.append(f'<text {place} font-size="15" class="{name}">{label.text}</text>')
+        places.append((panel.x(found["ratio"].mean()), panel.y(found[f"search_{METRIC}"].mean())))
+        texts.append(NAMES.get(str(group), str(group)))
+        kinds.append(name)
+        marks.append(f'<circle cx="{places[-1][0]:.1f}" cy="{places[-1][1]:.1f}" r="6" class="{name}"/>')
+    sizes = [(0.6 * FONT * len(text), 1.15 * FONT) for text in texts]
+    bounds = (panel.left, TOP - 16.0, panel.right + 10, float(BOTTOM))
+    for place, text, name, box in zip(places, texts, kinds, place_labels(places, sizes, bounds, gap=11), strict=True):
+        line = leader(place, box)
+        if line is not None:
+            marks.append('<path d="M{:.1f} {:.1f}L{:.1f} {:.1f}" class="axis"/>'.format(*line[0], *line[1]))
+        where = f'x="{box[0]:.1f}" y="{box[3] - 0.3 * FONT:.1f}"'
+        marks.append(f'<text {where} font-size="{FONT}" class="{name}">{text}</text>')
     return dots + marks
 
 
@@ -184,7 +174,7 @@ def draw() -> str:
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" class="page"/>'
     )
     note = '<text x="70" y="24" class="note">NDCG@10 of search (higher is better; further left forgot less)</text>'
-    body = [part for panel in PANELS for part in (*axes(panel), *points(panel))]
+    body = [part for panel in panels() for part in (*axes(panel), *points(panel))]
     return "\n".join([head, note, *body, "</svg>\n"])
 
 
