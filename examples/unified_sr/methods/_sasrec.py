@@ -30,9 +30,9 @@ class SasRecSettings(MethodSettings):
     dropout: Number = Field(0.3, ge=0, le=0.95, description="share of the hidden units dropped in training")
     learning_rate: Number = Field(3e-3, gt=0, description="of Adam")
     batch: int = Field(32, ge=1, description="sequences of at most model.max_history items in a step")
-    max_epochs: int = Field(50, ge=0, description="passes over the users' sequences at most")
+    max_epochs: int = Field(100, ge=0, description="passes over the users' sequences at most")
     patience: int = Field(
-        5, ge=1, description="epochs without a better NDCG@10 on the validation split after which the training ends"
+        10, ge=1, description="epochs without a better NDCG@10 on the validation split after which the training ends"
     )
 
 
