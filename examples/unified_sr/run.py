@@ -445,7 +445,7 @@ def describe_result(folder: RunFolder) -> str:
     return "\n".join(
         [
             f"report: {folder.file('report.md')}",
-            f"plots:  {folder.path} ({', '.join(plots)})" if plots else "plots:  none, since no language model was trained",
+            f"plots:  {folder.path} ({', '.join(plots)})" if plots else "plots:  none: no language model was trained",
             f"files:  {CONFIG}, {METRICS}, TREC runs and qrels, steps.jsonl",
         ]
     )
