@@ -16,7 +16,7 @@ from examples.unified_sr import busy
 from examples.unified_sr.busy import busy_notice, cores
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import beside, read_config, read_yaml
-from examples.unified_sr.demo_rates import choose, trials
+from examples.unified_sr.demo_rates import RATES, trials
 from examples.unified_sr.estimates import TimeNotice
 from examples.unified_sr.training import History
 
@@ -137,23 +137,18 @@ def test_the_demos_rate_is_what_the_named_trials_chose() -> None:
     assert named is not None
     chosen = json.loads((ROOT / "examples/unified_sr" / named[1]).read_text(encoding="utf-8"))
     assert settings.training.lr == chosen["lr"]
-    assert settings.training.lr == float(choose(chosen["validation_loss"], chosen["perplexity"]))
+    ndcg = chosen["validation_ndcg@10"]
+    assert {float(rate) for rate in ndcg} == set(RATES)
+    assert settings.training.lr == float(max(ndcg, key=lambda rate: sum(ndcg[rate].values())))
 
 
-@pytest.mark.parametrize(("loss", "chosen"), [(2.0, "2e-4"), (2.001, "2e-4"), (2.01, "1e-4")])
-def test_of_level_rates_the_one_that_forgets_least_is_chosen(loss: float, chosen: str) -> None:
-    losses = {"1e-4": {"search": 1.0, "rec": 1.0}, "2e-4": {"search": loss - 1.5, "rec": 1.5}}
-    assert choose(losses, {"1e-4": 30.0, "2e-4": 20.0}) == chosen
-    assert choose(losses, {"1e-4": 20.0, "2e-4": 30.0}) == "1e-4"
-
-
-def test_a_rate_is_chosen_by_validation_loss(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
+def test_a_rate_is_chosen_on_the_validation_split(llama_folder: str, data_folder: str, tmp_path: Path) -> None:
     file = small_demo(tmp_path, llama_folder, data_folder)
     found = trials(file, tmp_path / "trials", (1.0, 1e-6), ("training.item_lr=1e-6",))
-    losses = {rate: sum(loss.values()) for rate, loss in found["validation_loss"].items()}
-    assert set(losses) == {"1", "1e-06"}
-    assert losses["1"] > losses["1e-06"], "the first one ruins the model"
-    assert found["lr"] == 1e-6
+    ndcg = {rate: sum(values.values()) for rate, values in found["validation_ndcg@10"].items()}
+    assert set(ndcg) == set(found["perplexity"]) == {"1", "1e-06"}
+    assert found["perplexity"]["1"] > found["perplexity"]["1e-06"], "the first one ruins the model"
+    assert found["lr"] == (1.0 if ndcg["1"] > ndcg["1e-06"] else 1e-6)
     config = read_config(tmp_path / "trials/lr-1e-06/config.yaml")
     assert (config["evaluation.split"], config["method.name"], config["training.lr"], config["training.steps"]) == (
         "valid",
