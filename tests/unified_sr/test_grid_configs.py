@@ -76,7 +76,7 @@ def test_the_short_grid_is_a_part_of_the_whole_comparison(tmp_path: Path) -> Non
     )
     assert whole.data.keys() == short.data.keys()
     entries = {entry.name: entry for entry in whole.entries}
-    training = ("batch_size", "accumulation", "steps", "epochs", "early_stop", "checkpoint_every")
+    training = ("item_lr", "batch_size", "accumulation", "steps", "epochs", "early_stop", "checkpoint_every")
     lengths = {"method.update_proj_gap", "model.max_history", *(f"training.{name}" for name in training)}
     evaluation = ("users", "perplexity_tokens", "multiple_choice_questions")
     sizes = {"model.inference_tokens", *(f"evaluation.{name}" for name in evaluation)}
