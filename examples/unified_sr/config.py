@@ -117,7 +117,7 @@ def differences(old: Mapping[str, Any], new: Settings[Any]) -> list[str]:
     known = known_settings(type(new.method))
     old = {
         **{key: field.default for key, field in known.items() if field.default is None or field.default is False},
-        **old,
+        **flatten(old),
     }
     keys = [*current, *(key for key in old if key not in current)]
     absent = "(absent)"

@@ -23,6 +23,7 @@ def test_defaults_survive_the_round_trip_through_yaml(method: str, tmp_path: Pat
     file.write_text(to_yaml(settings), encoding="utf-8")
     assert resolve(file=file) == settings
     assert differences(read_config(file), settings) == []
+    assert differences(yaml.safe_load(file.read_text(encoding="utf-8")), settings) == [], "in sections as well"
 
 
 @pytest.mark.parametrize("method", METHODS)
