@@ -436,7 +436,8 @@ def _prompts(settings: Settings, language_model: LanguageModel, first_item: int)
             f"model.format='sequence' predicts behind every item, which the encoder-decoder {settings.model.name!r} "
             "cannot; set it to 'prompt', or take a decoder alone"
         )
-    return SequenceBuilder(language_model.tokenizer, first_item=first_item, **limits)
+    each = settings.training.targets == "each"
+    return SequenceBuilder(language_model.tokenizer, first_item=first_item, each=each, **limits)
 
 
 def describe_result(folder: RunFolder) -> str:

@@ -107,17 +107,27 @@ class SequenceBuilder(PromptBuilder):
     """Turns a user's events, in order of time, into one sequence of token ids with a target at each of them.
 
     ``History: <item_3> Search: comedy 1990s Result: <item_8> <item_5>``: behind an item the next one is predicted as a
-    recommendation, behind ``Result:`` as the answer to a query. An example's prompt is the beginning of such a
-    sequence, up to where its own target is predicted: what was asked for in its history is part of it.
+    recommendation, behind ``Result:`` as the answer to a query. An example's prompt is a sequence that
+    ends where its own target is predicted: what was asked for in its history is part of it. Of several questions with
+    one answer (``searches="every"``) a later one follows the earlier ones in training, and is a prompt without them.
 
     Args:
         tokenizer: the language model's, a decoder alone.
         first_item: the token id of item 0.
         max_history: the most recent items that are kept of a history.
         max_query_tokens: the first tokens that are kept of a query.
+        each: whether each item of an event has a place of its own, instead of a share in the event's.
     """
 
-    def __init__(self, tokenizer: Any, *, first_item: int, max_history: int = 50, max_query_tokens: int = 32) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        first_item: int,
+        max_history: int = 50,
+        max_query_tokens: int = 32,
+        each: bool = False,
+    ) -> None:
         super().__init__(
             tokenizer,
             first_item=first_item,
@@ -125,6 +135,7 @@ class SequenceBuilder(PromptBuilder):
             max_history=max_history,
             max_query_tokens=max_query_tokens,
         )
+        self._each = each
 
     def __call__(self, example: Example) -> list[int]:
         """Return the prompt's token ids: those of the history and, for a search, of the query."""
@@ -146,12 +157,13 @@ class SequenceBuilder(PromptBuilder):
         ids = [*self._prefix, *self._words(HISTORY), *map(self._token, context)]
         places = []
         for turn in turns:
+            targets = [(item,) for item in turn.items] if self._each else [turn.items]
             if "rec" in turn.tasks:
-                places.append(Place(len(ids) - 1, "rec", turn.items))
+                places += [Place(len(ids) - 1, "rec", target) for target in targets]
             for query in turn.queries:
                 ids += self._question(query)
                 if "search" in turn.tasks:
-                    places.append(Place(len(ids) - 1, "search", turn.items))
+                    places += [Place(len(ids) - 1, "search", target) for target in targets]
             ids += map(self._token, turn.items)
         return ids, places
 
