@@ -87,20 +87,19 @@ def training_pools(dataset: Dataset, settings: Settings, tasks: Sequence[str]) -
     Args:
         dataset: of the run.
         settings: whose ``format`` decides.
-        tasks: those that are trained; in sequences the others' events only lead to later ones.
+        tasks: those that are trained; in sequences the others' events only lead to later ones. All time lines stay, so
+            that a task's targets come in the order of joint training.
     """
     if settings.model.format == "prompt":
         return {task: Pool(task, dataset.train[task]) for task in tasks}
     timelines = [_only(timeline, tasks) for timeline in dataset.timelines]
-    return {
-        "sequences": Pool("sequences", [each for each in timelines if each is not None], settings.model.max_history)
-    }
+    return {"sequences": Pool("sequences", timelines, settings.model.max_history)}
 
 
-def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline | None:
-    """A timeline with the targets of some tasks; none if nothing is left to predict."""
+def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline:
+    """A timeline with the targets of some tasks."""
     turns = tuple(replace(turn, tasks=tuple(task for task in turn.tasks if task in tasks)) for turn in timeline.turns)
-    return replace(timeline, turns=turns) if any(turn.tasks for turn in turns) else None
+    return replace(timeline, turns=turns)
 
 
 class Feed(ABC):
@@ -165,8 +164,9 @@ class SequenceFeed(Feed):
         return sorted(rows, key=lambda row: len(self._builder.sequence(row.context, row.turns)[0]))
 
     def batch(self, rows: Sequence[Window]) -> Batch:
-        """Return the batch of windows."""
-        made = [self._builder.sequence(row.context, row.turns) for row in rows]
+        """Return the batch of windows without those that have nothing to predict; one stays if all are so."""
+        every = [self._builder.sequence(row.context, row.turns) for row in rows]
+        made = [(ids, places) for ids, places in every if places] or every[:1]
         return self._collate.sequences([ids for ids, _ in made], [places for _, places in made])
 
 
