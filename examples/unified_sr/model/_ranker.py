@@ -82,7 +82,12 @@ class Ranker(nn.Module):
         enable({"use_reentrant": False})
 
     def hidden(self, batch: Batch) -> Tensor:
-        """Return (P, d): the hidden states from which the answers are predicted."""
+        """Return (P, d): the hidden states from which the answers are predicted.
+
+        Raises:
+            ValueError: if a row is longer than the model has positions.
+        """
+        self._check_length(batch)
         starts_together = batch.starts_together
         self._choose_attention()
         batch = batch.to(self.device)
@@ -104,6 +109,15 @@ class Ranker(nn.Module):
         )
         first: Tensor = decoded.last_hidden_state[batch.rows, 0] * self._scale
         return first
+
+    def _check_length(self, batch: Batch) -> None:
+        # Learned positions would fail with an index out of range, rotary ones leave what they were trained on unsaid.
+        most, found = getattr(self.lm.config, "max_position_embeddings", None), batch.input_ids.shape[1]
+        if not self.encoder_decoder and most is not None and found > most:
+            raise ValueError(
+                f"a row of {found} tokens is longer than the {most} positions of the model "
+                "(max_position_embeddings); lower model.max_history or model.max_query_tokens"
+            )
 
     def _choose_attention(self) -> None:
         """Train with plain products where torch's fused attention is slow: in bfloat16 on a CPU.
