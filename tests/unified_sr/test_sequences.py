@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from examples.unified_sr.losses import passes_of
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.model import Collator, Ranker, SequenceBuilder, load_language_model
 from examples.unified_sr.precision import Precision
+from examples.unified_sr.run import _prompts
 
 IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 FP32 = Precision(torch.device("cpu"), None)
@@ -184,6 +186,82 @@ def test_a_shared_forward_pass_takes_the_step_of_separate_ones(method: str, llam
 
 def _only(turn: Turn, task: str) -> Turn:
     return Turn(turn.items, turn.queries, tuple(each for each in turn.tasks if each == task))
+
+
+def test_each_target_may_have_the_weight_of_an_event(llama_folder: str, data_folder: str) -> None:
+    language_model = load_language_model(llama_folder)
+    first = Ranker(language_model, ITEMS).first_item
+    shared, each = (SequenceBuilder(language_model.tokenizer, first_item=first, each=each) for each in (False, True))
+    assert shared.sequence((6,), TURNS)[0] == each.sequence((6,), TURNS)[0]
+    expected = [
+        (place.position, place.task, (item,)) for place in shared.sequence((6,), TURNS)[1] for item in place.target
+    ]
+    found = [(place.position, place.task, place.target) for place in each.sequence((6,), TURNS)[1]]
+    assert (
+        found == expected != [(place.position, place.task, place.target) for place in shared.sequence((6,), TURNS)[1]]
+    )
+    for targets, builder in (("share", shared), ("each", each)):
+        chosen = resolve(pairs=["model.format=sequence", f"training.targets={targets}"])
+        made = _prompts(chosen, language_model, first)
+        assert isinstance(made, SequenceBuilder)
+        assert made.sequence((), TURNS)[1] == builder.sequence((), TURNS)[1]
+
+
+def test_a_row_longer_than_the_model_is_refused(llama_folder: str) -> None:
+    ranker, _, feed = feed_of(llama_folder)
+    batch = feed.batch([Window((6,), TURNS)])
+    width = batch.input_ids.shape[1]
+    ranker.lm.config.max_position_embeddings = width
+    ranker(batch)
+    ranker.lm.config.max_position_embeddings = width - 1
+    with pytest.raises(
+        ValueError, match=rf"{width} tokens is longer than the {width - 1} positions .* model.max_history"
+    ):
+        ranker(batch)
+
+
+def test_one_task_sees_the_targets_of_joint_training_in_their_order(llama_folder: str) -> None:
+    kinds = [(), ("rec",), ("search",)]
+    turns = [Turn((n % 7,), ("odd",) if n % 3 == 2 else (), kinds[n % 3]) for n in range(9)]
+    lines = [turns[:3], [turns[0], turns[2]], turns, [turns[2]], turns[1:2], [turns[0], turns[1]]]
+    timelines = [Timeline(str(n), (), tuple(line)) for n, line in enumerate(lines)]
+    dataset: Any = SimpleNamespace(timelines=timelines)
+    _, _, feed = feed_of(llama_folder)
+    chosen = resolve(pairs=["model.format=sequence", "model.max_history=2"])
+    streams = {
+        tasks: training_pools(dataset, chosen, tasks)["sequences"].batches(3, seed=1)
+        for tasks in (TASKS, ("rec",), ("search",))
+    }
+    alone = Counter[str]()
+    for _ in range(12):
+        found = {tasks: feed.batch(next(stream)) for tasks, stream in streams.items()}
+        for task in TASKS:
+            both, one = found[TASKS], found[task,]
+            assert [target for target, own in zip(both.targets, both.tasks, strict=True) if own == task] == list(
+                one.targets
+            )
+            assert set(one.tasks) <= {task}
+            # What has nothing to predict is not read.
+            assert set(one.rows.tolist()) == set(range(len(one.input_ids))) or not one.tasks
+            alone[task] += len(one.input_ids) < len(both.input_ids)
+    assert all(alone[task] for task in TASKS)
+
+
+@pytest.mark.parametrize("method", ["adamw", "gems"])
+def test_a_step_without_a_target_changes_nothing(method: str, llama_folder: str) -> None:
+    language_model = load_language_model(llama_folder)
+    ranker = Ranker(language_model, ITEMS).train()
+    own = ["method.rank=4", "method.protect=false"] if method == "gems" else []
+    build = method_named(method).build
+    assert build is not None
+    chosen = resolve(pairs=["training.grad_clip=1.0", *own], flags={"method.name": method})
+    updater = build(Setup(ranker, chosen, ("rec", "search"), lambda: iter(()), print))
+    before = [weight.detach().clone() for weight in ranker.parameters()]
+    feed = SequenceFeed({}, Collator(0), SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item))
+    passes = passes_of(ranker, [feed.batch([Window((6,), TURNS[:1])])], FP32)
+    assert updater.update(passes, measure=True) == {}
+    updater.diagnostics()
+    assert all(torch.equal(weight, old) for weight, old in zip(ranker.parameters(), before, strict=True))
 
 
 def test_a_task_that_is_not_trained_has_no_target(data_folder: str) -> None:
