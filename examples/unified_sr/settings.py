@@ -74,7 +74,9 @@ class TrainingSettings(Section):
     """What every method shares in training; a method may have defaults of its own."""
 
     steps: int = Field(100, ge=0, description="optimizer steps")
-    epochs: int | None = Field(None, ge=1, description="passes over the task with most examples, in place of steps")
+    epochs: int | None = Field(
+        None, ge=1, description="passes over the task with most examples, or over all sequences, in place of steps"
+    )
     early_stop: int | None = Field(
         None,
         ge=1,
@@ -82,7 +84,7 @@ class TrainingSettings(Section):
     )
     tasks: str | None = Field(None, description="tasks that are trained, separated by commas; null trains all")
     targets: Literal["share", "each"] = Field(
-        "share", description="several targets of a training example share its weight, or each makes an example"
+        "share", description="several targets of a training event share its weight, or each makes an example"
     )
     batch_size: int = Field(32, ge=1, description="examples per task and step, or sequences per step")
     accumulation: int = Field(

@@ -56,7 +56,7 @@ class History:
 
     @property
     def throughput(self) -> dict[str, float]:
-        """Examples and prompt tokens per second, and the median seconds of a step."""
+        """Targets (an example has one in a prompt) and tokens per second, and the median seconds of a step."""
         if not self.records:
             return {}
         return {

@@ -21,7 +21,7 @@ class MixedLossUpdater(Updater):
     """Steps on the gradient of the mixed batch, or on what a surgery makes of its parts.
 
     Each task's mean loss is weighted by its share of the targets, so the sum of the gradients is that of the mean
-    loss over all targets; only one task's activations are in memory at a time. The tasks' gradients are kept apart
+    loss over all targets; only one pass's activations are in memory at a time. The tasks' gradients are kept apart
     only where a surgery needs them or the step is measured; then K gradients are in memory instead of one.
 
     The items' rows take no part in surgery and measurement: they are embedding and classifier of both tasks, outside
