@@ -22,7 +22,7 @@ from .run_folder import ENVIRONMENT, METRICS
 
 HERE = Path(__file__).parent
 CONFIG, RESULT = HERE / "configs" / "demo.yaml", HERE / "results" / "demo" / "adamw-rates.json"
-RATES = (5e-5, 1e-4, 2e-4)
+RATES = (2.5e-5, 5e-5, 1e-4)
 
 
 def trials(config: Path, out: Path, rates: tuple[float, ...] = RATES, pairs: tuple[str, ...] = ()) -> dict[str, Any]:
