@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -123,13 +122,11 @@ def _metrics(folder: RunFolder) -> Row:
 
 
 def _queries(folder: RunFolder, task: str) -> Iterator[Row]:
-    """The values of a plain or a packed file; none if there is no such file."""
-    plain = folder.file(f"queries.{task}.jsonl")
-    packed = folder.file(f"{plain.name}.gz")
-    if not plain.is_file() and not packed.is_file():
+    """The values of a file; none if there is no such file."""
+    file = folder.file(f"queries.{task}.jsonl")
+    if not file.is_file():
         return
-    text = plain.read_bytes() if plain.is_file() else gzip.decompress(packed.read_bytes())
-    for line in text.decode("utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         yield {"query": row.pop("qid"), **row}
 
