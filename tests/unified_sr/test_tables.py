@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from examples.unified_sr.tables import (
     merged,
     pack,
     read_tables,
-    rows_of,
     write_tables,
 )
 
@@ -112,13 +110,15 @@ def test_trials_have_steps_but_no_queries(tmp_path: Path) -> None:
     assert not trials & set(tables.queries["run"].to_pylist())
 
 
-def test_files_of_queries_may_be_packed_with_gzip(tmp_path: Path) -> None:
-    folder = RunFolder(write_run(tmp_path / "run", "lora", ranks={"rec": GOOD}))
-    plain = rows_of(folder).queries
-    file = folder.file("queries.rec.jsonl")
-    Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
-    file.unlink()
-    assert rows_of(folder).queries == plain != []
+def test_runs_beside_packed_ones_are_read_as_well(tmp_path: Path) -> None:
+    grid = write_grid(tmp_path / "runs")
+    pack([grid], grid)
+    before = read_tables(grid)
+    assert sorted(gather([grid]).names) == sorted(before.names)
+    write_run(grid / "late" / "seed-7", "gems", 7, ranks={"rec": GOOD})
+    found = gather([grid])
+    assert set(found.names) > set(before.names)
+    assert len(found.runs) == len(before.runs) + 1
 
 
 def test_what_is_not_finished_is_named_and_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

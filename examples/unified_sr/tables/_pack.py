@@ -51,24 +51,28 @@ def gather(paths: Sequence[str | Path], *, say: Say = print) -> Tables:
         ValueError: if a folder holds no run, no run is finished, or two are the same.
     """
     packed = [path for path in map(Path, paths) if _is_packed(path)]
-    parts = [read_tables(path) for path in packed]
-    single = [path for path in map(Path, paths) if path not in packed]
+    parts = {path.resolve(): read_tables(path) for path in packed}
+    # Runs may lie beside the three files, finished after these were written.
+    single = [path for path in map(Path, paths) if path not in packed or next(path.rglob(CONFIG), None)]
     folders = list(_folders(single))
     finished = [folder for folder in folders if folder.finished]
     for folder in folders:
         if folder not in finished:
             say(f"left out, since it failed or is not finished: {folder.path}")
-    if finished:
-        rows = {folder.path: rows_of(folder) for folder in finished}
-        owners: dict[str, Path] = {}
-        for place, found in rows.items():
-            other = owners.setdefault(found.run["run"], place)
-            if other != place:
-                raise ValueError(f"{other} and {place} have the same settings and seed; leave one out")
-        parts.append(Tables.of(rows.values()))
-    if not parts:
+    rows = {folder.path: rows_of(folder) for folder in finished}
+    owners: dict[str, Path] = {}
+    for place, found in rows.items():
+        name = found.run["run"]
+        other = owners.setdefault(name, place)
+        if other != place:
+            raise ValueError(f"{other} and {place} have the same settings and seed; leave one out")
+        for path, tables in parts.items():
+            if place.is_relative_to(path):
+                parts[path] = tables.without([name])
+    whole = [*parts.values(), *([Tables.of(rows.values())] if rows else [])]
+    if not whole:
         raise ValueError(f"none of the runs in {', '.join(map(str, paths))} is finished")
-    return merged(parts)
+    return merged(whole)
 
 
 def _is_packed(path: Path) -> bool:
