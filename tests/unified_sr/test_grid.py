@@ -224,14 +224,14 @@ def test_a_grid_that_begins_without_training_measures_some_steps_first(
 def test_a_method_that_trains_a_network_of_its_own_is_estimated_by_its_own_runs(
     data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """A rough minute stands until one has finished; a run of a closed form, or of another method, tells nothing."""
+    """Two rough minutes stand until one has finished; a run of a closed form, or of another method, tells nothing."""
     methods = ["bm25", {"name": "sasrec", "settings": {"method.max_epochs": 1}}]
 
     def estimate(seeds: list[int], *more: str) -> str:
         assert main(command(tmp_path, "none", data_folder, *more, methods=methods, seeds=seeds)) == 0
         return re.findall(r"time for the .*", capfd.readouterr().out)[0]
 
-    assert estimate([0], "--dry-run") == "time for the 2 runs left: about 60 s, an estimate"
+    assert estimate([0], "--dry-run") == "time for the 2 runs left: about 2 min, an estimate"
     assert estimate([0, 1], "--dry-run", "--only", "bm25") == "time for the 2 runs left: about 0 s, an estimate"
     estimate([0])
     seconds = sum(read(tmp_path / "out" / "shop" / "sasrec" / "seed-0" / "run.json")["seconds"].values())
