@@ -177,7 +177,7 @@ def test_errors_are_one_line_and_write_nothing(
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     (tmp_path / "file").write_text("x")
     cases = [
-        (arguments("adamw", llama_folder, data_folder, out, "lrr=1"), "did you mean lr"),
+        (arguments("adamw", llama_folder, data_folder, out, "lrr=1"), "did you mean training.lr"),
         (arguments("adamw", llama_folder, str(tmp_path / "none"), out), "is no folder"),
         (arguments("adamw", str(tmp_path / "mine"), data_folder, out), "config.json"),
         (arguments("zero-shot", llama_folder, data_folder, tmp_path / "mine"), "is not empty and holds no run"),
