@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in `__main__`, which s
 
 from .config import resolve
 from .grid import Trial, choose
-from .run import VALIDATION_METRIC, run
+from .parts import VALIDATION_METRIC
+from .run import run
 from .run_folder import ENVIRONMENT, METRICS
 
 HERE = Path(__file__).parent

@@ -14,8 +14,6 @@ from .data import Dataset, Example, Timeline, Turn
 from .model import Batch, Collator, PromptBuilder, SequenceBuilder
 from .settings import Settings
 
-Examples = Mapping[str, Sequence[Example]]
-
 
 @dataclass(frozen=True)
 class Window:

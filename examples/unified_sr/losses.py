@@ -61,6 +61,6 @@ class _Losses:
             if not bool(torch.isfinite(loss)):
                 raise FloatingPointError(
                     f"the loss of the task {task!r} is {float(loss.detach())}; nothing was changed by this step. "
-                    "Lower lr and item_lr, or set autocast=none"
+                    "Lower training.lr and training.item_lr, or set model.autocast=none"
                 )
         return losses

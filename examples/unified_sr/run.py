@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .busy import busy_notice, own_load
-from .checking import changed
 from .checkpoint import Checkpoint
-from .data import Dataset, Example, format_statistics, load_dataset
-from .early_stopping import EarlyStopping
+from .data import format_statistics, load_dataset
 from .environment import describe_environment
 from .estimates import TimeNotice, estimate_memory, row_size
-from .evaluation import Evaluator, TaskResult, choose_examples
-from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
-from .general_domain import general_batches, token_windows
+from .feeds import Feed
 from .general_text import load_general_text
 from .interruption import Interrupted
 from .methods import Setup, Updater, method_named
-from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder, load_language_model
+from .model import load_language_model
+from .parts import Parts
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .plan import plan_training
-from .precision import Precision, choose_precision
+from .precision import choose_precision
 from .processes import current
 from .report import write_report
-from .retention import Retention, retention_summary
+from .retention import retention_summary
 from .run_baseline import run_baseline
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
 from .sealed import seal
 from .settings import Settings
 from .training import History, tasks_to_train, train
 from .zero_shot import Measured, Shared, ZeroShot
-
-VALIDATION_METRIC = "ndcg@10"
-"""Its mean over the tasks decides when training ends early."""
-
-NULL_SPACE_WINDOW = 256
-"""Tokens of a window of general text that the null space is fitted on."""
-
 
 UNSEEN_BEFORE, UNSEEN_AFTER = f"{BEFORE}, test split", f"{AFTER}, test split"
 _UNSEEN = {UNSEEN_BEFORE: BEFORE, UNSEEN_AFTER: AFTER}
@@ -142,7 +130,7 @@ def _run(
     with clock.phase("loading"):
         text = load_general_text(settings.evaluation.general_text)
         language_model = load_language_model(settings.model.name)
-        parts = _Parts.assemble(settings, dataset, language_model, text, precision)
+        parts = Parts.assemble(settings, dataset, language_model, text, precision)
         trained = tasks_to_train(settings.training.tasks, parts.tasks)
         feed = parts.feed(dataset, trained)
     plan = plan_training(settings, feed.pools)
@@ -225,7 +213,7 @@ def _run(
 
 
 def _measure_unseen(
-    unseen: _Parts, before: ZeroShot, clock: Clock, measured: Shared | None, say: Callable[[str], None]
+    unseen: Parts, before: ZeroShot, clock: Clock, measured: Shared | None, say: Callable[[str], None]
 ) -> ZeroShot:
     def measure() -> ZeroShot:
         with clock.phase(UNSEEN_BEFORE):
@@ -237,7 +225,7 @@ def _measure_unseen(
 
 def _write_results(
     folder: RunFolder,
-    parts: _Parts,
+    parts: Parts,
     before: ZeroShot,
     after: Measured,
     leak: Mapping[str, float],
@@ -253,7 +241,7 @@ def _write_results(
     write_report(folder)
 
 
-def _say_memory(parts: _Parts, updater: Updater, feed: Feed, say: Callable[[str], None]) -> None:
+def _say_memory(parts: Parts, updater: Updater, feed: Feed, say: Callable[[str], None]) -> None:
     rows, autocast = row_size(feed.pools, feed.size), parts.precision.autocast is not None
     training, tasks = parts.settings.training, len(tasks_to_train(parts.settings.training.tasks, parts.tasks))
     memory = estimate_memory(parts.ranker, updater.optimizer, training, rows, tasks=tasks, autocast=autocast)
@@ -292,152 +280,6 @@ def _summary(
         # Diagnostics of a layer without a gradient are NaN, which JSON does not know.
         "layers": json.loads(json.dumps(history.last.full), parse_constant=lambda _: None) if history.last else {},
     }
-
-
-@dataclass
-class _Parts:
-    settings: Settings
-    ranker: Ranker
-    language_model: LanguageModel
-    prompts: PromptBuilder
-    collate: Collator
-    precision: Precision
-    evaluator: Evaluator
-    tasks: tuple[str, ...]
-    train: Mapping[str, Sequence[Example]]
-    valid: dict[str, list[Example]]
-    evaluated: dict[str, list[Example]]
-    fit_windows: list[torch.Tensor]
-    retention: Retention
-
-    @classmethod
-    def assemble(
-        cls,
-        settings: Settings,
-        dataset: Dataset,
-        language_model: LanguageModel,
-        text: tuple[str, str],
-        precision: Precision,
-    ) -> _Parts:
-        split = {"test": dataset.test, "valid": dataset.valid}[settings.evaluation.split]
-        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
-        if not tasks:
-            raise ValueError(
-                f"{settings.data.source!r} has no task with both training and {settings.evaluation.split} examples; "
-                "pass more data"
-            )
-        ranker = Ranker(language_model, dataset.items).to(precision.device)
-        tokenizer = language_model.tokenizer
-        prompts = _prompts(settings, language_model, ranker.first_item)
-        if settings.training.gradient_checkpointing:
-            ranker.recompute_activations()
-        collate = Collator(tokenizer.pad_token_id or 0)
-        evaluator = Evaluator(
-            dataset,
-            prompts,
-            collate,
-            precision,
-            budget=settings.model.inference_tokens,
-            negatives=settings.evaluation.negatives,
-            seed=settings.evaluation.seed,
-            compat=settings.evaluation.compat,
-        )
-        train = {task: dataset.train[task] for task in tasks}
-        valid, evaluated = (
-            {
-                task: choose_examples(examples[task], settings.evaluation.users, settings.evaluation.seed)
-                for task in tasks
-            }
-            for examples in (dataset.valid, split)
-        )
-        wanted = getattr(settings.method, "null_space_tokens", 16)
-        fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
-        retention = Retention(language_model, text[1], settings, precision.device)
-        return cls(
-            settings=settings,
-            ranker=ranker,
-            language_model=language_model,
-            prompts=prompts,
-            collate=collate,
-            precision=precision,
-            evaluator=evaluator,
-            tasks=tasks,
-            train=train,
-            valid=valid,
-            evaluated=evaluated,
-            fit_windows=fit,
-            retention=retention,
-        )
-
-    def feed(self, dataset: Dataset, tasks: Sequence[str]) -> Feed:
-        pools = training_pools(dataset, self.settings, tasks)
-        if isinstance(self.prompts, SequenceBuilder):
-            return SequenceFeed(pools, self.collate, self.prompts)
-        return PromptFeed(pools, self.collate, self.prompts)
-
-    def general(self) -> Iterator[Mapping[str, torch.Tensor]]:
-        return general_batches(self.language_model, self.fit_windows, self.precision.device)
-
-    def early_stopping(self, path: Path) -> EarlyStopping | None:
-        if self.settings.training.early_stop is None:
-            return None
-        empty = [task for task in self.tasks if not self.valid[task]]
-        if empty:
-            raise ValueError(f"early_stop needs validation examples, but {empty} have none; set early_stop to null")
-        return EarlyStopping(path, self.settings.training.early_stop, self.validation)
-
-    def validation(self) -> float:
-        ranked = self.ranked(self.valid, "validation")
-        return math.fsum(result.metrics[VALIDATION_METRIC] for result in ranked.values()) / len(ranked)
-
-    def ranked(self, chosen: Mapping[str, list[Example]], name: str) -> dict[str, TaskResult]:
-        processes = current()
-        mine = {task: examples[processes.index :: processes.count] for task, examples in chosen.items()}
-        total = sum(map(len, mine.values()))
-        with tqdm(total=total, desc=f"ranking, {name}", unit="query", disable=not processes.first) as bar:
-            found = {task: self.evaluator(self.ranker, examples, bar.update) for task, examples in mine.items()}
-        gathered = processes.gather(found)
-        return {
-            task: TaskResult.joined([each[task] for each in gathered], [example.qid for example in examples])
-            for task, examples in chosen.items()
-        }
-
-    def on_test(self, dataset: Dataset, say: Callable[[str], None]) -> _Parts | None:
-        """The same parts with the test examples to evaluate, or None if other tasks would be trained there."""
-        settings = changed(self.settings, {"evaluation.split": "test"})
-        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
-        if tasks != self.tasks:
-            say(f"the test split is not evaluated in the same run: it has the tasks {tasks}, validation {self.tasks}")
-            return None
-        chosen = {
-            task: choose_examples(dataset.test[task], settings.evaluation.users, settings.evaluation.seed)
-            for task in tasks
-        }
-        return replace(self, settings=settings, evaluated=chosen)
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "tasks": list(self.tasks),
-            "evaluated": {task: len(self.evaluated[task]) for task in self.tasks},
-            "prompts": {task: self.prompts.text(self.evaluated[task][0]) for task in self.tasks},
-        }
-
-    def measure(self, name: str) -> Measured:
-        return Measured(self.ranked(self.evaluated, name), self.retention.measure(name))
-
-
-def _prompts(settings: Settings, language_model: LanguageModel, first_item: int) -> PromptBuilder:
-    limits = {"max_history": settings.model.max_history, "max_query_tokens": settings.model.max_query_tokens}
-    if settings.model.format == "prompt":
-        encoder_decoder = language_model.encoder_decoder
-        return PromptBuilder(language_model.tokenizer, first_item=first_item, encoder_decoder=encoder_decoder, **limits)
-    if language_model.encoder_decoder:
-        raise ValueError(
-            f"model.format='sequence' predicts behind every item, which the encoder-decoder {settings.model.name!r} "
-            "cannot; set it to 'prompt', or take a decoder alone"
-        )
-    each = settings.training.targets == "each"
-    return SequenceBuilder(language_model.tokenizer, first_item=first_item, each=each, **limits)
 
 
 def describe_result(folder: RunFolder) -> str:

@@ -14,6 +14,8 @@ from .trec import write_qrels, write_run
 
 CONFIG, ENVIRONMENT, DONE = "config.yaml", "environment.json", "report.md"
 METRICS, SAMPLED = "metrics.json", "metrics.sampled.json"
+SELECTION = "selection.json"
+"""The file beside a grid's runs of a method that says how its rate was chosen."""
 BEFORE, AFTER = "zero-shot evaluation", "final evaluation"
 """What a run calls its evaluations under ``seconds`` of ``run.json``."""
 

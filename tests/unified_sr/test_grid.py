@@ -261,7 +261,7 @@ def test_a_run_that_diverges_is_not_tried_again(
     log = tmp_path / "out" / "shop" / "wild" / "seed-0.log"
     for _ in range(2):
         assert main(line) == 1
-        assert "Lower lr and item_lr" in capfd.readouterr().err
+        assert "Lower training.lr and training.item_lr" in capfd.readouterr().err
         size = log.stat().st_size
     assert log.stat().st_size == size
 

@@ -28,8 +28,8 @@ from examples.unified_sr.feeds import Pool, SequenceFeed, Window, training_pools
 from examples.unified_sr.losses import passes_of
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.model import Collator, Ranker, SequenceBuilder, load_language_model
+from examples.unified_sr.parts import prompt_builder
 from examples.unified_sr.precision import Precision
-from examples.unified_sr.run import _prompts
 
 IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 FP32 = Precision(torch.device("cpu"), None)
@@ -202,7 +202,7 @@ def test_each_target_may_have_the_weight_of_an_event(llama_folder: str, data_fol
     )
     for targets, builder in (("share", shared), ("each", each)):
         chosen = resolve(pairs=["model.format=sequence", f"training.targets={targets}"])
-        made = _prompts(chosen, language_model, first)
+        made = prompt_builder(chosen, language_model, first)
         assert isinstance(made, SequenceBuilder)
         assert made.sequence((), TURNS)[1] == builder.sequence((), TURNS)[1]
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from examples.unified_sr.checking import build_settings, changed
-from examples.unified_sr.run import _Parts, run
+from examples.unified_sr.parts import Parts
+from examples.unified_sr.run import run
 from examples.unified_sr.run_folder import DONE
 from examples.unified_sr.settings import Settings, flatten
 from examples.unified_sr.zero_shot import Measured, ZeroShot, evaluates_alike
@@ -51,13 +52,13 @@ def test_a_taken_measurement_gives_the_same_files(
     other = changed(settings, {"training.lr": 1e-3, "seed": 3})
     made = run(other, tmp_path / "made", quiet)
     evaluations: list[str] = []
-    measure: Callable[[_Parts, str], Measured] = _Parts.measure
+    measure: Callable[[Parts, str], Measured] = Parts.measure
 
-    def spy(parts: _Parts, name: str) -> Measured:
+    def spy(parts: Parts, name: str) -> Measured:
         evaluations.append(name)
         return measure(parts, name)
 
-    monkeypatch.setattr(_Parts, "measure", spy)
+    monkeypatch.setattr(Parts, "measure", spy)
     said: list[str] = []
     taken = run(other, tmp_path / "taken", said.append, zero_shot=measured)
     assert evaluations == ["adamw"], "only what training left is measured"

@@ -11,12 +11,11 @@ from ._bundle import BUNDLE, write_bundle
 from ._config import Entry, Grid, Selection, read_grid
 from ._jobs import Job, list_jobs, matching
 from ._runner import GRACE, run_grid
-from ._select import SELECTION, Choice, Trial, choose, next_rate
+from ._select import Choice, Trial, choose, next_rate
 
 __all__ = [
     "BUNDLE",
     "GRACE",
-    "SELECTION",
     "Choice",
     "Entry",
     "Grid",

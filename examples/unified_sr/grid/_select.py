@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..run_folder import METRICS, RunFolder
+from ..run_folder import METRICS, SELECTION, RunFolder
 from ..settings import Settings
 from ._config import Entry, Selection
 from ._jobs import Job
 
 FACTOR = 2.0
 """Between the best rate at the edge of those tried and the next one beyond."""
-
-SELECTION = "selection.json"
-"""The file beside a method's runs that says how its rate was chosen."""
 
 
 @dataclass(frozen=True)

@@ -137,10 +137,10 @@ class Method:
 
 
 def step_losses(found: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Return each task's loss from its shares of several passes, fetched from the device at once."""
+    """Return each task's loss from its detached shares of several passes, fetched from the device at once."""
     shares: dict[str, list[Tensor]] = {}
     for task, share in found:
-        shares.setdefault(task, []).append(share.detach())
+        shares.setdefault(task, []).append(share)
     values = torch.stack([torch.stack(each).sum() for each in shares.values()]).tolist() if shares else []
     return dict(zip(shares, values, strict=True))
 

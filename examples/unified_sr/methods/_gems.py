@@ -50,7 +50,7 @@ class GemsUpdater(Updater):
         for each in passes:
             shares = {task: loss * (each.samples[task] / total[task]) for task, loss in each.compute().items()}
             optimizer.backward(shares, each.samples)
-            found += shares.items()
+            found += [(task, share.detach()) for task, share in shares.items()]
         if self._grad_clip is not None:
             optimizer.clip_grad_norm_(self._grad_clip)
         optimizer.step()

@@ -62,7 +62,7 @@ class MixedLossUpdater(Updater):
         found: list[tuple[str, Tensor]] = []
         for each in passes:
             losses = each.compute()
-            found += [(task, loss * (each.samples[task] / counts[task])) for task, loss in losses.items()]
+            found += [(task, loss.detach() * (each.samples[task] / counts[task])) for task, loss in losses.items()]
             weighted = {task: loss * (each.samples[task] / total) for task, loss in losses.items()}
             if apart:
                 self._backward_apart(weighted, parts, weights)

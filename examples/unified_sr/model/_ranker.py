@@ -122,8 +122,9 @@ class Ranker(nn.Module):
     def _choose_attention(self) -> None:
         """Train with plain products where torch's fused attention is slow: in bfloat16 on a CPU.
 
-        There its backward pass took 67 ms of 32 rows of 50 tokens (9 heads of 64, one core with AMX, torch 2.13) where
-        plain products take 8; of 16 x 150 tokens 99 and 23, of 4 x 410 62 and 42. Forward passes are faster fused.
+        There its backward pass took 67 ms of 32 rows of 50 tokens where plain products take 8; of 16 x 150 tokens 99
+        and 23, of 4 x 410 tokens 62 and 42 (9 heads of 64, one core with AMX on a busy machine, torch 2.13). Forward
+        passes are faster fused.
         """
         if self._attention is None or self.encoder_decoder:
             return

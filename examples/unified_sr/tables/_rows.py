@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import read_config
-from ..run_folder import CONFIG, ENVIRONMENT, METRICS, SAMPLED, RunFolder
+from ..run_folder import CONFIG, ENVIRONMENT, METRICS, SAMPLED, SELECTION, RunFolder
 from ._settings import identity, label_of, setting_columns
 
 Row = dict[str, Any]
-SELECTION = "selection.json"
-"""The grid's file beside the runs of a method."""
 
 
 @dataclass(frozen=True)
