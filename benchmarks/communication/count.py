@@ -13,18 +13,23 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from gradsub import GemsOptimizer
+from gradsub import GemsOptimizer, NullSpace
 
-from ..training.data import make_batches
+from ..training.data import Batch, make_batches
 from ..training.models import build_model, mean_loss, trained_weights
 from ..training.problem import Problem
+from ..training.protection import fit
 
 RANKS = 2
+NULL_SPACE = "null.safetensors"
 
 
 def count(spec: Mapping[str, Any], rank: int, tasks: int) -> dict[str, Any]:
-    """Shapes of the trained weights, and bytes a step: of DDP, of GEMS in an ordinary step and in its first."""
+    """Shapes of the trained weights, and bytes a step: of DDP, of GEMS in its first four (also with a null space)."""
+    model = build_model(spec, 0)
     with tempfile.TemporaryDirectory() as folder:
+        null_space, _ = fit(model, _batches(model, _problem(rank, tasks))[0].inputs, "input", seed=0)
+        null_space.save(Path(folder) / NULL_SPACE, statistics=False)
         mp.spawn(_work, args=(folder, dict(spec), rank, tasks), nprocs=RANKS)
         found: dict[str, Any] = torch.load(Path(folder) / "found.pt", weights_only=True)
     return found
@@ -36,6 +41,7 @@ def _work(process: int, folder: str, spec: dict[str, Any], rank: int, tasks: int
     found: dict[str, Any] = {
         "data_parallel": _data_parallel(spec, rank, tasks),
         "gems": _gems(spec, rank, tasks),
+        "gems_null": _gems(spec, rank, tasks, NullSpace.load(Path(folder) / NULL_SPACE)),
         "shapes": [tuple(weight.shape) for weight in trained_weights(build_model(spec, 0))],
     }
     if process == 0:
@@ -45,6 +51,10 @@ def _work(process: int, folder: str, spec: dict[str, Any], rank: int, tasks: int
 
 def _problem(rank: int, tasks: int) -> Problem:
     return Problem(tokens=32 * tasks, rank=rank, tasks=tasks, sequence_length=16)
+
+
+def _batches(model: Any, problem: Problem) -> list[Batch]:
+    return make_batches(problem, model.config.vocab_size, model.config.is_encoder_decoder)
 
 
 def _data_parallel(spec: dict[str, Any], rank: int, tasks: int) -> int:
@@ -59,15 +69,16 @@ def _data_parallel(spec: dict[str, Any], rank: int, tasks: int) -> int:
         return future
 
     wrapped.register_comm_hook(None, hook)
-    (batch,) = make_batches(_problem(rank, 1), model.config.vocab_size, model.config.is_encoder_decoder)
+    (batch,) = _batches(model, _problem(rank, 1))
     mean_loss(wrapped, batch).backward()
     return sum(sent)
 
 
-def _gems(spec: dict[str, Any], rank: int, tasks: int) -> list[int]:
+def _gems(spec: dict[str, Any], rank: int, tasks: int, null_space: NullSpace | None = None) -> list[int]:
     model = build_model(spec, 0)
     wrapped = DistributedDataParallel(model)
     problem = _problem(rank, tasks)
+    batches = _batches(model, problem)
     optimizer = GemsOptimizer(
         torch.optim.AdamW(trained_weights(model)),
         tasks=problem.task_names,
@@ -76,8 +87,8 @@ def _gems(spec: dict[str, Any], rank: int, tasks: int) -> list[int]:
         model=wrapped,
         refresh="sketch",
         capture="fused",
+        null_space=null_space,
     )
-    batches = make_batches(problem, model.config.vocab_size, model.config.is_encoder_decoder)
     steps = []
     plain = dist.all_reduce
     for _ in range(4):

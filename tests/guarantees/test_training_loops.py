@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,13 +40,23 @@ def assert_only_free_directions_moved(model: nn.Module, before: dict[str, Tensor
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Any]:
+def build_accelerator() -> Iterator[Any]:
+    """``Accelerator`` on the CPU in full precision, whatever a trainer in an earlier test has left of its settings."""
     accelerate = pytest.importorskip("accelerate")
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    yield accelerate.Accelerator(cpu=True)
-    for singleton in (AcceleratorState, GradientState, PartialState):
-        singleton._reset_state()
+    def reset() -> None:
+        for singleton in (AcceleratorState, GradientState, PartialState):
+            singleton._reset_state()
+
+    reset()
+    yield partial(accelerate.Accelerator, cpu=True, mixed_precision="no")
+    reset()
+
+
+@pytest.fixture
+def accelerator(build_accelerator) -> Any:
+    return build_accelerator()
 
 
 @pytest.mark.parametrize("way", ["the optimizer itself", "prepared.optimizer"])
@@ -85,32 +96,25 @@ def test_preparing_in_the_middle_of_a_run_changes_nothing(accelerator):
     assert same(plain, model)
 
 
-def test_accumulation_by_accelerate_steps_once_for_all_parts():
-    accelerate = pytest.importorskip("accelerate")
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    try:
-        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-        plain, model = Transformer(), Transformer()
-        first, mine = gems(plain), gems(model)
-        model, prepared = accelerator.prepare(model, mine)
-        for step in range(3):
-            for part in range(2):
-                with accelerator.accumulate(model):
-                    for position, (name, loss) in enumerate(losses(model, 2 * step + part).items()):
-                        with mine.task(name):
-                            accelerator.backward(loss, retain_graph=position == 0)
-                    prepared.step()
-                    prepared.zero_grad()
-            for part in range(2):
-                first.backward({name: loss / 2 for name, loss in losses(plain, 2 * step + part).items()})
-            first.step()
-            first.zero_grad()
-        assert int(mine.state[linear_weights(model)["blocks.0.up"]]["step"]) == 3
-        assert same(plain, model)
-    finally:
-        for singleton in (AcceleratorState, GradientState, PartialState):
-            singleton._reset_state()
+def test_accumulation_by_accelerate_steps_once_for_all_parts(build_accelerator):
+    accelerator = build_accelerator(gradient_accumulation_steps=2)
+    plain, model = Transformer(), Transformer()
+    first, mine = gems(plain), gems(model)
+    model, prepared = accelerator.prepare(model, mine)
+    for step in range(3):
+        for part in range(2):
+            with accelerator.accumulate(model):
+                for position, (name, loss) in enumerate(losses(model, 2 * step + part).items()):
+                    with mine.task(name):
+                        accelerator.backward(loss, retain_graph=position == 0)
+                prepared.step()
+                prepared.zero_grad()
+        for part in range(2):
+            first.backward({name: loss / 2 for name, loss in losses(plain, 2 * step + part).items()})
+        first.step()
+        first.zero_grad()
+    assert int(mine.state[linear_weights(model)["blocks.0.up"]]["step"]) == 3
+    assert same(plain, model)
 
 
 # --- the Trainer of transformers -----------------------------------------------------------------------------------
