@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ..alternate import quiet_collector
@@ -20,6 +19,7 @@ from .config import Case, Config
 from .contenders import Builder, Contender, Key
 from .environment import describe_environment
 from .methods import METHODS
+from .parts import as_configured
 from .steps import seconds_of
 
 _ROWS: Final = 30
@@ -37,21 +37,21 @@ def profile_step(config: Config, case: Case, method: str, folder: Path) -> str:
     reason = METHODS[method].unavailable()
     if reason is not None:
         raise ValueError(f"method {method!r} is unavailable: {reason}")
-    torch.set_num_threads(config.threads)
-    environment = describe_environment()
-    key = Key(method, case.tasks[0])
-    contender = Builder(config, case).build(key)
-    for _ in range(METHODS[method].warm_up_steps):
-        contender.step()
-    text = "\n\n".join(
-        [
-            f"{case.name}, {key}: {METHODS[method].summary}",
-            "\n".join(f"{name}: {value}" for name, value in environment.items()),
-            _shares(contender, config.rounds),
-            _operators(contender),
-            _functions(contender),
-        ]
-    )
+    with as_configured(config):
+        environment = describe_environment()
+        key = Key(method, case.tasks[0])
+        contender = Builder(config, case).build(key)
+        for _ in range(METHODS[method].warm_up_steps):
+            contender.step()
+        text = "\n\n".join(
+            [
+                f"{case.name}, {key}: {METHODS[method].summary}",
+                "\n".join(f"{name}: {value}" for name, value in environment.items()),
+                _shares(contender, config.rounds),
+                _operators(contender),
+                _functions(contender),
+            ]
+        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"profile-{case.name}-{method}.txt").write_text(text + "\n", encoding="utf-8")
     return text
