@@ -63,7 +63,7 @@ def find_nonfinite(
             unit = each.joint.unit
             units[tuple(each.captured), unit.device, unit.dtype].append(unit)
     for (here, *_), found in units.items():
-        largest = torch.cat(found).view(-1, len(here)).amax(0)
+        largest = torch.cat(found).amax((0, 2, 3))
         flags += [(whose[task], one) for task, one in zip(here, largest.unbind(), strict=True)]
     flags += [(whose[task], largest_entry(tensors)) for task, tensors in sorted(left.items()) if tensors]
     dense = [gradient for gradient in outside if gradient.layout is torch.strided]

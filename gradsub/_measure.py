@@ -60,8 +60,8 @@ def measure(
     lengths = [len(block.block) for block in blocks]
     inside = _inside(blocks, tasks)
     # Numbers of the order of the gradients, whose squares their own format need not have room for.
-    units = torch.cat([unit for unit, _, _ in inside]).view(-1, tasks).to(device, wide)
-    own_norms = torch.cat([norms for _, norms, _ in inside]).view(-1, tasks) * units
+    units = torch.cat([unit for unit, _, _ in inside]).flatten(1).to(device, wide)
+    own_norms = torch.cat([norms for _, norms, _ in inside]) * units
     own_norms = _over_shards(blocks, own_norms.square()).sqrt() if _split(blocks) else own_norms
     # A gate sums them; tasks whose sum overflows count as equally large.
     own_norms = own_norms.clamp_max(torch.finfo(dtype).max / (tasks + 1)).to(device, dtype)
@@ -168,44 +168,42 @@ def _alignments(blocks: Sequence[Projected], tasks: int) -> Tensor:
 
 
 def _inside(blocks: Sequence[Projected], tasks: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """By block: layer by layer of each task a unit and the norm in its own subspace in that unit (L K each), and the
-    Gramians in the shared subspaces in these units (L x K x K); zeros where a task is absent.
+    """By block: of each layer and task a unit (L x K x 1 x 1) and the norm in its own subspace in that unit (L x K), and
+    the Gramians in the shared subspaces in these units (L x K x K); zeros where a task is absent.
     """
-    there = [(block.block.first, block.joint) for block in blocks if block.joint is not None]
+    there = [block.joint for block in blocks if block.joint is not None]
     if not there:
         return [_nothing(block, tasks) for block in blocks]
     units = torch._foreach_clamp_min(
-        [joint.unit for _, joint in there], [torch.finfo(joint.unit.dtype).tiny for _, joint in there]
+        [joint.unit for joint in there], [torch.finfo(joint.unit.dtype).tiny for joint in there]
     )
-    halves = [
-        torch.split(joint.R, [first.widths[0], joint.R.shape[1 + first.axis] - first.widths[0]], 1 + first.axis)
-        for first, joint in there
-    ]
-    shared, own = (torch._foreach_div([half[which] for half in halves], units) for which in (0, 1))
+    shared, own = (
+        torch._foreach_div(halves, units) for halves in ([joint.shared for joint in there], [j.own for j in there])
+    )
     in_units = iter(zip(units, shared, own, strict=True))
     return [_of_block(block, tasks, *next(in_units)) if block.joint else _nothing(block, tasks) for block in blocks]
 
 
 def _nothing(found: Projected, tasks: int) -> tuple[Tensor, Tensor, Tensor]:
     size, like = len(found.block), found.block.stacks["basis"]
-    return like.new_zeros(size * tasks), like.new_zeros(size * tasks), like.new_zeros(size, tasks, tasks)
+    return like.new_zeros(size, tasks, 1, 1), like.new_zeros(size, tasks), like.new_zeros(size, tasks, tasks)
 
 
 def _of_block(found: Projected, tasks: int, unit: Tensor, shared: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    size = len(found.block)
-    norms = torch.linalg.vector_norm(own, dim=(1, 2))
-    rows = shared.reshape(size, len(found.own), -1)
-    gramian, unit = torch.bmm(rows, rows.mT), unit.view(-1)
+    norms = torch.linalg.vector_norm(own, dim=(2, 3))
+    # As they lie in memory: an inner product is the same in any order.
+    rows = (shared.mT if found.block.first.axis == 1 else shared).flatten(2)
+    gramian = torch.bmm(rows, rows.mT)
     if len(found.own) == tasks:
         return unit, norms, gramian
     here = list(found.own)
-    spread = [value.new_zeros(size, tasks) for value in (unit, norms)]
+    spread = [value.new_zeros(len(value), tasks, *value.shape[2:]) for value in (unit, norms)]
     for all_tasks, value in zip(spread, (unit, norms), strict=True):
-        all_tasks[:, here] = value.view(size, -1)
-    whole = gramian.new_zeros(size, tasks, tasks)
+        all_tasks[:, here] = value
+    whole = gramian.new_zeros(len(gramian), tasks, tasks)
     for i, a in enumerate(here):
         whole[:, a, here] = gramian[:, i]
-    return spread[0].view(-1), spread[1].view(-1), whole
+    return spread[0], spread[1], whole
 
 
 def _squared_norms(

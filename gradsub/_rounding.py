@@ -30,14 +30,14 @@ def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tenso
     1e-5 of the largest one does.
 
     Args:
-        R: B gradients in the coordinates of all their subspaces (B x m x r for axis 1, B x r x n for axis 0).
+        R: gradients in the coordinates of all their subspaces (... x m x r for axis 1, ... x r x n for axis 0).
         layer: one of those that they belong to.
         rounding: u, or what is known of it; the format of the coordinates is no finer.
-        squared_norms: (B,) of the whole gradients, if they are known: then a gradient of which the subspaces hold
+        squared_norms: (...) of the whole gradients, if they are known: then a gradient of which the subspaces hold
             nothing at all is told from a small one.
 
     Returns:
-        a number of the order of each of them, at most some thousand times smaller (B x 1 x 1); 0 of zeros, NaN or Inf
+        a number of the order of each of them, at most some thousand times smaller (... x 1 x 1); 0 of zeros, NaN or Inf
         if an entry is.
     """
     along, across = (-1, -2) if layer.axis == 1 else (-2, -1)

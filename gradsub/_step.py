@@ -251,19 +251,31 @@ class Stepper:
         found = []
         tasks = sorted(task for task in gradients if task != MIXED)
         for whole in list(self.blocks):
-            present = [
-                tuple(task for task in tasks if layer.parameter in gradients[task])
-                or (None if layer.parameter.grad is None else ())
-                for layer in whole.layers
-            ]
-            for block in self._divide(whole, present):
-                parameter = block.first.parameter
-                here = [task for task in tasks if parameter in gradients[task]]
+            present = self._of_block(whole, gradients, tasks)
+            blocks = [whole]
+            if not present or not all(map(all, present.values())):
+                kinds = [
+                    tuple(task for task in tasks if present[task][row])
+                    or (None if layer.parameter.grad is None else ())
+                    for row, layer in enumerate(whole.layers)
+                ]
+                blocks = self._divide(whole, kinds)
+            for block in blocks:
+                held = present if len(blocks) == 1 else self._of_block(block, gradients, tasks)
+                captured = {task: [each for each in mine if each is not None] for task, mine in held.items()}
+                captured = {task: mine for task, mine in captured.items() if mine}
                 outside = [layer.parameter.grad for layer in block.layers]
-                if here or outside[0] is not None:
-                    captured = {task: [gradients[task][layer.parameter] for layer in block.layers] for task in here}
+                if captured or outside[0] is not None:
                     found.append(gather_block(block, captured, outside, rounding))
         return found
+
+    @staticmethod
+    def _of_block(
+        block: Block, gradients: Mapping[int, Mapping[Tensor, Captured]], tasks: Iterable[int]
+    ) -> dict[int, list[Captured | None]]:
+        """By task, what was captured of each layer."""
+        parameters = [layer.parameter for layer in block.layers]
+        return {task: list(map(gradients[task].get, parameters)) for task in tasks}
 
     def take(
         self,

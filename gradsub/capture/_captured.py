@@ -9,7 +9,7 @@ from gradsub.linalg._arithmetic import norm, widest
 from gradsub.subspace import Layer, local
 
 
-@dataclass
+@dataclass(eq=False, slots=True)
 class Captured:
     """What one task's backward passes left for one parameter; summed over them, like ``p.grad``.
 

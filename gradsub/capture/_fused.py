@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from gradsub.capture._captured import Captured
 from gradsub.capture._generic import GenericCapture, seen_by_others
@@ -16,15 +17,18 @@ from gradsub.capture._linear import (
     Orientation,
     Rows,
     Segment,
+    Wish,
     accumulates_into,
     affine,
     cast,
     deferring_linear,
+    hand_over,
     needs_autograd,
     ordinary_linear,
     projecting_linear,
 )
-from gradsub.subspace import SHARED, Layer, SubspaceBank
+from gradsub.capture._tray import Tray
+from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
 
 
 @dataclass(eq=False)
@@ -37,7 +41,7 @@ class Slot:
         probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
             of the weight's where the whole gradient may be asked for. Their gradients are what is captured.
         tasks: the open tasks, as indices.
-        ordinary: the task, if one is open to which all rows belong and nothing but projections is wanted; else -1.
+        tray: of the task, if one is open to which all rows belong and nothing but projections is wanted.
         segments: the tasks' parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
@@ -48,12 +52,12 @@ class Slot:
     orientation: Orientation
     probes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     tasks: tuple[int, ...] = ()
-    ordinary: int = -1
+    tray: Tray | None = None
     segments: tuple[Segment, ...] | None = None
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
     computed_in: torch.dtype | None = None
-    ready: dict[int, tuple[Tensor, tuple[Segment, ...]]] = field(default_factory=dict)
+    ready: dict[int, tuple[Tensor | None, tuple[Segment, ...]]] = field(default_factory=dict)
 
     @property
     def parameter(self) -> Tensor:
@@ -65,10 +69,6 @@ class Slot:
         """Whether a task is open."""
         return self.whole or self.segments is not None
 
-    def close(self) -> None:
-        """No task is open any more."""
-        self.tasks, self.ordinary, self.segments, self.whole, self.layouts = (), -1, None, False, ()
-
     def check_open(self, task: int) -> None:
         """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
         if task not in self.tasks:
@@ -77,6 +77,23 @@ class Slot:
                 "pass outside of it or in another task: call backward() in the same block, or run the forward pass "
                 "before it"
             )
+
+    def receive(self, tray: Tray, left: Tensor, right: Tensor) -> None:
+        """Take the projected gradient that a backward pass leaves whose forward pass was an ordinary one: a product.
+
+        Args:
+            tray: of the forward pass.
+            left: a factor.
+            right: the other.
+        """
+        if tray.opened and tray.block is self.layer.block:
+            row = tray.row(self.layer.row)
+            if left.dtype is row.dtype:
+                row.addmm_(left, right)
+            else:
+                row.add_(torch.mm(left, right))  # rounded before it is added, as without a stack
+        else:
+            hand_over(Wish.THIS_LEAF, self.probes[tray.task][0], torch.mm(left, right))
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments, with the rows of this input."""
@@ -128,20 +145,21 @@ class FusedForward:
         assert weight is not None
         if not slots or not weight.requires_grad:
             return affine(x, weight, bias, self.transposed)
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if compiling or not torch.is_grad_enabled() or needs_autograd(x) or seen_by_others(weight):
             opened = [slot for slot in slots if slot.opened]
             if compiling and torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
                 return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
             return affine(x, weight, bias, self.transposed)
-        x, bias = cast(x, bias)
-        for slot in slots:
-            slot.computed_in = x.dtype
+        if _any_autocast():
+            x, bias = cast(x, bias)
         # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
         # none: what is saved must not depend on that, so the backward pass decides.
         later = _checkpointed()
-        if len(slots) == 1 and slots[0].ordinary >= 0 and not later:
-            return ordinary_linear(x, weight, bias, slots[0])
+        if len(slots) == 1 and (tray := slots[0].tray) is not None and not later:
+            return ordinary_linear(x, weight, bias, slots[0], tray)
+        for slot in slots:
+            slot.computed_in = x.dtype
         opened = [slot for slot in slots if slot.opened]
         if not opened or later:
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
@@ -242,6 +260,8 @@ class FusedCapture:
         self._members: list[_Member] = []
         self._parts: list[Part] = []
         self._forwards: list[FusedForward] = []
+        self._probes: list[Tensor] = []
+        self._trays: dict[tuple[Block, int], Tray] = {}
 
     def __bool__(self) -> bool:
         return bool(self._members)
@@ -255,14 +275,20 @@ class FusedCapture:
         """Take over the forward pass of a layer's modules."""
         slot = Slot(layer, Orientation(transposed, layer.axis))
         self._probe(slot)
+        self._probes += [probe for pair in slot.probes for probe in pair]
         self._members.append(_Member(layer, modules, slot))
         self._install(self._members[-1])
 
     def convert(self, layer: Layer) -> None:
         """Follow a layer whose weight has another dtype, or is elsewhere, by now."""
+        self._trays.clear()
         for member in self._members:
             if member.layer is layer:
                 self._probe(member.slot)
+        self._list_probes()
+
+    def _list_probes(self) -> None:
+        self._probes = [probe for member in self._members for pair in member.slot.probes for probe in pair]
 
     def _probe(self, slot: Slot) -> None:
         layer = slot.layer
@@ -294,16 +320,20 @@ class FusedCapture:
         layouts = tuple((length, tuple(part.rows[length] for part in parts)) for length in parts[0].rows)
         tasks = tuple(part.task for part in parts)
         alone = len(parts) == 1 and not layouts
-        due: dict[Any, Any] = {}
+        blocks: dict[Block, tuple[Any, Tray | None, Tensor | None]] = {}
         for member in self._members:
             slot, layer = member.slot, member.layer
             block = layer.block
-            if block not in due:
-                due[block] = [self._bank.due_for(block, task) for task in tasks]
+            if block not in blocks:
+                blocks[block] = self._open_block(block, tasks[0]) if alone else (None, None, None)
+            due, tray, joint = blocks[block]
             slot.tasks = tasks
-            if alone and (due[block][0] is None or not due[block][0][layer.row]):
-                slot.ordinary = tasks[0]
-                slot.segments = self._ordinary(slot, tasks[0])
+            if tray is not None and (due is None or not due[layer.row]):
+                slot.tray = tray
+                ready = slot.ready.get(tray.task)
+                if ready is None or ready[0] is not joint:
+                    ready = slot.ready[tray.task] = (joint, (self._segment(slot, tray.task),))
+                slot.segments = ready[1]
                 continue
             segments = [self._segment(slot, task) for task in tasks]
             # The whole gradient of a single task is what autograd computes anyway.
@@ -311,12 +341,13 @@ class FusedCapture:
             slot.segments = None if slot.whole else tuple(segments)
             slot.layouts = layouts
 
-    def _ordinary(self, slot: Slot, task: int) -> tuple[Segment, ...]:
-        joint = slot.layer.block.joint(task, slot.layer.dtype)
-        found = slot.ready.get(task)
-        if found is None or found[0] is not joint:
-            found = slot.ready[task] = (joint, (self._segment(slot, task),))
-        return found[1]
+    def _open_block(self, block: Block, task: int) -> tuple[Any, Tray, Tensor]:
+        """Which of its rows are due, where the others leave their gradients, and on what they are projected."""
+        tray = self._trays.get((block, task))
+        if tray is None:
+            tray = self._trays[block, task] = Tray(block, task)
+        tray.opened = True
+        return self._bank.due_for(block, task), tray, block.joint(task, block.first.dtype)
 
     def _segment(self, slot: Slot, task: int) -> Segment:
         layer = slot.layer
@@ -332,45 +363,53 @@ class FusedCapture:
 
     def close(self) -> None:
         """Forward and backward passes belong to no task any more; what they left is delivered."""
-        self.collect()
-        for member in self._members:
-            member.slot.close()
-        self._parts = []
-
-    def collect(self) -> None:
-        """Deliver what backward passes have left so far."""
-        formats = set()
+        self._collect()
         for member in self._members:
             slot = member.slot
-            formats.add(slot.computed_in)
-            for part in self._parts:
-                first, second = slot.probes[part.task]
-                if first.grad is not None or second.grad is not None:
-                    self._generic.deliver(
-                        slot.layer.parameter, part.task, _captured(first, second, slot.layer.sketched, part.share)
-                    )
-        coarsest = max(0.0 if dtype is None else torch.finfo(dtype).eps for dtype in formats) if formats else 0.0
-        self._generic.rounding = max(self._generic.rounding, coarsest)
+            slot.tasks, slot.tray, slot.segments, slot.whole, slot.layouts = (), None, None, False, ()
+        self._parts = []
+
+    def _collect(self) -> None:
+        """Deliver what backward passes have left."""
+        shares = {part.task: part.share for part in self._parts}
+        formats = {member.slot.computed_in for member in self._members}
+        for tray in self._trays.values():
+            tray.opened = False
+            formats |= tray.formats
+            if arrived := tray.take():
+                layers, share = tray.block.layers, shares[tray.task]
+                self._generic.deliver(
+                    tray.task,
+                    {layers[row].parameter: Captured(projected=_part(each, share)) for row, each in arrived.items()},
+                )
+        for slot, task in self._left_in_probes():
+            if task in shares:  # or it strayed
+                found = _captured(slot.probes[task], slot.layer.sketched, shares[task])
+                self._generic.deliver(task, {slot.parameter: found})
+        known = [torch.finfo(dtype).eps for dtype in formats if dtype is not None]
+        self._generic.rounding = max(self._generic.rounding, *known, 0.0)
+
+    def _left_in_probes(self) -> list[tuple[Slot, int]]:
+        """The layers and tasks of the probes that have a gradient."""
+        owners = [probe.owner for probe in self._probes if probe.grad is not None]  # type: ignore[attr-defined]
+        return [(slot, task) for reference, task in dict.fromkeys(owners) if (slot := reference()) is not None]
 
     def check_strays(self) -> None:
         """Raise if a backward pass has left something after its task was closed (one that torch has compiled)."""
-        for probe in self._probes:
-            if probe.grad is not None:
-                slot, task = probe.owner  # type: ignore[attr-defined]
-                self.clear()
-                slot().check_open(task)
+        for slot, task in self._left_in_probes():
+            self.clear()
+            slot.check_open(task)
 
     def clear(self) -> None:
         """The step is over."""
+        for tray in self._trays.values():
+            tray.formats.clear()
+            tray.take()
         for member in self._members:
             member.slot.computed_in = None
         for probe in self._probes:
             if probe.grad is not None:
                 probe.grad = None
-
-    @property
-    def _probes(self) -> Iterator[Tensor]:
-        return (probe for member in self._members for pair in member.slot.probes for probe in pair)
 
     def remove(self) -> None:
         """Give the modules their own forward pass back."""
@@ -384,6 +423,8 @@ class FusedCapture:
             forward.slots = [slot for slot in forward.slots if all(slot is not m.slot for m in self._members)]
         self._members.clear()
         self._forwards.clear()
+        self._probes.clear()
+        self._trays.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # Slots and forward passes belong to these modules, not to their copies: a copy takes over its own.
@@ -392,7 +433,7 @@ class FusedCapture:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bank, self._generic = state["_bank"], state["_generic"]
-        self._parts, self._forwards, self._members = [], [], []
+        self._parts, self._forwards, self._members, self._probes, self._trays = [], [], [], [], {}
         self._waiting = state["members"]
 
     def reinstall(self) -> None:
@@ -400,6 +441,9 @@ class FusedCapture:
         for layer, modules, transposed in self.__dict__.pop("_waiting", []):
             self.adopt(layer, modules, transposed)
 
+
+# Looked up once: it is asked in every layer and pass.
+_any_autocast = torch._C._is_any_autocast_enabled
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
@@ -438,17 +482,19 @@ def _leaf(shape: tuple[int, int], slot: Slot, task: int) -> Tensor:
     return leaf
 
 
-def _captured(first: Tensor, second: Tensor, sketched: bool, share: float) -> Captured:
+def _captured(probes: tuple[Tensor, Tensor], sketched: bool, share: float) -> Captured:
     """What the probes' gradients are; they have none any more."""
     found: list[Tensor | None] = []
-    for probe in (first, second):
+    for probe in probes:
         gradient, probe.grad = probe.grad, None
-        if gradient is not None:
-            gradient = gradient.detach() if gradient.requires_grad else gradient
-            gradient = gradient if share == 1.0 else gradient / share
-        found.append(gradient)
+        found.append(None if gradient is None else _part(gradient.detach(), share))
     projected, other = found
     return Captured(projected=projected, sketch=other) if sketched else Captured(projected=projected, full=other)
+
+
+def _part(gradient: Tensor, share: float) -> Tensor:
+    """The gradient of a task's own mean loss."""
+    return gradient if share == 1.0 else gradient / share
 
 
 def _uninstall(forward: FusedForward, slot: Slot) -> None:

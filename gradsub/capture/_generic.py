@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -162,8 +162,7 @@ class GenericCapture:
 
     def take(self, parameter: Tensor) -> None:
         """The hook: ``p.grad`` of the open task is complete for this backward pass."""
-        if parameter.grad is None:
-            return  # the hook fires where no gradient arrived, too
+        assert parameter.grad is not None
         if self._open is None:
             self._outside(parameter)
             return
@@ -186,17 +185,22 @@ class GenericCapture:
                     "optimizer.task() for each task"
                 )
             task, gradient = self._alone[0], gradient / self._alone[1]
-        self.deliver(parameter, task, self._captured(parameter, gradient, task))
+        self.deliver(task, {parameter: self._captured(parameter, gradient, task)})
 
-    def deliver(self, parameter: Tensor, task: int, captured: Captured) -> None:
-        """Add to what the task's backward passes have left so far."""
+    def deliver(self, task: int, found: Mapping[Tensor, Captured]) -> None:
+        """Add to what the task's backward passes have left so far, by parameter."""
+        if not found:
+            return
         self.arrived = True
         held = self.gradients.setdefault(task, {})
-        before = held.get(parameter)
-        if before is None:
-            held[parameter] = captured
-        else:
-            before.add(captured)
+        if not held:
+            held.update(found)  # which asks no tensor for its hash
+            return
+        for parameter, captured in found.items():
+            if (before := held.get(parameter)) is not None:
+                before.add(captured)
+            else:
+                held[parameter] = captured
 
     def check_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Raise a ValueError if a gradient is sparse."""
@@ -257,6 +261,8 @@ class _Hook:
         self._capture = weakref.ref(capture)
 
     def __call__(self, parameter: Tensor) -> None:
+        if parameter.grad is None:
+            return  # it is called where no gradient arrived, too
         capture = self._capture()
         if capture is not None:
             capture.take(parameter)

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gradsub.capture._generic import seen_by_others
+from gradsub.capture._tray import Tray
 
 
 class Orientation(NamedTuple):
@@ -92,6 +93,11 @@ def cast(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x, bias
 
 
+# Looked up once: they are asked in every layer and pass.
+_transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._is_tracing
+
+
 def needs_autograd(x: Tensor) -> bool:
     """Whether only operations that torch knows compute what is wanted: an ordinary linear layer does, captured or not.
 
@@ -99,9 +105,9 @@ def needs_autograd(x: Tensor) -> bool:
     operation; nested and sparse inputs have no rows to take; what is not floating is for torch to refuse.
     """
     return (
-        torch._C._are_functorch_transforms_active()
+        _transforms_active()
         or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
+        or _tracing()
         or x.is_nested
         or x.layout is not torch.strided
         or not x.is_floating_point()
@@ -198,7 +204,7 @@ def project_rows(
     return projected, far.mT @ (near @ directions.to(g.dtype))
 
 
-class _Wish(Enum):
+class Wish(Enum):
     """What the backward pass that runs wants of a weight's gradient."""
 
     ALL_LEAVES = auto()  # accumulated, as that of every leaf: the probes' gradients go to the engine
@@ -217,29 +223,29 @@ class _Engine:
     into_all = -1
 
 
-def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> _Wish:
+def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> Wish:
     """What is wanted of the weight, which is at a place among the function's tensors, as one of its probes is."""
     if torch.compiler.is_compiling():
-        return _Wish.ALL_LEAVES
+        return Wish.ALL_LEAVES
     if not weight.requires_grad:
-        return _Wish.NOTHING  # frozen since the forward pass
+        return Wish.NOTHING  # frozen since the forward pass
     task = torch._C._current_graph_task_id()
     if task != _Engine.into_all:
         nodes = ctx.next_functions
         if not torch._C._will_engine_execute_node(nodes[probe_place][0]):
             return _wish_of_some(weight, nodes[place][0])
         _Engine.into_all = task
-    return _Wish.WHOLE if seen_by_others(weight) else _Wish.ALL_LEAVES
+    return Wish.WHOLE if seen_by_others(weight) else Wish.ALL_LEAVES
 
 
-def _wish_of_some(weight: Tensor, node: Any) -> _Wish:
+def _wish_of_some(weight: Tensor, node: Any) -> Wish:
     """The same in a backward pass for chosen tensors, by the node that accumulates into the weight."""
     try:
         if not torch._C._will_engine_execute_node(node):
-            return _Wish.NOTHING
+            return Wish.NOTHING
     except RuntimeError:
-        return _Wish.WHOLE  # torch does not say it of leaves that `torch.autograd.grad` is asked for
-    return _Wish.WHOLE if seen_by_others(weight) else _Wish.THIS_LEAF
+        return Wish.WHOLE  # torch does not say it of leaves that `torch.autograd.grad` is asked for
+    return Wish.WHOLE if seen_by_others(weight) else Wish.THIS_LEAF
 
 
 def accumulates_into(weight: Tensor) -> bool:
@@ -252,14 +258,14 @@ def accumulates_into(weight: Tensor) -> bool:
         return False  # torch does not say it of leaves that `torch.autograd.grad` is asked for
 
 
-def _hand_over(wish: _Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
+def hand_over(wish: Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
     """To the engine, or to the probe itself."""
     if not torch.compiler.is_compiling():
         slot, task = probe.owner  # type: ignore[attr-defined]
         if (open_slot := slot()) is not None:
             open_slot.check_open(task)
     gradient = gradient if gradient.dtype == probe.dtype else gradient.to(probe.dtype)
-    if wish is _Wish.ALL_LEAVES:
+    if wish is Wish.ALL_LEAVES:
         return gradient
     probe.grad = gradient if probe.grad is None else probe.grad + gradient
     return None
@@ -272,53 +278,54 @@ class _Ordinary(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, probe: Tensor, basis: Tensor, orientation: Orientation
+        ctx: Any, x: Tensor, weight: Tensor, witness: Tensor, bias: Tensor | None, basis: Tensor, slot: Any, tray: Tray
     ) -> Tensor:
-        ctx.orientation, ctx.probe, ctx.biased = orientation, probe, bias is not None
-        transposed, axis = orientation
+        ctx.slot, ctx.tray = slot, tray
+        transposed, axis = slot.orientation
         # With bases of outputs x itself is kept, and g U takes the place of x V.
         if (axis == 1) != transposed:
-            ctx.save_for_backward(weight, torch.mm(rows_of(x, None), basis))
+            flat = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+            ctx.save_for_backward(weight, torch.mm(flat, basis))
         else:
             ctx.save_for_backward(weight, x, basis)
         kernel = weight if weight.dtype is x.dtype else _compute_copy(weight, x)
-        return _no_view(F.linear(x, kernel.mT if transposed else kernel, bias))
+        output = F.linear(x, kernel.mT if transposed else kernel, bias)
+        return _no_view(output) if output._is_view() else output
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved, slot, tray = ctx.saved_tensors, ctx.slot, ctx.tray
         weight, kept = saved[0], saved[1]
-        transposed, axis = ctx.orientation
-        needs = ctx.needs_input_grad
-        flat = rows_of(g, None)
+        transposed, axis = slot.orientation
         for_x = for_bias = None
+        flat = rows_of(g, None)
+        needs = ctx.needs_input_grad
         if needs[0]:
             kernel = weight if weight.dtype is g.dtype else weight.to(g.dtype)
             for_x = torch.mm(flat, kernel.mT if transposed else kernel)
             for_x = for_x if g.ndim == 2 else for_x.view(*g.shape[:-1], for_x.shape[-1])
-        if needs[1]:
+        if needs[3]:
             for_bias = flat.sum(0)
-        place = 2 if ctx.biased else 1
-        wish = _wish(ctx, weight, place, place + 1)
-        if wish is not _Wish.ALL_LEAVES:
-            if wish is _Wish.WHOLE:
-                raise RuntimeError(_WANTED_WHOLE)
-            if wish is _Wish.NOTHING:
-                return for_x, for_bias, None, None, None, None
-        if torch.is_grad_enabled():  # create_graph=True
-            flat, kept = flat.detach(), kept.detach()
-        if len(saved) == 3:
-            thin, wide = torch.mm(flat, saved[2]), rows_of(kept, None)
-        else:
-            thin, wide = kept, flat
-        return for_x, for_bias, None, _hand_over(wish, ctx.probe, coordinates(thin, wide, axis)), None, None
+        wish = _wish(ctx, weight, 1, 2)
+        if wish is Wish.WHOLE:
+            raise RuntimeError(_WANTED_WHOLE)
+        if wish is not Wish.NOTHING:
+            if torch.is_grad_enabled():  # create_graph=True
+                flat, kept = flat.detach(), kept.detach()
+            if len(saved) == 3:
+                thin, wide = torch.mm(flat, saved[2]), rows_of(kept, None)
+            else:
+                thin, wide = kept, flat
+            slot.receive(tray, *((thin.mT, wide) if axis == 0 else (wide.mT, thin)))
+        return for_x, None, None, for_bias, None, None, None
 
 
-def ordinary_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Any) -> Tensor:
+def ordinary_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Any, tray: Tray) -> Tensor:
     """`projecting_linear` for one task to which all rows belong; ``x`` and ``bias`` are `cast` already."""
-    task, layer = slot.ordinary, slot.layer
-    basis = layer.block.joint_rows(task, x.dtype)[layer.row]
-    return _Ordinary.apply(x, bias, weight, slot.probes[task][0], basis, slot.orientation)  # type: ignore[no-any-return, attr-defined]
+    dtype = x.dtype
+    tray.formats.add(dtype)
+    basis = tray.bases(dtype)[slot.layer.row]
+    return _Ordinary.apply(x, weight, tray.witness, bias, basis, slot, tray)  # type: ignore[no-any-return, attr-defined]
 
 
 _WANTED_WHOLE = (
@@ -371,9 +378,9 @@ class _Projecting(torch.autograd.Function):
         for_x, for_bias = _for_input(ctx, g, flat, weight)
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
-        if wish is _Wish.WHOLE:
+        if wish is Wish.WHOLE:
             raise RuntimeError(_WANTED_WHOLE)
-        if wish is _Wish.NOTHING:
+        if wish is Wish.NOTHING:
             return for_x, for_bias, *[None] * (len(ctx.needs_input_grad) - 2)
         found: list[Tensor | None] = []
         with torch.no_grad():
@@ -390,8 +397,8 @@ class _Projecting(torch.autograd.Function):
                     next(thin) if has_basis and orientation.input_side else None,
                 )
                 found += [None] * (has_basis + has_directions)
-                found.append(_hand_over(wish, probes[0], projected))
-                found += [] if sketched is None else [_hand_over(wish, probes[1], sketched)]
+                found.append(hand_over(wish, probes[0], projected))
+                found += [] if sketched is None else [hand_over(wish, probes[1], sketched)]
                 found += [None] * isinstance(described, bool)
         return for_x, for_bias, None, None, None, *found
 
@@ -441,9 +448,9 @@ class _Deferring(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(ctx.probes)
         place = 2 if ctx.biased else 1
         wish = _wish(ctx, weight, place, place + 1)
-        if wish is _Wish.NOTHING:
+        if wish is Wish.NOTHING:
             return for_x, for_bias, None, None, None, *found
-        placed = None if wish is _Wish.WHOLE else ctx.opened(x)
+        placed = None if wish is Wish.WHOLE else ctx.opened(x)
         if placed is None:
             for_weight = whole(rows_of(x, None), rows_of(g, None), orientation.transposed).to(weight.dtype)
             return for_x, for_bias, for_weight, None, None, *found
@@ -453,9 +460,9 @@ class _Deferring(torch.autograd.Function):
                 projected, sketched = project_rows(
                     orientation, rows_of(x, rows), rows_of(g, rows), segment.basis, segment.directions
                 )
-                found[probe_place] = _hand_over(wish, segment.probe, projected)
+                found[probe_place] = hand_over(wish, segment.probe, projected)
                 if sketched is not None:
-                    found[sketch_place] = _hand_over(wish, ctx.probes[sketch_place], sketched)
+                    found[sketch_place] = hand_over(wish, ctx.probes[sketch_place], sketched)
         return for_x, for_bias, None, None, None, *found
 
 

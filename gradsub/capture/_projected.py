@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsub._rounding import drop_rounding
 from gradsub.capture._captured import Captured, squared_norm
+from gradsub.capture._tray import as_stack
 from gradsub.subspace import SHARED, BasesChanged, Block, Rows, SubspaceBank, pieces, project
 
 
@@ -18,14 +19,18 @@ class Stacked:
     """A block's gradients in the coordinates of the shared and of their task's own subspace.
 
     Attributes:
-        R: layer by layer the present tasks' (B x m x (r + r_k)), without what is only rounding.
-        unit: a number of the order of each of them (B x 1 x 1); NaN or Inf where an entry of it is.
-        squared_norms: (B,) of the whole gradients, NaN where unknown; None if none is known.
+        R: of each layer the K present tasks' (L x K x m x (r + r_k)), without what is only rounding.
+        unit: a number of the order of each of them (L x K x 1 x 1); NaN or Inf where an entry of it is.
+        squared_norms: (L x K) of the whole gradients, NaN where unknown; None if none is known.
+        shared: what of R lies in the shared subspace, a view.
+        own: what lies in the tasks' own.
     """
 
     R: Tensor
     unit: Tensor
     squared_norms: Tensor | None
+    shared: Tensor
+    own: Tensor
 
 
 @dataclass
@@ -61,11 +66,20 @@ def gather_block(
 
 
 def _joint(block: Block, captured: Mapping[int, Sequence[Captured]], rounding: float) -> Stacked:
-    everything = [each for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
-    R = _stack([each.projected for each in everything if each.projected is not None])
-    norms = _norms(everything)
-    known = all(each.squared_norm is not None for each in everything)
-    return Stacked(R, drop_rounding(R, block.first, rounding, norms if known else None), norms)
+    first = block.first
+    projected = [[each.projected for each in held if each.projected is not None] for held in captured.values()]
+    stacks = [stack for held in projected if (stack := as_stack(held, first.axis)) is not None]
+    if len(stacks) == len(projected):
+        R = torch.stack(stacks, 1)
+        R = R.mT if first.axis == 1 else R
+    else:
+        R = torch.stack([torch.stack(held) for held in projected], 1)
+    norms = [each.squared_norm for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
+    squared_norms = _norms(norms, len(projected))
+    known = all(each is not None for each in norms)
+    unit = drop_rounding(R, first, rounding, squared_norms if known else None)
+    axis, width = 2 + first.axis, first.widths[SHARED]
+    return Stacked(R, unit, squared_norms, *torch.split(R, [width, R.shape[axis] - width], axis))
 
 
 @dataclass
@@ -128,24 +142,20 @@ def project_block(
     for held in captured.values():
         for each in held:
             each.projected = each.sketch = None
-    axis, width = 2 + first.axis, first.widths[SHARED]
-    by_layer = joint.R.view(len(block), len(captured), *joint.R.shape[1:])
-    shared, own = torch.split(by_layer, [width, by_layer.shape[axis] - width], axis)
     norms = joint.squared_norms
-    squared_norms = {} if norms is None else dict(zip(captured, norms.view(len(block), -1).unbind(1), strict=True))
-    parts = dict(zip(captured, shared.unbind(1), strict=True))
-    return Projected(
-        block, parts, aside, dict(zip(captured, own.unbind(1), strict=True)), squared_norms, sketches, joint
-    )
+    squared_norms = {} if norms is None else dict(zip(captured, norms.unbind(1), strict=True))
+    parts = dict(zip(captured, joint.shared.unbind(1), strict=True))
+    own = dict(zip(captured, joint.own.unbind(1), strict=True))
+    return Projected(block, parts, aside, own, squared_norms, sketches, joint)
 
 
-def _norms(everything: Sequence[Captured]) -> Tensor | None:
-    """The squared norms of all whole gradients, NaN where unknown; None if none is known."""
-    like = next((each.squared_norm for each in everything if each.squared_norm is not None), None)
+def _norms(found: Sequence[Tensor | None], tasks: int) -> Tensor | None:
+    """The squared norms of all whole gradients (L x K), NaN where unknown; None if none is known."""
+    like = next((each for each in found if each is not None), None)
     if like is None:
         return None
     unknown = like.new_full((), math.nan)
-    return torch.stack([unknown if each.squared_norm is None else each.squared_norm for each in everything])
+    return torch.stack([unknown if each is None else each for each in found]).view(-1, tasks)
 
 
 def _project_whole(
