@@ -168,8 +168,8 @@ def _alignments(blocks: Sequence[Projected], tasks: int) -> Tensor:
 
 
 def _inside(blocks: Sequence[Projected], tasks: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """By block: of each layer and task a unit (L x K x 1 x 1) and the norm in its own subspace in that unit (L x K), and
-    the Gramians in the shared subspaces in these units (L x K x K); zeros where a task is absent.
+    """By block: of each layer and task a unit (L x K x 1 x 1) and the norm in its own subspace in that unit (L x K);
+    and the Gramians in the shared subspaces in these units (L x K x K). Zeros where a task is absent.
     """
     there = [block.joint for block in blocks if block.joint is not None]
     if not there:

@@ -82,13 +82,12 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
         shrink: lr times weight decay, or 0. Protected layers collect it, see `collect_decay`.
     """
     shrinks = isinstance(shrink, Tensor) or shrink != 0.0
-    together: list[int] = []
-    alone: list[int] = []
-    for row, layer in enumerate(block.layers):
-        simple = layer.parameter.dtype == layer.dtype
-        (together if simple and _small(layer) else alone).append(row)
     first = block.first
-    for rows in pieces(together, first.shape[0] * first.shape[1], block.device):
+    if first.parameter.dtype != first.dtype or not _small(first):
+        for row, layer in enumerate(block.layers):
+            _apply(layer, states[row], steps[row], bases[row], 0.0 if layer.protected is not None else shrink)
+        return
+    for rows in pieces(range(len(block)), first.shape[0] * first.shape[1], block.device):
         whole = len(rows) == len(block)
         taken, spanned = (steps, bases) if whole else (steps[list(rows)], bases[list(rows)])
         if first.axis == 0 and first.shards is not None:
@@ -104,9 +103,6 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
             if decayed:
                 torch._foreach_mul_(decayed, kept.reshape(()) if isinstance(kept, Tensor) else kept)
         torch._foreach_add_(weights, updates)
-    for row in alone:
-        layer = block.layers[row]
-        _apply(layer, states[row], steps[row], bases[row], 0.0 if layer.protected is not None else shrink)
 
 
 def _small(layer: Layer) -> bool:

@@ -407,9 +407,8 @@ class FusedCapture:
             tray.take()
         for member in self._members:
             member.slot.computed_in = None
-        for probe in self._probes:
-            if probe.grad is not None:
-                probe.grad = None
+        for probe in [probe for probe in self._probes if probe.grad is not None]:
+            probe.grad = None
 
     def remove(self) -> None:
         """Give the modules their own forward pass back."""
