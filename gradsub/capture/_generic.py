@@ -217,8 +217,10 @@ class GenericCapture:
         with torch.no_grad():
             gradient = layer.matrix(gradient)
             self.rounding = max(self.rounding, torch.finfo(gradient.dtype).eps)
-            squared = squared_norm(gradient)
             full, sketch = self._bank.demand(layer, task)
+            # Of a whole gradient it can be computed at any time, as that of a block is in the step; of a part of its
+            # rows it has to be summed over the ranks before.
+            squared = squared_norm(gradient) if not full or layer.shards is not None else None
             if full:
                 return Captured(full=gradient, squared_norm=squared)
             return Captured(
