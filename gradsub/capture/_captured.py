@@ -17,9 +17,9 @@ class Captured:
         full: G_k (m x n), kept only where a basis is about to be refreshed, and for parameters without subspaces.
         projected: G_k in the coordinates of the shared and of the task's own subspace, side by side.
         sketch: Y of G_k (d x c), in steps that renew a basis.
-        squared_norm: the squared Frobenius norm of G_k (0-dim, float64 where there is one), where it was computed before
-            G_k was projected; None once a second backward pass was added, because norms of parts do not add up to the
-            norm of the sum.
+        squared_norm: the squared Frobenius norm of G_k (0-dim, float64 where there is one), where it was computed
+            before G_k was projected; None once a second backward pass was added, because norms of parts do not add up
+            to the norm of the sum.
     """
 
     full: Tensor | None = None

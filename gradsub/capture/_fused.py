@@ -260,7 +260,7 @@ class FusedCapture:
         self._members: list[_Member] = []
         self._parts: list[Part] = []
         self._forwards: list[FusedForward] = []
-        self._probes: list[Tensor] = []
+        self._probes: list[tuple[Slot, int, Tensor, Tensor]] = []
         self._trays: dict[tuple[Block, int], Tray] = {}
 
     def __bool__(self) -> bool:
@@ -275,8 +275,8 @@ class FusedCapture:
         """Take over the forward pass of a layer's modules."""
         slot = Slot(layer, Orientation(transposed, layer.axis))
         self._probe(slot)
-        self._probes += [probe for pair in slot.probes for probe in pair]
         self._members.append(_Member(layer, modules, slot))
+        self._probes += _probes_of(slot)
         self._install(self._members[-1])
 
     def convert(self, layer: Layer) -> None:
@@ -285,10 +285,7 @@ class FusedCapture:
         for member in self._members:
             if member.layer is layer:
                 self._probe(member.slot)
-        self._list_probes()
-
-    def _list_probes(self) -> None:
-        self._probes = [probe for member in self._members for pair in member.slot.probes for probe in pair]
+        self._probes = [each for member in self._members for each in _probes_of(member.slot)]
 
     def _probe(self, slot: Slot) -> None:
         layer = slot.layer
@@ -378,21 +375,23 @@ class FusedCapture:
             formats |= tray.formats
             if arrived := tray.take():
                 layers, share = tray.block.layers, shares[tray.task]
-                self._generic.deliver(
-                    tray.task,
-                    {layers[row].parameter: Captured(projected=_part(each, share)) for row, each in arrived.items()},
-                )
+                arrived = arrived if share == 1.0 else {row: each / share for row, each in arrived.items()}
+                found = {layers[row].parameter: Captured(None, each) for row, each in arrived.items()}
+                self._generic.deliver(tray.task, found)
         for slot, task in self._left_in_probes():
             if task in shares:  # or it strayed
-                found = _captured(slot.probes[task], slot.layer.sketched, shares[task])
-                self._generic.deliver(task, {slot.parameter: found})
+                mine = _captured(slot.probes[task], slot.layer.sketched, shares[task])
+                self._generic.deliver(task, {slot.parameter: mine})
         known = [torch.finfo(dtype).eps for dtype in formats if dtype is not None]
         self._generic.rounding = max(self._generic.rounding, *known, 0.0)
 
     def _left_in_probes(self) -> list[tuple[Slot, int]]:
         """The layers and tasks of the probes that have a gradient."""
-        owners = [probe.owner for probe in self._probes if probe.grad is not None]  # type: ignore[attr-defined]
-        return [(slot, task) for reference, task in dict.fromkeys(owners) if (slot := reference()) is not None]
+        return [
+            (slot, task)
+            for slot, task, first, second in self._probes
+            if first.grad is not None or second.grad is not None
+        ]
 
     def check_strays(self) -> None:
         """Raise if a backward pass has left something after its task was closed (one that torch has compiled)."""
@@ -407,8 +406,9 @@ class FusedCapture:
             tray.take()
         for member in self._members:
             member.slot.computed_in = None
-        for probe in [probe for probe in self._probes if probe.grad is not None]:
-            probe.grad = None
+        for slot, task in self._left_in_probes():
+            for probe in slot.probes[task]:
+                probe.grad = None
 
     def remove(self) -> None:
         """Give the modules their own forward pass back."""
@@ -481,19 +481,20 @@ def _leaf(shape: tuple[int, int], slot: Slot, task: int) -> Tensor:
     return leaf
 
 
+def _probes_of(slot: Slot) -> list[tuple[Slot, int, Tensor, Tensor]]:
+    return [(slot, task, first, second) for task, (first, second) in enumerate(slot.probes)]
+
+
 def _captured(probes: tuple[Tensor, Tensor], sketched: bool, share: float) -> Captured:
     """What the probes' gradients are; they have none any more."""
     found: list[Tensor | None] = []
     for probe in probes:
         gradient, probe.grad = probe.grad, None
-        found.append(None if gradient is None else _part(gradient.detach(), share))
+        if gradient is not None:
+            gradient = gradient.detach() if share == 1.0 else gradient.detach() / share
+        found.append(gradient)
     projected, other = found
     return Captured(projected=projected, sketch=other) if sketched else Captured(projected=projected, full=other)
-
-
-def _part(gradient: Tensor, share: float) -> Tensor:
-    """The gradient of a task's own mean loss."""
-    return gradient if share == 1.0 else gradient / share
 
 
 def _uninstall(forward: FusedForward, slot: Slot) -> None:
