@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -317,39 +317,41 @@ class FusedCapture:
         layouts = tuple((length, tuple(part.rows[length] for part in parts)) for length in parts[0].rows)
         tasks = tuple(part.task for part in parts)
         alone = len(parts) == 1 and not layouts
-        blocks: dict[Block, tuple[Any, Tray | None, Tensor | None]] = {}
+        blocks: dict[Block, tuple[list[Any], Tray | None, Tensor]] = {}
         for member in self._members:
             slot, layer = member.slot, member.layer
             block = layer.block
             if block not in blocks:
-                blocks[block] = self._open_block(block, tasks[0]) if alone else (None, None, None)
-            due, tray, joint = blocks[block]
+                blocks[block] = self._open_block(block, tasks, alone)
+            dues, tray, joint = blocks[block]
             slot.tasks = tasks
-            if tray is not None and (due is None or not due[layer.row]):
+            if tray is not None and (dues[0] is None or not dues[0][layer.row]):
                 slot.tray = tray
                 ready = slot.ready.get(tray.task)
                 if ready is None or ready[0] is not joint:
-                    ready = slot.ready[tray.task] = (joint, (self._segment(slot, tray.task),))
+                    ready = slot.ready[tray.task] = (joint, (self._segment(slot, tray.task, None),))
                 slot.segments = ready[1]
                 continue
-            segments = [self._segment(slot, task) for task in tasks]
+            segments = [self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True)]
             # The whole gradient of a single task is what autograd computes anyway.
             slot.whole = not layouts and any(segment.basis is None for segment in segments)
             slot.segments = None if slot.whole else tuple(segments)
             slot.layouts = layouts
 
-    def _open_block(self, block: Block, task: int) -> tuple[Any, Tray, Tensor]:
-        """Which of its rows are due, where the others leave their gradients, and on what they are projected."""
-        tray = self._trays.get((block, task))
-        if tray is None:
-            tray = self._trays[block, task] = Tray(block, task)
-        tray.opened = True
-        return self._bank.due_for(block, task), tray, block.joint(task, block.first.dtype)
+    def _open_block(self, block: Block, tasks: Sequence[int], alone: bool) -> tuple[list[Any], Tray | None, Tensor]:
+        """By task which rows are due, where the others leave their gradients, and what those are projected on."""
+        tray = None
+        if alone:
+            key = block, tasks[0]
+            tray = self._trays[key] = self._trays.get(key) or Tray(*key)
+            tray.opened = True
+        dues = [self._bank.due_for(block, task) for task in tasks]
+        return dues, tray, block.joint(tasks[0], block.first.dtype)
 
-    def _segment(self, slot: Slot, task: int) -> Segment:
+    def _segment(self, slot: Slot, task: int, due: Any) -> Segment:
         layer = slot.layer
         probe, second = slot.probes[task]
-        full, sketch = self._bank.demand(layer, task)
+        full, sketch = self._bank.demand_if(layer, due)
         if full:
             return Segment(None, None, second, None)
         # Of equal strides for all tasks: torch.compile then needs one graph for all.

@@ -111,7 +111,11 @@ class SubspaceBank:
 
     def demand(self, layer: Layer, task: int) -> tuple[bool, bool]:
         """What a capture has to leave of a task's gradient: the whole of it, or beside its projections a sketch."""
-        rows = self.due_for(layer.block, task)
+        return self.demand_if(layer, self.due_for(layer.block, task))
+
+    @staticmethod
+    def demand_if(layer: Layer, rows: Any) -> tuple[bool, bool]:
+        """The same, once it is known which rows of the layer's block are due, see `due_for`."""
         due = rows is not None and bool(rows[layer.row])
         return due and not layer.sketched, due and layer.sketched
 
