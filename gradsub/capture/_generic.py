@@ -63,9 +63,10 @@ class GenericCapture:
     def hook(self) -> None:
         """Hook every watched parameter that trains and has no hook yet."""
         waiting = []
+        hook = _Hook(self)
         for parameter in self._unhooked:
             if parameter.requires_grad:
-                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(_Hook(self))  # type: ignore[no-untyped-call]
+                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
             else:
                 waiting.append(parameter)
         self._unhooked = waiting
