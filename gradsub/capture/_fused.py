@@ -493,7 +493,8 @@ def _captured(probes: tuple[Tensor, Tensor], sketched: bool, share: float) -> Ca
     for probe in probes:
         gradient, probe.grad = probe.grad, None
         if gradient is not None:
-            gradient = gradient.detach() if share == 1.0 else gradient.detach() / share
+            gradient = gradient.detach() if gradient.requires_grad else gradient
+            gradient = gradient if share == 1.0 else gradient / share
         found.append(gradient)
     projected, other = found
     return Captured(projected=projected, sketch=other) if sketched else Captured(projected=projected, full=other)

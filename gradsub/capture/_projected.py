@@ -73,7 +73,8 @@ def _joint(block: Block, captured: Mapping[int, Sequence[Captured]], rounding: f
         R = torch.stack(stacks, 1)
         R = R.mT if first.axis == 1 else R
     else:
-        R = torch.stack([torch.stack(held) for held in projected], 1)
+        R = torch.stack([each for of_layer in zip(*projected, strict=True) for each in of_layer])
+        R = R.view(len(block), len(projected), *R.shape[1:])
     norms = [each.squared_norm for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
     squared_norms = _norms(norms, len(projected))
     known = all(each is not None for each in norms)
