@@ -81,14 +81,14 @@ class Part(Section):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, content: Any) -> dict[str, Any]:
-        content = _mapping(cls._long_form(content))
-        known = [field.alias or name for name, field in cls.model_fields.items()]
-        for key in content:
+        found = _mapping(cls._long_form(content))
+        known = list(cls.model_fields)
+        for key in found:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"the known ones are {', '.join(known)}"
                 raise ValueError(f"has no key {key!r}; {hint}")
-        return content
+        return found
 
     @classmethod
     def _long_form(cls, content: Any) -> Any:
