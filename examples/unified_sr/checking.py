@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import types
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from annotated_types import Ge, Gt, Le
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
@@ -35,14 +34,43 @@ def build_settings(method: str, values: Mapping[str, Any]) -> Settings[Any]:
         if key not in known:
             raise ValueError(unknown(key, value, found))
     parts = {
-        name: _checked(kind, _inside(given, f"{name}."), f"{name}.") for name, kind in sections(found.settings).items()
+        name: checked(kind, _inside(given, f"{name}."), f"the setting {name}.{{}}")
+        for name, kind in sections(found.settings).items()
     }
-    return _checked(Settings, {**parts, **{key: value for key, value in given.items() if "." not in key}})
+    top = {key: value for key, value in given.items() if "." not in key}
+    return checked(Settings, {**parts, **top}, "the setting {}")
 
 
 def changed(settings: Settings[Any], values: Mapping[str, Any]) -> Settings[Any]:
     """Return settings with other values, checked like all."""
     return build_settings(settings.method.name, {**flatten(settings.model_dump()), **flatten(values)})
+
+
+def checked(owner: type[S], values: Mapping[str, Any], naming: str, whole: str = "") -> S:
+    """Return values as a section, checked by pydantic.
+
+    Args:
+        owner: the section.
+        values: of its fields.
+        naming: what a field is called, with ``{}`` for its path.
+        whole: what the section itself is called.
+
+    Raises:
+        ValueError: with one sentence about the first value that is wrong: what must be there, and what is.
+    """
+    try:
+        return owner(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = first["loc"]
+        name = naming.format(".".join(map(str, path))) if path else whole
+        if first["type"] == "value_error":
+            raise ValueError(f"{name} {first['ctx']['error']}") from error
+        must = re.sub(r"^.*? should ", "must ", first["msg"]).replace("tuple", "list")  # as YAML calls it
+        field = owner.model_fields[str(path[0])] if len(path) == 1 else FieldInfo()
+        null = " or null" if type(None) in typing.get_args(field.annotation) else ""
+        text = f" ({field.description})" if field.description else ""
+        raise ValueError(f"{name} {must}{null}, got {first['input']!r}{text}") from error
 
 
 def unknown(key: str, value: Any, method: Method | None = None) -> str:
@@ -79,36 +107,3 @@ def unknown(key: str, value: Any, method: Method | None = None) -> str:
 
 def _inside(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-
-
-def _checked(owner: type[S], values: Mapping[str, Any], prefix: str = "") -> S:
-    """A section, or what is wrong with it in one sentence: the setting, what it must be, and what it is."""
-    try:
-        return owner(**values)
-    except ValidationError as error:
-        name = str(error.errors()[0]["loc"][0])
-        field = owner.model_fields[name]
-        raise ValueError(
-            f"the setting {prefix}{name} must be {_wanted(field)}, got {values[name]!r} ({field.description})"
-        ) from error
-
-
-def _wanted(field: FieldInfo) -> str:
-    words = {Ge: "of at least {0.ge}", Gt: "above {0.gt}", Le: "of at most {0.le}"}
-    limits = [words[type(limit)].format(limit) for limit in field.metadata if type(limit) in words]
-    kinds = [_kind(option) for option in _options(field.annotation) if option is not type(None)]
-    null = [" or null"] if type(None) in _options(field.annotation) else []
-    return " ".join([*kinds, " and ".join(limits)]).strip() + "".join(null)
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if union else (annotation,)
-
-
-def _kind(annotation: Any) -> str:
-    origin = typing.get_origin(annotation)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(annotation)))
-    plain = typing.get_args(annotation)[0] if origin is typing.Annotated else annotation
-    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[plain]

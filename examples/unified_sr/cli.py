@@ -31,6 +31,9 @@ FLAGS = {
 }
 """Options of ``run`` that are short for settings."""
 
+SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend", "default": []}
+"""An option that takes several values, and may stand several times."""
+
 DESCRIPTION = "Search and recommendation as one conditional generation task of one language model."
 
 
@@ -62,7 +65,7 @@ def _add_run(commands: Any) -> None:
             f"--{flag}", dest=key, metavar=key, type=int if kind is int else str, help=known[key].description
         )
     command.add_argument("--out", metavar="RUN_DIR", help="default: runs/DATA/MODEL/METHOD/seed-SEED")
-    command.add_argument("--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs")
+    command.add_argument("--set", metavar="KEY=VALUE", dest="pairs", **SEVERAL)
     command.set_defaults(carry_out=_run)
 
 
@@ -73,24 +76,10 @@ def _add_grid(commands: Any) -> None:
         description="Carry out all runs of a grid that are not finished. Each goes to OUT/DATA/METHOD/seed-SEED; its "
         "learning rate is chosen on the validation split by trials in OUT/DATA/METHOD/lr-RATE.",
     )
-    command.add_argument(
-        "--config", metavar="GRID.yaml", required=True, help="what to run; see configs/grids/main.yaml"
-    )
+    _add_grid_file(command)
     command.add_argument("--out", metavar="DIR", help="default: runs/ and the name of GRID.yaml")
-    command.add_argument(
-        "--data", metavar="NAME=SOURCE", action="append", default=[], help="add a data set, or say where one lies"
-    )
-    command.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs", help="for all runs"
-    )
-    command.add_argument(
-        "--only",
-        metavar="PATTERN",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="run what matches, such as gems or 'movielens/*/seed-0', with its trials",
-    )
+    only = "run what matches, such as gems or 'movielens/*/seed-0', with its trials"
+    command.add_argument("--only", metavar="PATTERN", help=only, **SEVERAL)
     command.add_argument("--dry-run", action="store_true", help="only say what would be run")
     command.add_argument(
         "--jobs",
@@ -122,24 +111,21 @@ def _add_bundle(commands: Any) -> None:
         description="Write one archive with the code, models, data and texts of a grid, and its file with paths in the "
         f"archive. There: tar xf FILE; python -m examples.unified_sr grid --config {BUNDLE}/grid.yaml.",
     )
-    command.add_argument("--config", metavar="GRID.yaml", required=True, help="as for grid")
+    _add_grid_file(command)
     command.add_argument("--out", metavar="FILE.tar[.gz|.xz]", required=True)
-    command.add_argument("--data", metavar="NAME=SOURCE", action="append", default=[], help="as for grid")
-    command.add_argument(
-        "--set", metavar="KEY=VALUE", nargs="+", action="extend", default=[], dest="pairs", help="as for grid"
-    )
-    command.add_argument(
-        "--package",
-        metavar="NAME",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="installed packages that are missing there, for the same Python and platform",
-    )
+    packages = "installed packages that are missing there, for the same Python and platform"
+    command.add_argument("--package", metavar="NAME", help=packages, **SEVERAL)
     command.add_argument(
         "--part-bytes", type=int, metavar="N", help="cut the archive into FILE.000, FILE.001 ... of at most N bytes"
     )
     command.set_defaults(carry_out=_bundle)
+
+
+def _add_grid_file(command: argparse.ArgumentParser) -> None:
+    config, data = "what to run; see configs/grids/main.yaml", "add a data set, or say where one lies"
+    command.add_argument("--config", metavar="GRID.yaml", required=True, help=config)
+    command.add_argument("--data", metavar="NAME=SOURCE", action="append", default=[], help=data)
+    command.add_argument("--set", metavar="KEY=VALUE", dest="pairs", help="for all runs", **SEVERAL)
 
 
 def _add_pack(commands: Any) -> None:
@@ -170,9 +156,7 @@ def _add_compare(commands: Any) -> None:
     command.add_argument(
         "--draw",
         metavar="METHOD",
-        nargs="+",
-        action="extend",
-        default=[],
+        **SEVERAL,
         help="the methods in the plots, at most eight; default: the best of GEMS at any perplexity and within 2 %%, "
         "the best of four other methods, and for each task the best without a language model",
     )

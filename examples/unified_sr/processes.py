@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,13 +61,6 @@ class Processes:
         flat /= self.count
         for tensor, mean in zip(found, torch.split(flat, [tensor.numel() for tensor in found]), strict=True):
             tensor.copy_(mean.view(tensor.shape))
-
-    def average(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The mean of each value over the processes."""
-        if self.count == 1:
-            return dict(values)
-        gathered = self.gather(dict(values))
-        return {key: sum(each[key] for each in gathered) / self.count for key in values}
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in order."""

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from unified_sr.trec_files import evaluate_files
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config
 from examples.unified_sr.methods import METHODS
 from examples.unified_sr.metrics import CUTOFFS
-from examples.unified_sr.trec import evaluate_files
 
 NAMES = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr", "map") for k in CUTOFFS}
 SMALL = [

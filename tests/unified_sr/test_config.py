@@ -78,23 +78,23 @@ def test_numbers_in_every_spelling(text: str, value: float) -> None:
             "method.alpha=3",
             "'gems' has no setting 'method.alpha', only lora has it; in a YAML file put it under methods",
         ),
-        ("training.steps=2.5", "training.steps must be a whole number of at least 0, got 2.5 .optimizer steps"),
-        ("training.steps=true", "training.steps must be a whole number of at least 0, got True"),
-        ("training.steps='3'", "training.steps must be a whole number of at least 0, got '3'"),
-        ("training.steps=-1", "training.steps must be a whole number of at least 0, got -1"),
-        ("training.epochs=0", "training.epochs must be a whole number of at least 1 or null, got 0"),
-        ("training.lr=fast", "training.lr must be a number above 0, got 'fast'"),
-        ("training.lr=0", "training.lr must be a number above 0, got 0"),
-        ("training.lr=.nan", "training.lr must be a number above 0, got nan"),
-        ("training.lr=true", "training.lr must be a number above 0, got True"),
-        ("training.warmup=1.5", "training.warmup must be a number of at least 0 and of at most 1, got 1.5"),
-        ("training.grad_clip=x", "training.grad_clip must be a number above 0 or null, got 'x'"),
-        ("method.side=left", "method.side must be one of 'input', 'output', got 'left'"),
-        ("method.lr_scale=sgd", "method.lr_scale must be one of 'adamw' or null, got 'sgd'"),
-        ("method.protect=1", "method.protect must be true or false, got 1"),
-        ("method.energy=2", "method.energy must be a number above 0 and of at most 1 or null, got 2"),
-        ("data.source=3", "data.source must be text, got 3"),
-        ("seed=-1", "the setting seed must be a whole number of at least 0, got -1"),
+        ("training.steps=2.5", "training.steps must be a valid integer, got 2.5 .optimizer steps"),
+        ("training.steps=true", "training.steps must be a valid integer, got True"),
+        ("training.steps='3'", "training.steps must be a valid integer, got '3'"),
+        ("training.steps=-1", "training.steps must be greater than or equal to 0, got -1"),
+        ("training.epochs=0", "training.epochs must be greater than or equal to 1 or null, got 0"),
+        ("training.lr=fast", "training.lr must be a valid number, got 'fast'"),
+        ("training.lr=0", "training.lr must be greater than 0, got 0"),
+        ("training.lr=.nan", "training.lr must be a finite number, got nan"),
+        ("training.lr=true", "training.lr must be a valid number, got True"),
+        ("training.warmup=1.5", "training.warmup must be less than or equal to 1, got 1.5"),
+        ("training.grad_clip=x", "training.grad_clip must be a valid number or null, got 'x'"),
+        ("method.side=left", "method.side must be 'input' or 'output', got 'left'"),
+        ("method.lr_scale=sgd", "method.lr_scale must be 'adamw' or null, got 'sgd'"),
+        ("method.protect=1", "method.protect must be a valid boolean, got 1"),
+        ("method.energy=2", "method.energy must be less than or equal to 1 or null, got 2"),
+        ("data.source=3", "data.source must be a valid string, got 3"),
+        ("seed=-1", "the setting seed must be greater than or equal to 0, got -1"),
         ("training.steps", "--set takes key=value, got 'training.steps'"),
         ("training.steps=[", r"training.steps: the value '\[' is not YAML"),
         ("method.name=gem", "no method 'gem'; did you mean 'gems'"),
@@ -119,7 +119,7 @@ def test_what_is_wrong_is_named(pair: str, message: str) -> None:
         ("methods: {lora: {seed: 3}}\n", "'seed' cannot be set in the section"),
         (
             "methods: {lora: {training: {lr: -1}}}\n",
-            "training.lr must be a number above 0, got -1.*section methods.lora",
+            "training.lr must be greater than 0, got -1.*section methods.lora",
         ),
     ],
 )
@@ -185,7 +185,7 @@ def test_an_empty_section_is_none_and_settings_do_not_change(tmp_path: Path) -> 
     other = changed(settings, {"training": {"lr": 0.5}})
     assert (other.training.lr, settings.training.lr) == (0.5, 6e-4)
     assert changed(other, {"training.lr": 6e-4}) == settings
-    with pytest.raises(ValueError, match=r"training\.lr must be a number above 0"):
+    with pytest.raises(ValueError, match=r"training\.lr must be greater than 0"):
         changed(settings, {"training.lr": 0})
     assert doctest.testmod(settings_module).attempted
     assert doctest.testmod(settings_module).failed == 0

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from unified_sr.trec_files import evaluate_files, read_qrels
 
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import TASKS, Dataset, Example, format_statistics, load_dataset
 from examples.unified_sr.run import run
-from examples.unified_sr.trec import evaluate_files, read_qrels
 
 IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 ANY = {"min_user_events": 1, "min_item_events": 1}

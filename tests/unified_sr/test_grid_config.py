@@ -78,9 +78,10 @@ def test_a_method_may_be_chosen_by_a_rule_of_its_own(tmp_path: Path) -> None:
     own = "{max_perplexity_increase: 0.05, rates: [1e-3], settings: {training.steps: 4}}"
     kept = f"  - {{name: kept, method: gems, select: {own}}}"
     grid = read_grid(written(tmp_path, FILE.replace("  - not-there-yet", kept)))
-    entries = {entry.name: entry for entry in grid.entries}
-    assert entries["kept"].selection == Selection(5, "ndcg@10", 0.05, {"training.steps": 4}), "the rest is the grid's"
-    assert entries["small"].selection == Selection(5, "ndcg@10", None, {"training.steps": 2})
+    select = {entry.name: entry.select for entry in grid.entries}
+    kept = Selection(rates=(1e-3,), seed=5, max_perplexity_increase=0.05, settings={"training.steps": 4})
+    assert select["kept"] == kept, "the rest is the grid's"
+    assert select["small"] == Selection(rates=(1e-4, 1e-2), seed=5, settings={"training.steps": 2})
     (trial, run) = list_jobs(grid, ["films/kept/seed-3"])
     assert (trial.name, trial.settings().training.steps, trial.seed) == ("films/kept/lr-0.001", 4, 5)
     assert run.settings(1e-3).training.steps == 7
@@ -118,26 +119,33 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("seeds: [3, 1]", "seeds: 3", "seeds of .* must be a list of whole numbers from 0, got 3"),
+        ("seeds: [3, 1]", "seeds: 3", "seeds of .* must be a valid list, got 3"),
+        ("seeds: [3, 1]", "seeds: [3, true]", "seeds.1 of .* must be a valid integer, got True"),
+        ("seeds: [3, 1]", "seeds: [3, -1]", "seeds.1 of .* must be greater than or equal to 0, got -1"),
+        ("seeds: [3, 1]", "seeds: []", r"seeds of .* must have at least 1 item .* got \[\]"),
         ("seeds: [3, 1]", "seeds: [3, 3]", r"hold \[3\] more than once"),
         ("seeds: [3, 1]", "sedes: [3, 1]", "no key 'sedes'; did you mean 'seeds'?"),
-        ("rates: [1e-2, 1.0e-4]", "rates: [0]", r"rates of .* must be a list of learning rates above 0, got \[0\]"),
-        ("rates: [1e-2, 1.0e-4]", "rates: fast", "rates of .* must be a list of learning rates above 0, got 'fast'"),
-        ("seed: 5", "trials: many", "trials of select must be null or a whole number, got 'many'"),
+        ("rates: [1e-2, 1.0e-4]", "rates: [0]", "select.rates.0 of .* must be greater than 0, got 0"),
+        ("rates: [1e-2, 1.0e-4]", "rates: fast", "select.rates of .* must be a valid list, got 'fast'"),
+        ("seed: 5", "trials: many", "select.trials of .* must be a valid integer, got 'many'"),
         ("seed: 5", "trials: 1", "it must be at least the number of rates, 2, got 1"),
-        ("seed: 5", "metric: speed", "metric of select must be one of hit@5"),
-        ("seed: 5", "max_perplexity_increase: -1", "must be null or a share such as 0.05, got -1"),
+        ("seed: 5", "metric: speed", "select.metric of .* must be one of hit@5.*, got 'speed'"),
+        ("seed: 5", "max_perplexity_increase: -1", "increase of .* must be greater than or equal to 0, got -1"),
         ("  training: {steps: 7}", "  seed: 7", "cannot set 'seed': the grid gives it to each run"),
-        ("{method.rank: 2}", "[rank]", "settings of the method 'small' .* must be a mapping"),
+        ("{method.rank: 2}", "[rank]", "methods.small.settings of .* must be a mapping"),
         ("- lora", "- gems-no-null", r"hold \['gems-no-null'\] more than once"),
         ("- lora", "- {name: a/b, method: lora}", "needs a name that is text without '/'"),
         ("- lora", "- {name: lora, rate: [1]}", "no key 'rate'; did you mean 'rates'?"),
         ("data: {films: movielens-100k, shop: null}", "data: [films]", "data of .* must be a mapping"),
-        ("- lora", "- {name: lora, select: {rate: 1}}", "select of the method 'lora' of .* has no key 'rate'"),
-        ("- lora", "- {name: lora, select: {metric: x}}", "metric of select must be one of hit@5"),
-        ("shop: null", "shop: 3", "the data 'shop' of .* must be a mapping, got 3"),
-        ("shop: null", "shop: {sauce: here}", "the data 'shop' of .* has no key 'sauce'; did you mean 'source'?"),
-        ("shop: null", "shop: {source: 3}", "source of the data 'shop' of .* must be the name of a data set"),
+        (
+            "- lora",
+            "- {name: lora, select: {rate: 1}}",
+            "methods.lora.select of .* has no key 'rate'; did you",
+        ),
+        ("- lora", "- {name: lora, select: {metric: x}}", "methods.lora.select.metric of .* must be one of hit@5"),
+        ("shop: null", "shop: 3", "data.shop of .* must be a mapping, got 3"),
+        ("shop: null", "shop: {sauce: here}", "data.shop of .* has no key 'sauce'; did you mean 'source'?"),
+        ("shop: null", "shop: {source: 3}", "data.shop.source of .* must be a valid string, got 3"),
         ("shop: null", "shop: {settings: {seed: 1}}", "cannot set 'seed': the grid gives it to each run"),
         ("data: {films: movielens-100k, shop: null}", "", "must name at least one data set"),
         ("methods:\n", "methods: {}\nother:\n", "no key 'other'"),
@@ -153,9 +161,9 @@ def test_other_errors(tmp_path: Path) -> None:
     path = written(tmp_path)
     with pytest.raises(ValueError, match="--data takes NAME=SOURCE"):
         read_grid(path, data=["shop"])
-    with pytest.raises(ValueError, match=r"--set cannot set 'data\.source'"):
+    with pytest.raises(ValueError, match=r"--set of the grid .* cannot set 'data\.source'"):
         read_grid(path, pairs=["data.source=x"])
-    with pytest.raises(ValueError, match="must be a list of names and mappings, got None"):
+    with pytest.raises(ValueError, match=r"methods of .* must be a list of names and mappings, got None"):
         read_grid(written(tmp_path, "data: {a: b}\n"))
     with pytest.raises(FileNotFoundError, match="is no file"):
         read_grid(tmp_path / "none.yaml")

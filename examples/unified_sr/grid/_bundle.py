@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from ..config import SECTIONS, read_yaml
+from ..config import SECTIONS
 from ..data import MOVIELENS, movielens_folder
 from ..environment import describe_environment
 from ..methods import method_named
 from ..model import SMOLLM2, load_language_model, packaged_model
 from ..precision import choose_precision
 from ..settings import ModelSettings, Settings, flatten
-from ._config import Grid, read_grid
+from ._config import Entry, Grid, read_grid
 from ._jobs import list_jobs
 
 BUNDLE = "bundle"
@@ -65,14 +65,13 @@ def write_bundle(
         raise ValueError(f"the archive must end in {', '.join(endings)}, got {str(out)!r}")
     if part_bytes is not None and part_bytes < 1:
         raise ValueError(f"part_bytes must be at least 1, got {part_bytes}")
-    data, pairs = list(data), list(pairs)
     grid = read_grid(config, data=data, pairs=pairs)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         contents = _Contents(Path(scratch))
         contents.add_code(packages)
         contents.add_inputs([job.settings() for job in list_jobs(grid)], say)
-        content = contents.moved(read_yaml(config), grid)
+        content = contents.moved(grid)
         contents.text(f"{BUNDLE}/grid.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
         contents.text(f"{BUNDLE}/environment.json", json.dumps(_made_here(), indent=1))
         with tarfile.open(out, endings[out.suffix], dereference=True) as archive:  # type: ignore[call-overload]
@@ -154,34 +153,26 @@ class _Contents:
                 "evaluation.general_text is null: general text comes out of Python's documentation, of the Python there"
             )
 
-    def moved(self, content: dict[str, Any], grid: Grid) -> dict[str, Any]:
-        """Return the grid's file with sources and settings as they are there, and what --set says in it."""
+    def moved(self, grid: Grid) -> dict[str, Any]:
+        """Return the grid as a file, with sources and settings as they are there, and what --set says in it."""
 
-        def settings(values: Mapping[str, Any] | None) -> dict[str, Any]:
-            given = flatten(values or {})
-            return {key: self._there(key, value) for key, value in given.items() if key not in grid.overrides}
+        def settings(values: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: self._there(key, value) for key, value in values.items() if key not in grid.overrides}
 
-        def select(values: Mapping[str, Any] | None) -> dict[str, Any]:
-            return {key: settings(value) if key == "settings" else value for key, value in (values or {}).items()}
+        def entry(item: Entry) -> dict[str, Any]:
+            found = item.model_dump(mode="json", exclude={"rates"})
+            found["select"]["settings"] = settings(item.select.settings)
+            return {**found, "settings": settings(item.settings)}
 
-        def entry(item: Any) -> Any:
-            changes = {"settings": settings, "select": select}
-            if not isinstance(item, dict):
-                return item
-            return {key: changes[key](value) if key in changes else value for key, value in item.items()}
-
-        shared = dict(content.get("settings") or {})
-        sections = {name: settings(section) for name, section in (shared.pop(SECTIONS, None) or {}).items()}
         given = {key: self._there(key, value) for key, value in grid.overrides.items()}
+        sections = {name: settings(section) for name, section in grid.sections.items()}
         return {
-            **content,
             "data": {
                 name: {"source": self._there("data.source", data.source), "settings": settings(data.settings)}
                 for name, data in grid.data.items()
             },
-            "settings": {**settings(shared), **given, **({SECTIONS: sections} if sections else {})},
-            "select": select(content.get("select")),
-            "methods": [entry(item) for item in content["methods"]],
+            "settings": {**settings(grid.settings), **given, SECTIONS: sections},
+            "methods": [entry(item) for item in grid.entries],
         }
 
     def _there(self, key: str, value: Any) -> Any:

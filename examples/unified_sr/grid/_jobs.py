@@ -61,7 +61,7 @@ class Job:
 
     def trial(self, rate: float) -> Job:
         """The trial of its method on its data at a rate."""
-        return replace(self, seed=self.entry.selection.seed, rate=rate)
+        return replace(self, seed=self.entry.select.seed, rate=rate)
 
     @property
     def is_a_run(self) -> bool:
@@ -99,7 +99,7 @@ class Job:
             **self.grid.data[self.data].settings,
             **section_of(method_named(self.entry.method), self.grid.sections),
             **self.entry.settings,
-            **(self.entry.selection.settings if self.rate is not None else {}),
+            **(self.entry.select.settings if self.rate is not None else {}),
             **self.grid.overrides,
         }
 

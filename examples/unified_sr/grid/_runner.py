@@ -135,7 +135,7 @@ def _further_trials(jobs: Sequence[Job], out: Path) -> list[Job]:
     for job in jobs:
         if job.selects:
             first = job.trials[0]
-            found[first.name] = [first] * ((job.entry.selection.trials or 0) - len(trials_of(job, out)))
+            found[first.name] = [first] * ((job.entry.select.trials or 0) - len(trials_of(job, out)))
     return [trial for trials in found.values() for trial in trials]
 
 

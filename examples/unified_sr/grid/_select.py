@@ -110,7 +110,7 @@ def next_rate(trials: Sequence[Trial], max_perplexity_increase: float | None = N
 def trials_of(job: Job, out: Path) -> list[Job]:
     """Return the trials of a run as far as they are known: a further one depends on how the others came out."""
     jobs = job.trials
-    selection = job.entry.selection
+    selection = job.entry.select
     wanted = max(len(jobs), selection.trials or 0) if jobs else 0
     while len(jobs) < wanted and all(trial.over(out) for trial in jobs):
         found = [_read(trial, selection, out) for trial in jobs]
@@ -128,7 +128,7 @@ def choose_rate(job: Job, out: Path) -> Choice:
     Raises:
         ValueError: as ``choose``.
     """
-    return choose(_trials(job, out), job.entry.selection.max_perplexity_increase)
+    return choose(_trials(job, out), job.entry.select.max_perplexity_increase)
 
 
 def record_choice(job: Job, out: Path, choice: Choice) -> None:
@@ -139,7 +139,7 @@ def record_choice(job: Job, out: Path, choice: Choice) -> None:
 
 
 def _trials(job: Job, out: Path) -> list[Trial]:
-    return [_read(trial, job.entry.selection, out) for trial in trials_of(job, out)]
+    return [_read(trial, job.entry.select, out) for trial in trials_of(job, out)]
 
 
 def _read(job: Job, selection: Selection, out: Path) -> Trial:
@@ -153,7 +153,7 @@ def _read(job: Job, selection: Selection, out: Path) -> Trial:
 
 
 def _record(entry: Entry, settings: Settings, trials: Sequence[Trial], choice: Choice) -> dict[str, Any]:
-    selection, first = entry.selection, entry.rates
+    selection, first = entry.select, entry.rates
     limit = selection.max_perplexity_increase
     criterion = f"largest mean over the tasks of {selection.metric} on the validation split"
     if limit is not None:
