@@ -170,6 +170,8 @@ class FusedForward:
             for slot in opened:
                 y.register_hook(_Belongs(slot, weight))  # type: ignore[no-untyped-call]
             return y
+        if (tray := opened[0].tray) is not None:
+            return ordinary_linear(x, weight, bias, opened[0], tray)
         return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
 
     def __reduce__(self) -> tuple[Any, ...]:
