@@ -57,7 +57,9 @@ class Running:
         self._log = log
         self._told = False
         self._process = context.Process(
-            target=_run, args=(settings, str(folder), str(log), measured, sealing, threads), daemon=True
+            target=_run,
+            args=(dict(os.environ), settings, str(folder), str(log), measured, sealing, threads),
+            daemon=True,
         )
         self._process.start()
 
@@ -116,8 +118,17 @@ def execute(settings: Settings, folder: Path, log: Path, *, threads: int | None 
 
 
 def _run(
-    settings: Settings, folder: str, log: str, measured: Shared | None, sealing: bool, threads: int | None
+    environment: dict[str, str],
+    settings: Settings,
+    folder: str,
+    log: str,
+    measured: Shared | None,
+    sealing: bool,
+    threads: int | None,
 ) -> None:
+    # The server's environment is that of the process in which it was started, at that time.
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
