@@ -14,6 +14,7 @@ from .data import Dataset, Example
 from .metrics import mean_metrics, query_metrics, sampled_candidates, sampled_ranks, target_ranks, top_items
 from .model import Collator, PromptBuilder, Ranker, length_buckets
 from .precision import Precision
+from .settings import EvaluationSettings
 from .trec import DEPTH
 
 
@@ -62,8 +63,14 @@ class TaskResult:
         return math.fsum(self.losses.values()) / len(self.losses)
 
 
-def choose_examples(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """Return ``count`` of the examples, the same for every method and in the order given; 0 returns all."""
+def choose_examples(
+    split: Mapping[str, Sequence[Example]], tasks: Iterable[str], settings: EvaluationSettings
+) -> dict[str, list[Example]]:
+    """Return each task's examples that are evaluated, the same for every method and in the order given."""
+    return {task: _sample(split[task], settings.users, settings.seed) for task in tasks}
+
+
+def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
     if not 0 < count < len(examples):
         return list(examples)
     chosen = np.random.default_rng(seed).choice(len(examples), size=count, replace=False)

@@ -96,13 +96,7 @@ class Parts:
             seed=settings.evaluation.seed,
             compat=settings.evaluation.compat,
         )
-        valid, evaluated = (
-            {
-                task: choose_examples(examples[task], settings.evaluation.users, settings.evaluation.seed)
-                for task in tasks
-            }
-            for examples in (dataset.valid, split)
-        )
+        valid, evaluated = (choose_examples(each, tasks, settings.evaluation) for each in (dataset.valid, split))
         wanted = getattr(settings.method, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
         retention = Retention(language_model, text[1], settings, precision.device)
@@ -166,11 +160,7 @@ class Parts:
         if tasks != self.tasks:
             say(f"the test split is not evaluated in the same run: it has the tasks {tasks}, validation {self.tasks}")
             return None
-        chosen = {
-            task: choose_examples(dataset.test[task], settings.evaluation.users, settings.evaluation.seed)
-            for task in tasks
-        }
-        return replace(self, settings=settings, evaluated=chosen)
+        return replace(self, settings=settings, evaluated=choose_examples(dataset.test, tasks, settings.evaluation))
 
     def summary(self) -> dict[str, Any]:
         """Return what is evaluated, as plain values."""

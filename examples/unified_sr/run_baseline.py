@@ -57,11 +57,7 @@ def run_baseline(
     reset_peak_memory(_CPU)
     with phase("preparation"):
         fitted = method.fit(settings, dataset, [example for task in trained for example in dataset.train[task]])
-    test = {
-        task: choose_examples(split[task], settings.evaluation.users, settings.evaluation.seed)
-        for task in tasks
-        if task in fitted.scores
-    }
+    test = choose_examples(split, [task for task in tasks if task in fitted.scores], settings.evaluation)
     if not test:
         raise ValueError(
             f"{settings.data.source!r} has no {settings.evaluation.split} example of what {method.name!r} serves; pass "

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ def shop(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathF
     ]
     select = {"rates": [1e-3], "trials": 3}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADSUB_CACHE", str(folder / "before"))
+        forkserver.set_forkserver_preload(["examples.unified_sr.grid", "transformers.modeling_utils"])
+        forkserver.ensure_running()  # with this environment, if none is running yet
         patch.setenv("GRADSUB_CACHE", str(folder / "cache"))
         patch.delenv("OMP_NUM_THREADS", raising=False)
         line = command(folder, llama_folder, data_folder, "--jobs", "3", methods=methods, select=select, seeds=[0, 1])
@@ -70,6 +74,7 @@ def shop(llama_folder: str, data_folder: str, tmp_path_factory: pytest.TempPathF
 
 
 def test_side_by_side_the_null_space_is_fitted_once_and_the_intact_model_measured_once(shop: Path) -> None:
+    assert len(list((shop.parents[1] / "cache").rglob("*.safetensors"))) == 1, "the place that the grid was told"
     logs = {path: path.read_text(encoding="utf-8") for path in shop.rglob("*.log")}
     assert sum("null space: 256 tokens" in log for log in logs.values()) == 1
     assert sum("null space: as fitted before" in log for log in logs.values()) == 2
