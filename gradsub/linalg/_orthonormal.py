@@ -6,7 +6,7 @@ from torch import Tensor
 from ._arithmetic import full_precision, widen
 from ._checks import check_matrix
 from ._gaussian import gaussian
-from ._outside import Outside, outside_of
+from ._room import Room
 from ._thin import added_by_each, independent_qr
 
 
@@ -74,34 +74,43 @@ def orthonormalize(Y: Tensor, *, against: Tensor | None = None, generator: torch
             f"Y must have at most {d - k} columns, got {c}: {d} rows less {k} columns of against leave {d - k} "
             f"dimensions. Pass Y[..., :{d - k}], or a smaller against."
         )
-    return _orthonormalize_unchecked(Y, against=against, generator=generator)
+    return _orthonormalize_unchecked(Y, Room(against), generator)
 
 
-def _orthonormalize_unchecked(
-    Y: Tensor, *, against: Tensor | Outside | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """`orthonormalize` without its checks: NaN in ``Y`` gives NaN.
+def _orthonormalize_unchecked(Y: Tensor, room: Room | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """`orthonormalize` without its checks, in a room: NaN in ``Y`` gives NaN.
 
-    ``against`` may hold zero columns, so that bases of different rank share one shape; the caller sees to it that the
-    complement has room for all columns of ``Y``.
+    ``room`` may be given by zero columns, so that bases of different rank share one shape; the caller sees to it that
+    it has space for all columns of ``Y``.
+
+    Args:
+        Y: directions in the columns, in the room's coordinates (..., f, c).
+        room: where the result has to stay; None: anywhere.
+        generator: source of the replacements.
+
+    Returns:
+        Q (..., d, c).
     """
-    d, c = Y.shape[-2:]
-    K = outside_of(against)
-    k = 0 if K is None else K.columns
+    room = room or Room()
     with full_precision(Y.device):
         Y = widen(Y)
-        if K is not None:
-            for part in (K.against, K.within):
-                Y = Y if part is None else Y.to(torch.promote_types(Y.dtype, part.dtype))
-            K = K.widened(Y.dtype)
+        for part in (room.against, room.within):
+            Y = Y if part is None else Y.to(torch.promote_types(Y.dtype, part.dtype))
+        room = room.widened(Y.dtype)
+        d = Y.shape[-2] if room.within is None else room.within.shape[-2]
         negligible = 8 * d**0.5 * torch.finfo(Y.dtype).eps
-        # K may itself be the replacements of an earlier call with an equal seed: without the shift by k numbers the
-        # same directions would be drawn again, of which K leaves nothing.
-        random = _project_out(K, gaussian(d, c, like=Y, generator=generator, skip=k))
+        # What bounds the room may itself be the replacements of an earlier call with an equal seed: without the shift
+        # the same directions would be drawn again, of which it leaves nothing.
+        random = gaussian(d, Y.shape[-1], like=Y, generator=generator, skip=room.columns)
+        if room.within is not None:
+            random = room.enter(random.expand(*room.within.shape[:-2], -1, -1))
+        random = room.project(random)
         random = random / random.norm(dim=-2, keepdim=True)
-        W = _replace_vanished(_unit_columns(Y), K, random, negligible)
+        W = _replace_vanished(_unit_columns(Y), room, random, negligible)
         Q = independent_qr(_replace_dependent(W, random, negligible))
-        return Q if K is None else independent_qr(_project_out(K, Q))
+        if room.against is not None and room.against.shape[-1]:
+            Q = independent_qr(room.project(room.project(Q)))
+        return room.leave(Q)
 
 
 def complement_of(basis: Tensor) -> Tensor:
@@ -111,13 +120,6 @@ def complement_of(basis: Tensor) -> Tensor:
         return Q[:, basis.shape[1] :].contiguous()
 
 
-def _project_out(K: Outside | None, X: Tensor) -> Tensor:
-    """(I - K K^T) X. Twice: after the first pass the rounding error is relative to X, not to what is left of it."""
-    if K is None:
-        return X
-    return K.project(K.project(X))
-
-
 def _unit_columns(Y: Tensor) -> Tensor:
     """Columns of norm 1, zero columns kept. By the largest entry first, whose square need not be representable."""
     largest = Y.abs().amax(-2, keepdim=True)
@@ -125,9 +127,10 @@ def _unit_columns(Y: Tensor) -> Tensor:
     return Y / torch.where(largest == 0, 1, Y.norm(dim=-2, keepdim=True))
 
 
-def _replace_vanished(Y: Tensor, K: Outside | None, random: Tensor, negligible: float) -> Tensor:
-    """Unit columns of (I - K K^T) Y, random where nothing is left of a column."""
-    Y = _project_out(K, Y)
+def _replace_vanished(Y: Tensor, room: Room, random: Tensor, negligible: float) -> Tensor:
+    """Unit columns of what the room has of Y, random where nothing is left of a column."""
+    # Twice: after the first pass the rounding error is relative to Y, not to what is left of it.
+    Y = room.project(room.project(Y))
     left = Y.norm(dim=-2, keepdim=True)
     vanished = left <= negligible  # false for NaN, which therefore reaches the caller
     return torch.where(vanished, random, Y / torch.where(vanished, 1, left))

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradsub.linalg._arithmetic import full_precision
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
-from gradsub.linalg._outside import Outside
+from gradsub.linalg._room import Room
 from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
 from gradsub.subspace._block import Block, pieces
 from gradsub.subspace._layer import Layer
@@ -90,11 +91,10 @@ class SubspaceBank:
                 generator = self._generator(block, subspace, 0)
                 random = gaussian(first.dimension, kept, like=block.stacks["basis"], generator=generator)
                 new = block.stacks["basis"].new_zeros(len(piece.rows), first.dimension, first.widths[subspace])
-                new[:, :, :kept] = _orthonormalize_unchecked(
-                    random.expand(len(piece.rows), -1, -1),
-                    against=self._forbidden(block, piece, piece.rows, subspace),
-                    generator=generator,
-                )
+                room = self._room(block, piece, piece.rows, subspace)
+                with full_precision(block.device):
+                    random = room.enter(random.expand(len(piece.rows), -1, -1))
+                new[:, :, :kept] = _orthonormalize_unchecked(random, room, generator)
                 self._write(block, piece.rows, subspace, new)
 
     def basis(self, layer: Layer, subspace: int) -> Tensor:
@@ -245,7 +245,7 @@ class SubspaceBank:
                     gradient if len(some) == len(rows) else gradient[_places(rows, some)],
                     block.first.widths[subspace],
                     block.first.axis,
-                    self._forbidden(block, piece, some, subspace),
+                    self._room(block, piece, some, subspace),
                     kept,
                     self._generator(block, subspace, step),
                     self._may_vanish(subspace) or not kept,
@@ -339,7 +339,7 @@ class SubspaceBank:
                 Y if len(some) == len(rows) else Y[_places(rows, some)],
                 old[:, :, :kept] * values[:, None] if count else None,
                 kept,
-                self._forbidden(block, piece, some, subspace),
+                self._room(block, piece, some, subspace),
                 self._generator(block, subspace, step),
                 self._may_vanish(subspace),
             )
@@ -385,15 +385,14 @@ class SubspaceBank:
             return layer.free
         return max(0, layer.free - min(layer.widths[SHARED], layer.free))
 
-    def _forbidden(self, block: Block, piece: _Piece, rows: Sequence[int], subspace: int) -> Outside | None:
+    def _room(self, block: Block, piece: _Piece, rows: Sequence[int], subspace: int) -> Room:
         """Where the bases of some of the rows of a piece have to stay."""
         protected = piece.protected_of(rows)
-        within = protected.directions if protected is not None and protected.complement else None
-        against = protected.directions if protected is not None and not protected.complement else None
-        if subspace != SHARED and self._orthogonalize != "none":
-            shared = block.basis(SHARED, rows)
-            against = shared if against is None else torch.cat([against, shared], dim=2)
-        return None if against is None and within is None else Outside(against, within)
+        room = Room()
+        if protected is not None:
+            room = Room(within=protected.directions) if protected.complement else Room(protected.directions)
+        beside_shared = subspace != SHARED and self._orthogonalize != "none"
+        return room.without(block.basis(SHARED, rows)) if beside_shared else room
 
     def _generator(self, block: Block, subspace: int, step: int) -> torch.Generator:
         """An own generator for every draw: reproducible after a resume, and the global one is left alone."""

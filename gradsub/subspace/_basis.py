@@ -7,8 +7,8 @@ from torch import Tensor
 
 from gradsub.linalg._arithmetic import full_precision, largest_magnitude, product
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
-from gradsub.linalg._outside import Outside, outside_of
 from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
+from gradsub.linalg._room import Room
 from gradsub.linalg._thin import added_by_each, dominant_eigenvectors
 
 _ITERATIONS = 4
@@ -44,7 +44,7 @@ def dominant_basis(
     gradient: Tensor,
     width: int,
     axis: int,
-    against: Tensor | Outside | None,
+    room: Room,
     free: int,
     generator: torch.Generator,
     may_vanish: bool = False,
@@ -58,9 +58,8 @@ def dominant_basis(
         gradient: G (m x n), or several of them (L x m x n).
         width: columns of the result.
         axis: the axis of length d that the basis spans.
-        against: K (d x k, or L of them), orthonormal columns (zero columns are allowed) to stay orthogonal to,
-            or what else to stay in.
-        free: the dimension of K's complement; columns beyond it are zero, since there is no direction left for them.
+        room: K's complement.
+        free: its dimension; columns beyond it are zero, since there is no direction left for them.
         generator: draws the random test matrix, and the columns beyond the rank of (I - K K^T) G.
         may_vanish: whether G counts if K leaves nothing but rounding of it: then all columns are drawn.
 
@@ -70,10 +69,9 @@ def dominant_basis(
         the decomposition does.
     """
     whole = matrix = (gradient if axis == 0 else gradient.mT).to(torch.promote_types(gradient.dtype, torch.float32))
-    outside = outside_of(against)
-    if outside is not None:
+    if room.narrow:
         with full_precision(matrix.device):
-            matrix = outside.project(matrix)
+            matrix = room.project(room.enter(matrix))
     largest = largest_magnitude(whole)
     error = _error(largest, largest_magnitude(matrix))
     usable: list[bool] = _counts(largest, error, may_vanish).flatten().tolist()
@@ -81,12 +79,12 @@ def dominant_basis(
         return None
     # One that is not finite would make the decomposition of all raise.
     matrix = torch.where(torch.isfinite(largest), matrix, 0.0)
-    basis = matrix.new_zeros(*matrix.shape[:-1], width)
+    basis = whole.new_zeros(*whole.shape[:-1], width)
     kept = min(width, free)
     if kept:
         leading, values, _ = _randomized_svd_unchecked(matrix, kept, generator=generator)
         leading = leading.masked_fill(_is_rounding(values, error).unsqueeze(-2), 0)
-        basis[..., :kept] = _orthonormalize_unchecked(leading, against=against, generator=generator)
+        basis[..., :kept] = _orthonormalize_unchecked(leading, room, generator)
     return basis, usable
 
 
@@ -94,7 +92,7 @@ def sketched_basis(
     Y: Tensor,
     earlier: Tensor | None,
     width: int,
-    against: Tensor | Outside | None,
+    room: Room,
     generator: torch.Generator,
     may_vanish: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +107,7 @@ def sketched_basis(
         Y: sketches of L layers (L x d x c).
         earlier: B diag(s) (L x d x width), or None; zero where that sketch was not usable.
         width: columns of the result, at most the dimension of K's complement.
-        against: K (L x d x k), what else to stay in, or None.
+        room: K's complement.
         generator: draws the columns beyond the rank of the matrix.
         may_vanish: whether Y is usable if K leaves nothing but rounding of it.
 
@@ -118,10 +116,10 @@ def sketched_basis(
         not gone with K (L x 1 x 1); where it was not, ignore the others.
     """
     with full_precision(Y.device):
+        d = Y.shape[-2]
         whole = largest = largest_magnitude(Y)
-        outside = outside_of(against)
-        if outside is not None:
-            Y = outside.project(Y)
+        if room.narrow:
+            Y = room.project(room.enter(Y))
             largest = largest_magnitude(Y)
         error = _error(whole, largest)
         usable = _counts(whole, error, may_vanish)
@@ -130,9 +128,7 @@ def sketched_basis(
         Y = torch.where(usable & (error < 1), Y / largest, 0.0)
         Y = Y / torch.linalg.matrix_norm(Y, keepdim=True).clamp_min(torch.finfo(Y.dtype).tiny)
         if earlier is not None:
-            if outside is not None:
-                earlier = outside.project(earlier)
-            Y = torch.cat([earlier, Y], dim=-1)
+            Y = torch.cat([room.project(room.enter(earlier)), Y], dim=-1)
         gramian = product(Y.mT, Y)
         columns = min(width, Y.shape[-1])
         start = gramian[..., :columns]
@@ -146,8 +142,8 @@ def sketched_basis(
         new = added_by_each(leading)
         rounding = _is_rounding(new, torch.where(error < 1, error, _ROUNDING * torch.finfo(Y.dtype).eps))
         leading, values = leading.masked_fill(rounding.unsqueeze(-2), 0), values.masked_fill(rounding, 0)
-    basis = Y.new_zeros(*Y.shape[:-1], width)
-    basis[..., :columns] = _orthonormalize_unchecked(leading, against=against, generator=generator)
+    basis = Y.new_zeros(len(Y), d, width)
+    basis[..., :columns] = _orthonormalize_unchecked(leading, room, generator)
     strength = values.new_zeros(*values.shape[:-1], width)
     strength[..., :columns] = values
     return basis, strength, usable

@@ -60,6 +60,7 @@ def side_by_side(several: Sequence[Protected | None], like: Tensor) -> Protected
     most = max(0 if each is None else each.directions.shape[1] for each in several)
     if not most and not complement:
         return None
+    most = max(most, 1)  # where nothing at all is left, a column of zeros says so
     stacked = like.new_zeros(len(several), like.shape[-2], most)
     there = [
         (place, each.directions) for place, each in zip(stacked.unbind(), several, strict=True) if each is not None

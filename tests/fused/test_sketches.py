@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from gradsub.linalg._room import Room
 from gradsub.subspace import SKETCHES, sketch_size
 from gradsub.subspace._basis import sketched_basis
 from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, next_place
@@ -64,7 +65,7 @@ def test_a_gradient_of_low_rank_is_found_whole(d, o, width, k, exponent, seed):
     gradient = torch.randn(o, width, generator=source) @ torch.randn(width, d, generator=source) * 10.0**exponent
     K = torch.linalg.qr(torch.randn(1, d, k, generator=source)).Q if k else None
     Omega = torch.randn(o, sketch_size(width, o), generator=source)
-    basis, values, usable = sketched_basis((gradient.mT @ Omega)[None], None, width, K, source)
+    basis, values, usable = sketched_basis((gradient.mT @ Omega)[None], None, width, Room(K), source)
     assert bool(usable)
     free = gradient if K is None else gradient - (gradient @ K[0]) @ K[0].mT
     left = free - free @ basis[0] @ basis[0].mT
@@ -76,7 +77,7 @@ def test_a_gradient_of_low_rank_is_found_whole(d, o, width, k, exponent, seed):
 def test_an_unusable_sketch_says_so(bad):
     Y = torch.randn(2, 9, 6)
     Y[1] = bad
-    _, _, usable = sketched_basis(Y, None, 3, None, torch.Generator().manual_seed(0))
+    _, _, usable = sketched_basis(Y, None, 3, Room(), torch.Generator().manual_seed(0))
     assert usable.flatten().tolist() == [True, False]
 
 
@@ -86,7 +87,7 @@ def test_a_sketch_of_which_the_protection_leaves_only_rounding_does_not_count(le
     K, earlier = torch.linalg.qr(torch.randn(1, 200, 60, generator=draws)).Q.split([50, 10], dim=-1)
     strengths = torch.logspace(0, -2, 10)
     Y = K @ torch.randn(1, 50, 18, generator=draws) + left * torch.randn(1, 200, 18, generator=draws)
-    basis, values, _ = sketched_basis(Y, earlier * strengths, 10, K, draws)
+    basis, values, _ = sketched_basis(Y, earlier * strengths, 10, Room(K), draws)
     torch.testing.assert_close((basis[0].mT @ earlier[0]).abs(), torch.eye(10), rtol=0, atol=1e-3)
     torch.testing.assert_close(values[0], strengths, rtol=1e-3, atol=0)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from gradsub import GemsOptimizer
 from gradsub._rounding import drop_rounding
+from gradsub.linalg._room import Room
 from gradsub.subspace import Layer
 from gradsub.subspace._basis import dominant_basis, project, sketched_basis
 
@@ -94,9 +95,9 @@ def layer_of(shape, axis, device, dtype):
 def basis_of(gradient, axis, rank, refresh, dtype):
     generator = torch.Generator(gradient.device).manual_seed(5)
     if refresh == "svd":
-        return dominant_basis(gradient, rank, axis, None, gradient.shape[axis], generator)[0]
+        return dominant_basis(gradient, rank, axis, Room(), gradient.shape[axis], generator)[0]
     Y = gradient.mT if axis == 1 else gradient
-    return sketched_basis(Y[None], None, rank, None, generator)[0][0]
+    return sketched_basis(Y[None], None, rank, Room(), generator)[0][0]
 
 
 @given(

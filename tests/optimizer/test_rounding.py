@@ -7,20 +7,34 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gradsub.linalg._orthonormal import complement_of
+from gradsub.linalg._room import Room
 from gradsub.subspace._basis import dominant_basis, sketched_basis
 
 
-def of_svd(gradient, width, against, free):
+def of_svd(gradient, width, room, free):
     generator = torch.Generator().manual_seed(5)
-    return dominant_basis(gradient, width, 0, against, free, generator)[0]
+    return dominant_basis(gradient[None], width, 0, room, free, generator)[0][0]
 
 
-def of_sketch(gradient, width, against, free):
+def of_sketch(gradient, width, room, free):
     generator = torch.Generator().manual_seed(5)
-    against = None if against is None else against[None]
-    return sketched_basis(gradient[None], None, width, against, generator)[0][0]
+    return sketched_basis(gradient[None], None, width, room, generator)[0][0]
 
 
+def outside(K):
+    return Room(None if K is None else K[None])
+
+
+def inside(K):
+    """The same room by what K leaves, and as blocks hold it: a column of zeros stands where another layer has more."""
+    if K is None:
+        return Room()
+    free = complement_of(K)
+    return Room(within=torch.cat([free, free.new_zeros(len(free), 1)], dim=1)[None])
+
+
+@pytest.mark.parametrize("room_of", [outside, inside])
 @pytest.mark.parametrize("basis_of", [of_svd, of_sketch])
 @given(
     d=st.integers(7, 40),
@@ -31,7 +45,7 @@ def of_sketch(gradient, width, against, free):
     scale=st.sampled_from([1e-12, 1.0, 1e12]),
     ulps=st.integers(1, 9),
 )
-def test_a_basis_wider_than_the_rank(basis_of, d, spectrum, protected, within, dtype, scale, ulps):
+def test_a_basis_wider_than_the_rank(basis_of, room_of, d, spectrum, protected, within, dtype, scale, ulps):
     draws = torch.Generator().manual_seed(d)
     rank, eps = min(len(spectrum), d - protected - 2), torch.finfo(dtype).eps
 
@@ -44,7 +58,9 @@ def test_a_basis_wider_than_the_rank(basis_of, d, spectrum, protected, within, d
         gradient = gradient + K @ (within * torch.randn(protected, d, generator=draws, dtype=dtype))
     gradient = scale * gradient
     width = rank + 2
-    first, second = (basis_of(matrix, width, K, d - protected) for matrix in (gradient, gradient * (1 + ulps * eps)))
+    first, second = (
+        basis_of(matrix, width, room_of(K), d - protected) for matrix in (gradient, gradient * (1 + ulps * eps))
+    )
     lost = within if protected else 1.0
     tolerance = 200 * eps * lost
     torch.testing.assert_close(first.mT @ first, torch.eye(width, dtype=dtype), rtol=0, atol=200 * eps)
