@@ -28,7 +28,10 @@ class Refresh:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured together, in one process: one model, one number of tokens, one rank."""
+    """What is measured together, in one process: one model, one number of tokens, one rank.
+
+    ``rounds`` are its own where the config's are too few.
+    """
 
     model: str
     tokens: int
@@ -37,6 +40,7 @@ class Case:
     methods: tuple[str, ...]
     refresh: tuple[str, ...] = ()
     memory: tuple[str, ...] = ()
+    rounds: int | None = None
 
     @property
     def name(self) -> str:
@@ -110,11 +114,16 @@ class Config:
                 return case
         raise ValueError(f"case {name!r} is not in the config; it has {[case.name for case in self.cases]}")
 
+    def rounds_of(self, case: Case) -> int:
+        """How often the methods of a case take their turns."""
+        return case.rounds or self.rounds
+
     def settings(self, case: Case) -> dict[str, Any]:
         """All that a case's numbers depend on, ready for JSON."""
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in _NOT_A_CASES}
-        own["refresh"] = vars(self.refresh)
-        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(case).items()}
+        own.update(refresh=vars(self.refresh), rounds=self.rounds_of(case))
+        known = {key: value for key, value in vars(case).items() if value is not None}
+        listed = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
         return {**own, "case": listed, "model": dict(self.models[case.model])}
 
 
@@ -122,7 +131,7 @@ _NOT_A_CASES: Final = frozenset({"models", "cases", "centre", "targets", "fresh_
 
 
 def load(path: Path, rounds: int | None = None) -> Config:
-    """Read a config; ``rounds`` overrides its number of rounds.
+    """Read a config; ``rounds`` overrides its numbers of rounds.
 
     Raises:
         ValueError: a key, a name or a value is not known; the message names it and what is possible.
@@ -143,7 +152,9 @@ def load(path: Path, rounds: int | None = None) -> Config:
         },
         str(path),
     )
-    config = config if rounds is None else replace(config, rounds=rounds)
+    if rounds is not None:
+        cases = tuple(replace(case, rounds=None) for case in config.cases)
+        config = replace(config, rounds=rounds, cases=cases)
     _check(config)
     return config
 
@@ -198,7 +209,7 @@ def _check(config: Config) -> None:
     if twice:
         raise ValueError(f"cases: {twice} appear twice, but a result file belongs to one case: join their methods")
     for case in config.cases:
-        for name in ("tokens", "rank"):
+        for name in ("tokens", "rank", *(["rounds"] if case.rounds is not None else [])):
             _check_positive(f"case {case.name}: {name}", getattr(case, name))
         for tasks in case.tasks:
             _check_positive(f"case {case.name}: tasks", tasks)

@@ -56,7 +56,7 @@ def _measure(path: Path, config: Config, case: Case) -> dict[str, Any]:
     result: dict[str, Any] = {"settings": config.settings(case), "unavailable": missing}
     for part in parts_of(case):
         if config.fresh_process:
-            measured = measure_apart(path, config.rounds, case, part)
+            measured = measure_apart(path, config.rounds_of(case), case, part)
         else:
             measured = measure_here(config, case, part)
         result.setdefault("environment", measured["environment"])

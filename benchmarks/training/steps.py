@@ -35,7 +35,9 @@ def measure_steps(config: Config, case: Case) -> list[dict[str, Any]]:
                 collect()
                 first[key].append(seconds_of(stepping(key)))
         named = {str(key): stepping(key) for key in contenders}
-        times = take_turns(named, config.rounds, warm_up=config.warm_up_rounds, setup=dict.fromkeys(named, collect))
+        times = take_turns(
+            named, config.rounds_of(case), warm_up=config.warm_up_rounds, setup=dict.fromkeys(named, collect)
+        )
     return [
         {
             "method": key.method,

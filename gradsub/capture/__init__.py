@@ -3,7 +3,8 @@
 from gradsub.capture._captured import Captured
 from gradsub.capture._clip import clip_captured, scale_captured, scale_norms
 from gradsub.capture._clipping import ClippingWatcher
-from gradsub.capture._fused import FusedCapture, Part, can_fuse
+from gradsub.capture._forward import can_fuse
+from gradsub.capture._fused import FusedCapture, Part
 from gradsub.capture._generic import MIXED, GenericCapture
 from gradsub.capture._losses import LossWatcher, watch_through
 from gradsub.capture._projected import Gathered, Projected, gather_block, mix, project_block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,3 +152,18 @@ def test_what_is_measured_with_a_null_space_is_measured_without() -> None:
                 assert all(PROTECTED[name] in listed for name in listed if name in PROTECTED), (path, case.name)
     for case in load(CONFIGS / "full.yaml").cases:  # and the other way round
         assert {*PROTECTED.values()} & {*case.methods} == {PROTECTED[m] for m in case.methods if m in PROTECTED}
+
+
+def test_a_case_may_have_rounds_of_its_own_and_the_command_overrides_both(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    path = tmp_path / "config.yaml"
+    raw = yaml.safe_load((CONFIGS / "quick.yaml").read_text(encoding="utf-8"))
+    raw["cases"][1]["rounds"] = 7
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    config = load(path)
+    assert [config.settings(case)["rounds"] for case in config.cases[:2]] == [raw["rounds"], 7]
+    assert {config.rounds_of(case) for case in load(path, rounds=2).cases} == {2}
+    raw["cases"][1]["rounds"] = 0
+    path.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rounds=0 has to be a positive whole number"):
+        load(path)

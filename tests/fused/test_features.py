@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradsub.capture._fused import FusedForward
+from gradsub.capture._forward import FusedForward
 
 from .worlds import batch_of, flat, gems, losses_of, model_of, train
 

@@ -1,0 +1,259 @@
+"""A linear layer's forward pass while an optimizer captures it, and what it has to know of that."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from gradsub.capture._generic import seen_by_others
+from gradsub.capture._linear import (
+    Orientation,
+    Rows,
+    Segment,
+    Wish,
+    accumulates_into,
+    affine,
+    cast,
+    deferring_linear,
+    hand_over,
+    needs_autograd,
+    ordinary_linear,
+    projecting_linear,
+)
+from gradsub.capture._tray import Tray
+from gradsub.subspace import Layer
+
+
+@dataclass(eq=False)
+class Slot:
+    """What a layer's forward pass has to know of an optimizer.
+
+    Attributes:
+        layer: the layer.
+        orientation: of its weight and the bases.
+        probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
+            of the weight's where the whole gradient may be asked for. Their gradients are what is captured.
+        tasks: the open tasks, as indices.
+        tray: of the task, if one is open to which all rows belong and nothing but projections is wanted.
+        segments: the tasks' parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
+        whole: a task is open and wants autograd's own gradient.
+        layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
+        computed_in: the format of the last forward pass, if there was one in this step.
+    """
+
+    layer: Layer
+    orientation: Orientation
+    probes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tasks: tuple[int, ...] = ()
+    tray: Tray | None = None
+    segments: tuple[Segment, ...] | None = None
+    whole: bool = False
+    layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
+    computed_in: torch.dtype | None = None
+    ready: dict[int, tuple[Tensor | None, tuple[Segment, ...]]] = field(default_factory=dict)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight."""
+        return self.layer.parameter
+
+    @property
+    def opened(self) -> bool:
+        """Whether a task is open."""
+        return self.whole or self.segments is not None
+
+    def check_open(self, task: int) -> None:
+        """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
+        if task not in self.tasks:
+            raise RuntimeError(
+                f"the forward pass of {self.layer.name} ran inside optimizer.task or optimizer.mixed, its backward "
+                "pass outside of it or in another task: call backward() in the same block, or run the forward pass "
+                "before it"
+            )
+
+    def receive(self, tray: Tray, left: Tensor, right: Tensor) -> None:
+        """Take the projected gradient that a backward pass leaves whose forward pass was an ordinary one: a product.
+
+        Args:
+            tray: of the forward pass.
+            left: a factor.
+            right: the other.
+        """
+        if tray.opened and tray.block is self.layer.block:
+            row = tray.row(self.layer.row)
+            if left.dtype is row.dtype:
+                row.addmm_(left, right)
+            else:
+                row.add_(torch.mm(left, right))  # rounded before it is added, as without a stack
+        else:
+            hand_over(Wish.THIS_LEAF, self.probes[tray.task][0], torch.mm(left, right))
+
+    def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
+        """The segments, with the rows of this input."""
+        assert self.segments is not None
+        if not self.layouts:
+            return self.segments
+        for length, rows in self.layouts:
+            if x.ndim > 1 and x.shape[0] == length:
+                return tuple(segment._replace(rows=its) for segment, its in zip(self.segments, rows, strict=True))
+        told = " or ".join(str(length) for length, _ in self.layouts)
+        raise RuntimeError(
+            f"optimizer.mixed was told of {told} rows, but the input of {self.layer.name or 'the model'} has the shape "
+            f"{tuple(x.shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
+            "mixed(task_ids, other_rows=[...]), such as task_ids.repeat_interleave(T) where (B, T, d) is flattened to "
+            "(B * T, d), or task_ids.repeat(2) where two batches are concatenated; or use optimizer.task for each "
+            "task; or leave the layer out of target_modules"
+        )
+
+
+class FusedForward:
+    """A linear module's ``forward`` while an optimizer captures its projected gradients.
+
+    It is an attribute of the module, so that names, hooks and `state_dict` stay what they were. A copy or a pickle of
+    the module has its class's forward.
+
+    Args:
+        module: the layer.
+        transposed: whether its weight is ``in_features x out_features``.
+    """
+
+    def __init__(self, module: nn.Module, transposed: bool) -> None:
+        self.module = module
+        self.transposed = transposed
+        self.own = type(module).forward
+        self.slots: list[Slot] = []
+
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """The layer's output."""
+        (x,) = args or kwargs.values()
+        module = self.module
+        if type(module).forward is not self.own:
+            return type(module).forward(module, x)  # type: ignore[no-any-return]  # it has been replaced since
+        weight: Tensor | None = module._parameters.get("weight")
+        bias: Tensor | None = module._parameters.get("bias")
+        slots = self.slots
+        if weight is None or len(slots) != 1 or slots[0].layer.parameter is not weight:
+            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+            slots = [slot for slot in slots if slot.layer.parameter is weight]
+        assert weight is not None
+        if not slots or not weight.requires_grad:
+            return affine(x, weight, bias, self.transposed)
+        compiling = is_compiling()
+        if compiling or not torch.is_grad_enabled() or needs_autograd(x) or seen_by_others(weight):
+            opened = [slot for slot in slots if slot.opened]
+            if compiling and torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
+                return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
+            return affine(x, weight, bias, self.transposed)
+        if _any_autocast():
+            x, bias = cast(x, bias)
+        # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
+        # none: what is saved must not depend on that, so the backward pass decides.
+        later = _checkpointed()
+        if len(slots) == 1 and (tray := slots[0].tray) is not None and not later:
+            return ordinary_linear(x, weight, bias, slots[0], tray)
+        for slot in slots:
+            slot.computed_in = x.dtype
+        opened = [slot for slot in slots if slot.opened]
+        if not opened or later:
+            probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
+            return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
+        if len(opened) > 1 or opened[0].segments is None:
+            # Autograd's own gradient is taken, which would arrive as one of no task if the block were closed by then.
+            y = affine(x, weight, bias, self.transposed)
+            for slot in opened:
+                y.register_hook(_Belongs(slot, weight))  # type: ignore[no-untyped-call]
+            return y
+        if (tray := opened[0].tray) is not None:
+            return ordinary_linear(x, weight, bias, opened[0], tray)
+        return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.module, "forward")
+
+    @property
+    def __globals__(self) -> Any:
+        # Where `torch.jit.script` begins to read a forward pass, whose source it needs.
+        raise AttributeError(
+            "torch.jit.script cannot read the forward pass of a layer that an optimizer captures: script a "
+            "copy.deepcopy of the model, or the model after optimizer.close()"
+        )
+
+
+class _Belongs:
+    """A hook on a layer's output that lets its weight's gradient come while the task of its forward pass is open alone.
+
+    Of a backward pass that leaves nothing in the weight, as one for inputs alone, it says nothing.
+    """
+
+    def __init__(self, slot: Slot, weight: Tensor) -> None:
+        self._slot, self._tasks, self._weight = slot, slot.tasks, weight
+
+    def __call__(self, gradient: Tensor) -> None:
+        if accumulates_into(self._weight):
+            for task in self._tasks:
+                self._slot.check_open(task)
+
+
+class _Opened:
+    """Tells a deferring backward pass which task is open by then."""
+
+    def __init__(self, slots: list[Slot]) -> None:
+        self._slots = slots
+
+    def __call__(self, x: Tensor) -> list[tuple[Segment, int, int]] | None:
+        start = 0
+        if sum(slot.opened for slot in self._slots) > 1:
+            return None
+        for slot in self._slots:
+            if slot.segments is not None:
+                return [
+                    (segment, start + 2 * task + (segment.basis is None), start + 2 * task + 1)
+                    for task, segment in zip(slot.tasks, slot.segments_of(x), strict=True)
+                ]
+            start += 2 * len(slot.probes)
+        return None
+
+
+# Looked up once: it is asked in every layer and pass.
+_any_autocast = torch._C._is_any_autocast_enabled
+
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _checkpointed() -> bool:
+    """Whether what the forward pass saves goes to a non-reentrant checkpoint, and not to hooks that only move it."""
+    if _top_hooks is not None:
+        hooks = _top_hooks(False)
+        return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
+    # torch before 2.8
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
+        frame = frame.f_back
+    return frame is not None
+
+
+def can_fuse(module: nn.Module) -> bool:
+    """Whether the module's forward pass is a linear layer's and nothing else."""
+    if "weight" not in module._parameters:
+        return False  # parametrized: what the forward pass uses is computed from the parameter
+    own = module.__dict__.get("forward")
+    if (
+        own is not None
+        and not isinstance(own, FusedForward)
+        and getattr(own, "__func__", None) is not type(module).forward
+    ):
+        return False  # another library's
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+
+
+def uninstall(forward: FusedForward, slot: Slot) -> None:
+    """Take a layer out of a forward pass, and that out of its module if it was the last."""
+    forward.slots = [other for other in forward.slots if other is not slot]
+    if not forward.slots and forward.module.__dict__.get("forward") is forward:
+        del forward.module.forward
