@@ -63,7 +63,7 @@ pytest: $(DEV)  ## only the tests; ARGS='-k name' selects
 bench: $(DEV)  ## micro-benchmarks, printed as ratios
 	$(BIN)/python -m benchmarks.run
 
-bench-training: $(DEV)  ## step time and memory of whole training steps (hours; finished cases are kept)
+bench-training: $(DEV)  ## step time and memory of whole training steps (an hour; finished cases are kept)
 	$(BIN)/python -m benchmarks.training run $(ARGS)
 
 # Without isolation: what builds is the pinned setuptools of the environment, and no network is needed.

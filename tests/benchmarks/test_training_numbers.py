@@ -162,7 +162,8 @@ def test_a_case_may_have_rounds_of_its_own_and_the_command_overrides_both(tmp_pa
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     config = load(path)
     assert [config.settings(case)["rounds"] for case in config.cases[:2]] == [raw["rounds"], 7]
-    assert {config.rounds_of(case) for case in load(path, rounds=2).cases} == {2}
+    config = load(path, rounds=2)
+    assert {config.rounds_of(case) for case in config.cases} == {2}
     raw["cases"][1]["rounds"] = 0
     path.write_text(yaml.safe_dump(raw), encoding="utf-8")
     with pytest.raises(ValueError, match=r"rounds=0 has to be a positive whole number"):
