@@ -47,7 +47,7 @@ def profile_step(config: Config, case: Case, method: str, folder: Path) -> str:
             [
                 f"{case.name}, {key}: {METHODS[method].summary}",
                 "\n".join(f"{name}: {value}" for name, value in environment.items()),
-                _shares(contender, config.rounds),
+                _shares(contender, config.rounds_of(case)),
                 _operators(contender),
                 _functions(contender),
             ]

@@ -81,7 +81,8 @@ def _orthonormalize_unchecked(Y: Tensor, room: Room | None = None, generator: to
     """`orthonormalize` without its checks, in a room: NaN in ``Y`` gives NaN.
 
     ``room`` may be given by zero columns, so that bases of different rank share one shape; the caller sees to it that
-    it has space for all columns of ``Y``.
+    it has space for all columns of ``Y``, and that none of them is rounding of what did not enter: only what the room
+    itself takes away is told from what it leaves.
 
     Args:
         Y: directions in the columns, in the room's coordinates (..., f, c).
@@ -107,10 +108,11 @@ def _orthonormalize_unchecked(Y: Tensor, room: Room | None = None, generator: to
         random = room.project(random)
         random = random / random.norm(dim=-2, keepdim=True)
         W = _replace_vanished(_unit_columns(Y), room, random, negligible)
-        Q = independent_qr(_replace_dependent(W, random, negligible))
+        W = _replace_dependent(W, random, negligible)
         if room.against is not None and room.against.shape[-1]:
-            Q = independent_qr(room.project(room.project(Q)))
-        return room.leave(Q)
+            W = room.project(room.project(independent_qr(W)))
+        # Outside of the coordinates: the columns that span the room may be those of a coarser format.
+        return independent_qr(room.leave(W))
 
 
 def complement_of(basis: Tensor) -> Tensor:

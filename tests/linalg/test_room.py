@@ -46,3 +46,15 @@ def test_each_of_a_stack_stays_in_its_own_room():
     for Q, free in zip(found, frees, strict=True):
         assert_orthonormal(Q)
         torch.testing.assert_close(free @ (free.mT @ Q), Q, rtol=0, atol=1e-6)
+
+
+def test_bases_are_as_orthonormal_as_their_own_format_allows():
+    """Directions of 256 and more features are found in float32, also for a model in float64."""
+    free = orthonormal(300, 60, seed=1, dtype=torch.float32).double()
+    shared = _orthonormalize_unchecked(gaussian(60, 4, seed=2), Room(within=free), generator(0))
+    assert_orthonormal(shared)
+    room = Room(within=free).without(shared)
+    own = _orthonormalize_unchecked(room.enter(gaussian(300, 4, seed=3)), room, generator(0))
+    assert_orthonormal(own)
+    for Q in (shared, own):
+        torch.testing.assert_close(free @ torch.linalg.lstsq(free, Q).solution, Q, rtol=0, atol=1e-12)
