@@ -77,7 +77,7 @@ def orthonormalize(Y: Tensor, *, against: Tensor | None = None, generator: torch
     return _orthonormalize_unchecked(Y, Room(against), generator)
 
 
-def _orthonormalize_unchecked(Y: Tensor, room: Room | None = None, generator: torch.Generator | None = None) -> Tensor:
+def _orthonormalize_unchecked(Y: Tensor, room: Room, generator: torch.Generator | None = None) -> Tensor:
     """`orthonormalize` without its checks, in a room: NaN in ``Y`` gives NaN.
 
     ``room`` may be given by zero columns, so that bases of different rank share one shape; the caller sees to it that
@@ -86,13 +86,12 @@ def _orthonormalize_unchecked(Y: Tensor, room: Room | None = None, generator: to
 
     Args:
         Y: directions in the columns, in the room's coordinates (..., f, c).
-        room: where the result has to stay; None: anywhere.
+        room: where the result has to stay.
         generator: source of the replacements.
 
     Returns:
         Q (..., d, c).
     """
-    room = room or Room()
     with full_precision(Y.device):
         Y = widen(Y)
         for part in (room.against, room.within):
