@@ -13,20 +13,16 @@ from torch.compiler import is_compiling
 
 from gradsub.capture._generic import seen_by_others
 from gradsub.capture._linear import (
-    Orientation,
-    Rows,
     Segment,
-    Wish,
-    accumulates_into,
-    affine,
     cast,
     deferring_linear,
-    hand_over,
     needs_autograd,
     ordinary_linear,
     projecting_linear,
 )
+from gradsub.capture._products import Orientation, Rows, affine
 from gradsub.capture._tray import Tray
+from gradsub.capture._wish import Wish, accumulates_into, hand_over
 from gradsub.subspace import Layer
 
 

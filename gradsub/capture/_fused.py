@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from gradsub.capture._captured import Captured
 from gradsub.capture._forward import FusedForward, Slot, uninstall
 from gradsub.capture._generic import GenericCapture
-from gradsub.capture._linear import Orientation, Rows, Segment
+from gradsub.capture._linear import Segment
+from gradsub.capture._products import Orientation, Rows
 from gradsub.capture._tray import Tray
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from enum import Enum, auto
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -11,29 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from gradsub.capture._generic import seen_by_others
+from gradsub.capture._products import Orientation, Rows, affine, project_rows, rows_of, whole
 from gradsub.capture._tray import Tray
-
-
-class Orientation(NamedTuple):
-    """How a layer's weight is stored and which of its axes the bases span.
-
-    Attributes:
-        transposed: the weight is ``in_features x out_features``.
-        axis: of the weight, that the bases span.
-    """
-
-    transposed: bool
-    axis: int
-
-    @property
-    def input_side(self) -> bool:
-        """Whether the bases span input directions."""
-        return (self.axis == 1) != self.transposed
-
-
-# Which rows of a batch, along its first axis: from where to where, or which; None for all.
-Rows: TypeAlias = "tuple[int, int] | Tensor | None"
+from gradsub.capture._wish import Wish, hand_over, wish_of
 
 
 class Segment(NamedTuple):
@@ -133,11 +112,6 @@ def _rows(described: bool | tuple[int, int] | None, tensors: Iterator[Tensor]) -
     return described
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    """X W^T + b, or x W + b for a transposed weight."""
-    return F.linear(x, weight.mT if transposed else weight, bias)
-
-
 def _no_view(output: Tensor) -> Tensor:
     """The same memory as a tensor of its own: with a bias torch views a matrix, and a view that a custom function gives
     back cannot be changed in place, as ``nn.ReLU(inplace=True)`` does.
@@ -146,129 +120,6 @@ def _no_view(output: Tensor) -> Tensor:
         return output
     found: Tensor = torch.ops.aten._unsafe_view.default(output, output.shape)
     return found
-
-
-def rows_of(matrix: Tensor, rows: Rows) -> Tensor:
-    """The given rows of the first axis, then as a matrix (N x features)."""
-    if isinstance(rows, tuple):
-        matrix = matrix[rows[0] : rows[1]]
-    elif rows is not None:
-        matrix = matrix.index_select(0, rows)
-    return matrix if matrix.ndim == 2 else matrix.reshape(-1, matrix.shape[-1])
-
-
-def coordinates(thin: Tensor, wide: Tensor, axis: int) -> Tensor:
-    """The projected gradient, as the weight's axes lie: thin^T wide (r x n) for axis 0, wide^T thin (m x r) for 1."""
-    return thin.mT @ wide if axis == 0 else wide.mT @ thin
-
-
-def whole(x: Tensor, g: Tensor, transposed: bool) -> Tensor:
-    """The weight's gradient, as it is stored, from rows of inputs and of output gradients."""
-    return x.mT @ g if transposed else g.mT @ x
-
-
-def project_rows(
-    orientation: Orientation,
-    x: Tensor | None,
-    g: Tensor,
-    basis: Tensor | None,
-    directions: Tensor | None,
-    thin: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of these rows in coordinates of the basis, or the whole of it without one; and its sketch.
-
-    Args:
-        orientation: of the weight and the basis.
-        x: inputs (N x in_features); None where ``thin`` suffices.
-        g: gradients of the outputs (N x out_features).
-        basis: (d x r), or None.
-        directions: Omega (codimension x c), if a sketch is due.
-        thin: x V (N x r) for a basis of inputs, if it is there already: then it stands for the basis.
-    """
-    if basis is None and thin is None:
-        assert x is not None
-        return whole(x, g, orientation.transposed), None
-    if orientation.input_side:
-        if thin is None:
-            assert x is not None
-            assert basis is not None
-            thin = x @ basis.to(g.dtype)
-        near, far, projected = g, x, coordinates(thin, g, orientation.axis)
-    else:
-        assert x is not None
-        assert basis is not None
-        near, far, projected = x, g, coordinates(g @ basis.to(g.dtype), x, orientation.axis)
-    if directions is None:
-        return projected, None
-    assert far is not None
-    return projected, far.mT @ (near @ directions.to(g.dtype))
-
-
-class Wish(Enum):
-    """What the backward pass that runs wants of a weight's gradient."""
-
-    ALL_LEAVES = auto()  # accumulated, as that of every leaf: the probes' gradients go to the engine
-    THIS_LEAF = auto()  # accumulated, into leaves that ``inputs=`` named; nobody names a probe
-    WHOLE = auto()  # as it is, for `torch.autograd.grad` or a hook
-    NOTHING = auto()
-
-
-class _Engine:
-    """What was found out of the engine's task that runs: to ask anew in every layer takes its time.
-
-    Attributes:
-        into_all: the last task found that accumulates into all leaves; of those that do not, no probe is executed.
-    """
-
-    into_all = -1
-
-
-def _wish(ctx: Any, weight: Tensor, place: int, probe_place: int) -> Wish:
-    """What is wanted of the weight, which is at a place among the function's tensors, as one of its probes is."""
-    if torch.compiler.is_compiling():
-        return Wish.ALL_LEAVES
-    if not weight.requires_grad:
-        return Wish.NOTHING  # frozen since the forward pass
-    task = torch._C._current_graph_task_id()
-    if task != _Engine.into_all:
-        nodes = ctx.next_functions
-        if not torch._C._will_engine_execute_node(nodes[probe_place][0]):
-            return _wish_of_some(weight, nodes[place][0])
-        _Engine.into_all = task
-    return Wish.WHOLE if seen_by_others(weight) else Wish.ALL_LEAVES
-
-
-def _wish_of_some(weight: Tensor, node: Any) -> Wish:
-    """The same in a backward pass for chosen tensors, by the node that accumulates into the weight."""
-    try:
-        if not torch._C._will_engine_execute_node(node):
-            return Wish.NOTHING
-    except RuntimeError:
-        return Wish.WHOLE  # torch does not say it of leaves that `torch.autograd.grad` is asked for
-    return Wish.WHOLE if seen_by_others(weight) else Wish.THIS_LEAF
-
-
-def accumulates_into(weight: Tensor) -> bool:
-    """Whether the backward pass that runs leaves something in the weight's ``.grad``."""
-    if not weight.requires_grad:
-        return False  # frozen since the forward pass
-    try:
-        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
-    except RuntimeError:
-        return False  # torch does not say it of leaves that `torch.autograd.grad` is asked for
-
-
-def hand_over(wish: Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
-    """To the engine, or to the probe itself."""
-    if not torch.compiler.is_compiling():
-        slot, task = probe.owner  # type: ignore[attr-defined]
-        if (open_slot := slot()) is not None:
-            open_slot.check_open(task)
-    gradient = gradient if gradient.dtype == probe.dtype else gradient.to(probe.dtype)
-    if wish is Wish.ALL_LEAVES:
-        return gradient
-    probe.grad = gradient if probe.grad is None else probe.grad + gradient
-    return None
 
 
 # Torch's own `Function.apply` looks through all arguments for tensors that a function transform has left behind;
@@ -306,7 +157,7 @@ class _Ordinary(torch.autograd.function._SingleLevelFunction):
             for_x = for_x if g.ndim == 2 else for_x.view(*g.shape[:-1], for_x.shape[-1])
         if needs[3]:
             for_bias = flat.sum(0)
-        wish = _wish(ctx, weight, 1, 2)
+        wish = wish_of(ctx, weight, 1, 2)
         if wish is Wish.WHOLE:
             raise RuntimeError(_WANTED_WHOLE)
         if wish is not Wish.NOTHING:
@@ -377,7 +228,7 @@ class _Projecting(torch.autograd.Function):
         flat = rows_of(g, None)
         for_x, for_bias = _for_input(ctx, g, flat, weight)
         place = 2 if ctx.biased else 1
-        wish = _wish(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
+        wish = wish_of(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
         if wish is Wish.WHOLE:
             raise RuntimeError(_WANTED_WHOLE)
         if wish is Wish.NOTHING:
@@ -447,7 +298,7 @@ class _Deferring(torch.autograd.Function):
         for_x, for_bias = _for_input(ctx, g, rows_of(g, None), weight)
         found: list[Tensor | None] = [None] * len(ctx.probes)
         place = 2 if ctx.biased else 1
-        wish = _wish(ctx, weight, place, place + 1)
+        wish = wish_of(ctx, weight, place, place + 1)
         if wish is Wish.NOTHING:
             return for_x, for_bias, None, None, None, *found
         placed = None if wish is Wish.WHOLE else ctx.opened(x)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradsub.capture._fused import Part
-from gradsub.capture._linear import Rows
 from gradsub.capture._losses import weighted, when_weighted
+from gradsub.capture._products import Rows
 
 
 class MixedRows:
