@@ -51,5 +51,6 @@ def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tenso
         mean = squared_norms.sqrt() / math.sqrt(layer.codimension)
         least = torch.maximum(least, (tau * mean).to(least).view_as(least))
     # Said of what goes, not of what stays: NaN and Inf stay.
-    R.masked_fill_(magnitudes < bounds, 0).masked_fill_(magnitudes.amax(across, keepdim=True) < least, 0)
+    nothing = (magnitudes < bounds).logical_or_(magnitudes.amax(across, keepdim=True) < least)
+    R.masked_fill_(nothing, 0)
     return unit

@@ -115,10 +115,8 @@ def _apply(layer: Layer, state: State, step: Tensor, basis: Tensor, shrink: floa
     left, right = (step, basis.mT) if layer.axis == 1 else (layer.near(basis), step)
     if isinstance(shrink, Tensor):
         weight = weight.add_(layer.lift(step, basis) - weight * shrink)
-    elif shrink == 0.0:
-        weight = weight.addmm_(left, right)
     else:
-        weight = weight.add_(torch.addmm(weight, left, right, beta=-shrink))
+        weight = weight.addmm_(left, right, beta=1 - shrink)
     _write(layer, weight)
 
 

@@ -13,7 +13,7 @@ from gradsub.capture._forward import FusedForward, Slot, uninstall
 from gradsub.capture._generic import GenericCapture
 from gradsub.capture._linear import Segment
 from gradsub.capture._products import Orientation, Rows
-from gradsub.capture._tray import Tray
+from gradsub.capture._tray import Rack, Tray
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
 
 
@@ -59,6 +59,7 @@ class FusedCapture:
         self._parts: list[Part] = []
         self._forwards: list[FusedForward] = []
         self._probes: list[tuple[Slot, int, Tensor, Tensor]] = []
+        self._racks: dict[Block, Rack] = {}
         self._trays: dict[tuple[Block, int], Tray] = {}
 
     def __bool__(self) -> bool:
@@ -79,6 +80,7 @@ class FusedCapture:
 
     def convert(self, layer: Layer) -> None:
         """Follow a layer whose weight has another dtype, or is elsewhere, by now."""
+        self._racks.clear()
         self._trays.clear()
         for member in self._members:
             if member.layer is layer:
@@ -141,7 +143,10 @@ class FusedCapture:
         tray = None
         if alone:
             key = block, tasks[0]
-            tray = self._trays[key] = self._trays.get(key) or Tray(*key)
+            if key not in self._trays:
+                rack = self._racks.setdefault(block, Rack(block))
+                self._trays[key] = Tray(rack, tasks[0])
+            tray = self._trays[key]
             tray.opened = True
         dues = [self._bank.due_for(block, task) for task in tasks]
         return dues, tray, block.joint(tasks[0], block.first.dtype)
@@ -206,6 +211,8 @@ class FusedCapture:
         for tray in self._trays.values():
             tray.formats.clear()
             tray.take()
+        for rack in self._racks.values():
+            rack.clear()
         for member in self._members:
             member.slot.computed_in = None
         for slot, task in self._left_in_probes():
@@ -225,6 +232,7 @@ class FusedCapture:
         self._members.clear()
         self._forwards.clear()
         self._probes.clear()
+        self._racks.clear()
         self._trays.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -234,7 +242,8 @@ class FusedCapture:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bank, self._generic = state["_bank"], state["_generic"]
-        self._parts, self._forwards, self._members, self._probes, self._trays = [], [], [], [], {}
+        self._parts, self._forwards, self._members, self._probes = [], [], [], []
+        self._racks, self._trays = {}, {}
         self._waiting = state["members"]
 
     def reinstall(self) -> None:

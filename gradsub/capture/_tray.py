@@ -9,6 +9,42 @@ from torch import Tensor
 from gradsub.subspace import SHARED, Block
 
 
+class Rack:
+    """Memory for the trays of a block: side by side for the tasks of the last step, so that a step need not copy them.
+
+    Args:
+        block: L layers.
+    """
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self._expected: list[int] = []
+        self._given: set[int] = set()
+        self._stack: Tensor | None = None
+
+    def place(self, task: int) -> Tensor:
+        """Memory for a task's gradients (L x r x m), with anything in it."""
+        first = self.block.first
+        shape = len(self.block), first.widths[SHARED] + first.widths[task + 1], first.shape[1 - first.axis]
+        alone = task in self._given or task not in self._expected
+        self._given.add(task)
+        if alone:
+            return torch.empty(shape, dtype=first.dtype, device=self.block.device)
+        if self._stack is None:
+            self._stack = torch.empty(len(self._expected), *shape, dtype=first.dtype, device=self.block.device)
+        found = self._stack[self._expected.index(task)]
+        if self._given.issuperset(self._expected):
+            self._stack = None  # it is theirs who have the parts
+        return found
+
+    def clear(self) -> None:
+        """The step is over."""
+        if self._given:
+            widths = {self.block.first.widths[task + 1] for task in self._given}
+            self._expected = sorted(self._given) if len(widths) == 1 else []
+        self._given, self._stack = set(), None
+
+
 class Tray:
     """Where ordinary backward passes of a task leave what they project: a stack for a block, a row for each layer.
 
@@ -16,6 +52,7 @@ class Tray:
     the inner one in memory, on which all that is done to a stack is several times as fast.
 
     Attributes:
+        rack: where its memory comes from.
         block: L layers.
         task: its index.
         opened: whether the task is, and backward passes may leave something.
@@ -24,11 +61,11 @@ class Tray:
             pass accumulates into all leaves.
     """
 
-    def __init__(self, block: Block, task: int) -> None:
-        self.block, self.task = block, task
+    def __init__(self, rack: Rack, task: int) -> None:
+        self.rack, self.block, self.task = rack, rack.block, task
         self.opened = False
         self.formats: set[torch.dtype] = set()
-        self.witness = torch.zeros((), dtype=block.first.dtype, device=block.device, requires_grad=True)
+        self.witness = torch.zeros((), dtype=self.block.first.dtype, device=self.block.device, requires_grad=True)
         self._known: tuple[Any, Any, int, Sequence[Tensor]] = (None, None, 0, ())
         self._rows: Sequence[Tensor] = ()
         self._arrived: set[int] = set()
@@ -41,17 +78,25 @@ class Tray:
             known = self._known = (dtype, basis, basis._version, self.block.joint_rows(self.task, dtype))
         return known[3]
 
-    def row(self, row: int) -> Tensor:
-        """What a layer's gradient is to be added to."""
-        self._arrived.add(row)
-        return (self._rows or self._begin())[row]
+    def add(self, row: int, left: Tensor, right: Tensor) -> None:
+        """Add a product to a layer's gradient."""
+        rows = self._rows or self._begin()
+        place = rows[row]
+        alike = left.dtype is place.dtype
+        if row not in self._arrived:
+            self._arrived.add(row)
+            if alike:
+                torch.mm(left, right, out=place)
+            else:
+                place.copy_(torch.mm(left, right))
+        elif alike:
+            place.addmm_(left, right)
+        else:
+            place.add_(torch.mm(left, right))  # rounded before it is added, as without a stack
 
     def _begin(self) -> Sequence[Tensor]:
-        first = self.block.first
-        width = first.widths[SHARED] + first.widths[self.task + 1]
-        other = first.shape[1 - first.axis]
-        stack = torch.zeros(len(self.block), width, other, dtype=first.dtype, device=self.block.device)
-        self._rows = (stack.mT if first.axis == 1 else stack).unbind()
+        stack = self.rack.place(self.task)
+        self._rows = (stack.mT if self.block.first.axis == 1 else stack).unbind()
         return self._rows
 
     def take(self) -> dict[int, Tensor]:
@@ -62,18 +107,20 @@ class Tray:
 
 
 def as_stack(gradients: Sequence[Tensor], axis: int) -> Tensor | None:
-    """The stack (L x r x m) of which these are all the rows, in their order; None where they are not."""
-    stack = gradients[0]._base
-    if stack is None or stack.ndim != 3 or len(stack) != len(gradients) or not stack.is_contiguous():
+    """The stack (N x r x m) whose rows these are, one after the other in memory; None where they are not."""
+    base = gradients[0]._base
+    if base is None or not base.is_contiguous():
         return None
-    _, width, other = stack.shape
+    rows, columns = gradients[0].shape
+    width, other = (columns, rows) if axis == 1 else (rows, columns)
     shape, strides = ((other, width), (1, other)) if axis == 1 else ((width, other), (other, 1))
+    start, size = gradients[0].storage_offset(), width * other
     for place, gradient in enumerate(gradients):
         if (
-            gradient._base is not stack
-            or gradient.storage_offset() != place * width * other
+            gradient._base is not base
+            or gradient.storage_offset() != start + place * size
             or gradient.shape != shape
             or gradient.stride() != strides
         ):
             return None
-    return stack
+    return base.as_strided((len(gradients), width, other), (size, other, 1), start)

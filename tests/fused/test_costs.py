@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -104,6 +106,39 @@ def test_the_input_side_keeps_x_times_the_basis_and_not_x():
     output = rows * 256 * 4  # of the loss
     assert kept <= thin + output + 1024
     assert kept < 0.4 * whole
+
+
+def backward_of(model, optimizer, tasks, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for task in tasks:
+        x = torch.randn(5, 32, generator=generator, dtype=torch.float64)
+        with optimizer.task(task):
+            model(x).tanh().square().mean().backward()
+
+
+@given(
+    st.lists(st.lists(st.sampled_from(TASKS), min_size=1, max_size=4), min_size=2, max_size=4),
+    st.sampled_from(["input", "output"]),
+)
+def test_where_gradients_lie_depends_on_the_tasks_of_the_last_step_and_what_is_computed_does_not(steps, side):
+    """One piece of memory where the same tasks come again, whatever their order and how often; as a loop of layers."""
+    models = [model_of((32, 32, 32, 32), bias=False) for _ in range(2)]
+    options = {"side": side, "update_proj_gap": 100}
+    optimizers = [gems(m, capture=how, **options) for m, how in zip(models, ("fused", "generic"), strict=True)]
+    last: set[str] = set()
+    for number, tasks in enumerate([list(TASKS), *steps]):  # the first step needs whole gradients
+        for model, optimizer in zip(models, optimizers, strict=True):
+            backward_of(model, optimizer, tasks, number)
+        if number and last == set(tasks):
+            held = optimizers[0]._intake.gradients
+            projected = [each.projected for of_task in held.values() for each in of_task.values()]
+            assert len({each.untyped_storage().data_ptr() for each in projected}) == 1
+        last = set(tasks) if number else last
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        for ours, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            torch.testing.assert_close(ours, twin, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("refresh", ["svd", "sketch"])
