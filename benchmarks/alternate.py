@@ -36,10 +36,14 @@ def take_turns(
 
 
 def alternate(
-    contenders: dict[str, Callable[[], object]], rounds: int, setup: dict[str, Callable[[], object]] | None = None
+    contenders: dict[str, Callable[[], object]],
+    rounds: int,
+    setup: dict[str, Callable[[], object]] | None = None,
+    *,
+    warm_up: int = 1,
 ) -> dict[str, Any]:
     """Median seconds of each contender, and for each peer the median and quartiles of peer / ours over the rounds."""
-    times = take_turns(contenders, rounds, setup=setup)
+    times = take_turns(contenders, rounds, warm_up=warm_up, setup=setup)
     ratios = {
         name: [peer / own for peer, own in zip(times[name], times[OURS], strict=True)]
         for name in contenders

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -120,6 +121,7 @@ MAKERS: dict[str, Callable[[int], Contender]] = {
 }
 NEVER = 10**6
 GAPS = {"between refreshes": NEVER, "refresh at every step": 1}
+WHOLE_GAP = f"backward+step, {STEP['update_proj_gap']} steps and their refresh, the mean"
 
 
 def _rounds(gap: int) -> int:
@@ -162,3 +164,28 @@ def test_step_alternating(benchmark: Any, part: str, interval: str) -> None:
         ),
         rounds=1,
     )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_gap(benchmark: Any, name: str) -> None:
+    contender = _warm(name, STEP["update_proj_gap"])
+    benchmark.group = WHOLE_GAP
+    benchmark.extra_info["contender"] = name
+    benchmark.pedantic(contender.both, rounds=1, iterations=STEP["update_proj_gap"])
+
+
+def test_gap_alternating(benchmark: Any) -> None:
+    gap = STEP["update_proj_gap"]
+    contenders = {name: _warm(name, gap) for name in MAKERS}
+    benchmark.group = WHOLE_GAP
+    benchmark.extra_info["alternating"] = benchmark.pedantic(
+        alternate,
+        args=({name: partial(_repeat, each.both, gap) for name, each in contenders.items()}, STEP["gap_rounds"]),
+        kwargs={"warm_up": 0},
+        rounds=1,
+    )
+
+
+def _repeat(run: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        run()
