@@ -50,7 +50,7 @@ def drop_rounding(R: Tensor, layer: Layer, rounding: float, squared_norms: Tenso
         # The root mean square of the norms of G's rows.
         mean = squared_norms.sqrt() / math.sqrt(layer.codimension)
         least = torch.maximum(least, (tau * mean).to(least).view_as(least))
-    # Said of what goes, not of what stays: NaN and Inf stay.
-    nothing = (magnitudes < bounds).logical_or_(magnitudes.amax(across, keepdim=True) < least)
-    R.masked_fill_(nothing, 0)
+    columns = magnitudes.amax(across, keepdim=True).lt_(least)
+    # As arithmetic, which takes a CPU half as long as masks do. R - R * 0 is R, or NaN where R is not finite.
+    R.addcmul_(R, magnitudes.lt_(bounds), value=-1).addcmul_(R, columns, value=-1)
     return unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from itertools import compress
 from typing import Any, Final
 
 import torch
@@ -81,8 +82,9 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
         bases: of the same subspaces (L x d x r); they lie in the null space, so every lifted step does.
         shrink: lr times weight decay, or 0. Protected layers collect it, see `collect_decay`.
     """
-    shrinks = isinstance(shrink, Tensor) or shrink != 0.0
     first = block.first
+    # Below half an epsilon 1 - s is 1.
+    shrinks = isinstance(shrink, Tensor) or abs(shrink) > torch.finfo(first.dtype).eps / 4
     if first.parameter.dtype != first.dtype or not _small(first):
         for row, layer in enumerate(block.layers):
             _apply(layer, states[row], steps[row], bases[row], 0.0 if layer.protected is not None else shrink)
@@ -93,15 +95,19 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
         if first.axis == 0 and first.shards is not None:
             spanned = spanned[:, first.shards.start : first.shards.stop]
         weights = [local(block.layers[row].parameter) for row in rows]
-        updates = list(lift(taken, spanned, first.axis).unbind())
+        decays = [shrinks and block.layers[row].protected is None for row in rows]
+        # (1 - s) W + U = W + s (U / s - W): one operation that passes over the weights once.
+        once = shrink if all(decays) and not isinstance(shrink, Tensor) else None
+        updates = list(lift(taken if once is None else taken / once, spanned, first.axis).unbind())
         if weights[0].ndim != 2:
             # The update takes the weight's shape, never the reverse: as a matrix, a channels_last weight is a copy.
             updates = [update.reshape(weight.shape) for update, weight in zip(updates, weights, strict=True)]
-        if shrinks:
-            decayed = [weight for row, weight in zip(rows, weights, strict=True) if block.layers[row].protected is None]
-            kept = 1 - shrink
-            if decayed:
-                torch._foreach_mul_(decayed, kept.reshape(()) if isinstance(kept, Tensor) else kept)
+        if once is not None:
+            torch._foreach_lerp_(weights, updates, once)
+            continue
+        if any(decays):
+            kept = (1 - shrink).reshape(()) if isinstance(shrink, Tensor) else 1 - shrink
+            torch._foreach_mul_(list(compress(weights, decays)), kept)
         torch._foreach_add_(weights, updates)
 
 

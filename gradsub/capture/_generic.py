@@ -93,8 +93,11 @@ class GenericCapture:
 
     def _last(self, parameter: Tensor) -> bool:
         """Whether no other hook follows on the one of this capture, if there is one."""
-        hooks, handle = parameter._post_accumulate_grad_hooks, self._handles.get(parameter)
-        return handle is None or not hooks or len(hooks) == 1 or next(reversed(hooks)) == handle.id
+        hooks = parameter._post_accumulate_grad_hooks
+        if not hooks or len(hooks) == 1:
+            return True
+        handle = self._handles.get(parameter)
+        return handle is None or next(reversed(hooks)) == handle.id
 
     def close(self) -> bool:
         """Back to gradients of no task; whether any gradient arrived since `open`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsub._rounding import drop_rounding
 from gradsub.capture._captured import Captured, squared_norm
-from gradsub.capture._tray import as_stack
+from gradsub.capture._tray import side_by_side
 from gradsub.subspace import SHARED, BasesChanged, Block, Rows, SubspaceBank, pieces, project
 
 
@@ -68,14 +68,7 @@ def gather_block(
 def _joint(block: Block, captured: Mapping[int, Sequence[Captured]], rounding: float) -> Stacked:
     first = block.first
     projected = [[each.projected for each in held if each.projected is not None] for held in captured.values()]
-    every = [each for held in projected for each in held]
-    stack = as_stack(every, first.axis)
-    if stack is None:
-        stacks = [found for held in projected if (found := as_stack(held, first.axis)) is not None]
-        stack = torch.cat(stacks) if len(stacks) == len(projected) else None
-    # In memory task by task, copied or not: so what is computed of it is the same to the last bit.
-    R = torch.stack(every) if stack is None else stack.mT if first.axis == 1 else stack
-    R = R.view(len(projected), len(block), *R.shape[1:]).transpose(0, 1)
+    R = side_by_side(projected)
     norms = [each.squared_norm for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
     squared_norms = _norms(norms, len(projected))
     known = all(each is not None for each in norms)

@@ -106,21 +106,34 @@ class Tray:
         return {place: rows[place] for place in arrived}
 
 
-def as_stack(gradients: Sequence[Tensor], axis: int) -> Tensor | None:
-    """The stack (N x r x m) whose rows these are, one after the other in memory; None where they are not."""
-    base = gradients[0]._base
-    if base is None or not base.is_contiguous():
-        return None
-    rows, columns = gradients[0].shape
-    width, other = (columns, rows) if axis == 1 else (rows, columns)
-    shape, strides = ((other, width), (1, other)) if axis == 1 else ((width, other), (other, 1))
-    start, size = gradients[0].storage_offset(), width * other
-    for place, gradient in enumerate(gradients):
-        if (
-            gradient._base is not base
-            or gradient.storage_offset() != start + place * size
-            or gradient.shape != shape
-            or gradient.stride() != strides
-        ):
-            return None
-    return base.as_strided((len(gradients), width, other), (size, other, 1), start)
+def side_by_side(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Gradients of K tasks and L layers as one (L x K x m x r), in memory task by task, as in a rack: not copied there.
+
+    Args:
+        gradients: by task, of each layer.
+    """
+    every = [each for held in gradients for each in held]
+    first, base = every[0], every[0]._base
+    size, count = first.numel(), len(gradients[0])
+    layout, start = first.stride(), first.storage_offset()
+    if base is None or not _together(every):
+        if all(map(_together, gradients)):
+            trays = [held[0].as_strided((count * size,), (1,), held[0].storage_offset()) for held in gradients]
+            base = torch.cat(trays)
+        else:
+            base = torch.stack(every)
+            layout = base.stride()[1:]
+        start = 0
+    return base.as_strided((count, len(gradients), *first.shape), (size, count * size, *layout), start)
+
+
+def _together(gradients: Sequence[Tensor]) -> bool:
+    """Whether they lie one after the other, without gaps, in one tensor."""
+    first = gradients[0]
+    base, start, size = first._base, first.storage_offset(), first.numel()
+    if base is None or not (first.is_contiguous() or first.mT.is_contiguous()):
+        return False
+    # Views of one tensor come from one tray, or from one message between ranks: all lie alike.
+    return all(
+        each._base is base and each.storage_offset() == start + place * size for place, each in enumerate(gradients)
+    )

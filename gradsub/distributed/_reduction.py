@@ -98,6 +98,8 @@ def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> No
 
     The gradient itself is that of all ranks' data already: ``fully_shard`` has averaged it.
     """
+    if all(layer.shards is None for layer in layers.values()):
+        return
     parts: list[Tensor] = []
     shards = None
     for _, held in sorted(gradients.items()):
