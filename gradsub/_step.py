@@ -21,7 +21,17 @@ from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
-from gradsub.subspace import SHARED, SKETCHES, Block, Layer, Protected, SubspaceBank, carry_moments, make_blocks
+from gradsub.subspace import (
+    SHARED,
+    SKETCHES,
+    BasesChanged,
+    Block,
+    Layer,
+    Protected,
+    SubspaceBank,
+    carry_moments,
+    make_blocks,
+)
 from gradsub.surgery import Surgery, SurgeryInputs
 from gradsub.surgery._inputs import needs_losses, weigh
 from gradsub.update import (
@@ -327,7 +337,8 @@ class Stepper:
                 for row in self._bank.due(block)[:, SHARED].nonzero()[0]:
                     self._follow(block.layers[row])
             gap = groups[block.group]["update_proj_gap"]
-            found.append(project_block(each, self._bank, shares, gap, rounding, self._carry))
+            found.append(project_block(each, self._bank, shares, gap, rounding))
+            self._carry(found[-1].changed)
         return found
 
     def _follow(self, layer: Layer) -> None:
@@ -389,30 +400,38 @@ class Stepper:
             show_block(self.state, block, self._tasks, self._inner)
             self._bank.loaded(block)
 
-    def _carry(self, block: Block, rows: Sequence[int], subspace: int, old: Tensor, new: Tensor) -> None:
-        some = None if len(rows) == len(block) else rows
-        previous = block.stacks.get(previous_step(subspace - 1))
-        if previous is not None:
-            carry_moments({"step": previous}, {"step": "first"}, some, old, new, block.first.axis)
-        proxies = block.proxies[subspace]
-        kinds = self._inner.traits[block.group].moments
-        if len(self._inner.shape_of(proxies[0])) == 3:
-            if self.moments == "rotate":
-                self._say_kept(carry_moments(self._inner.state_of(proxies[0]), kinds, some, old, new, block.first.axis))
+    def _carry(self, changed: Iterable[BasesChanged]) -> None:
+        """Have what was kept in coordinates of old bases follow to the new ones."""
+        for block, rows, subspace, rotation in changed:
+            some = None if len(rows) == len(block) else rows
+            previous = block.stacks.get(previous_step(subspace - 1))
+            if previous is not None:
+                carry_moments({"step": previous}, {"step": "first"}, some, rotation, block.first.axis)
+            proxies = block.proxies[subspace]
+            if len(self._inner.shape_of(proxies[0])) == 3:
+                self._rotate(block, proxies[0], some, rotation)
+                continue
+            for place, row in enumerate(rows):
+                self._rotate(block, proxies[row], None, rotation[place])
+                self._reset(block, row, subspace)
+
+    def _rotate(self, block: Block, proxy: Tensor, rows: Sequence[int] | None, rotation: Tensor) -> None:
+        if self.moments == "rotate":
+            kinds = self._inner.traits[block.group].moments
+            state = self._inner.state_of(proxy)
+            self._say_kept(carry_moments(state, kinds, rows, rotation, block.first.axis))
+
+    def _reset(self, block: Block, row: int, subspace: int) -> None:
+        if self.moments != "reset":
             return
-        for place, row in enumerate(rows):
-            proxy = proxies[row]
-            if self.moments == "rotate":
-                state = self._inner.state_of(proxy)
-                self._say_kept(carry_moments(state, kinds, None, old[place], new[place], block.first.axis))
-            elif self.moments == "reset":
-                gone = self._inner.state_of(proxy).keys()
-                self._inner.reset(proxy)
-                prefix = list(prefixed(block, self._tasks))[subspace][0]
-                for key in gone - self._inner.state_of(proxy).keys():
-                    # A checkpoint taken before the next step would bring it back.
-                    self.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
-                    block.shown.pop((f"{INNER}{prefix}{key}", row), None)
+        proxy = block.proxies[subspace][row]
+        gone = self._inner.state_of(proxy).keys()
+        self._inner.reset(proxy)
+        prefix = list(prefixed(block, self._tasks))[subspace][0]
+        for key in gone - self._inner.state_of(proxy).keys():
+            # A checkpoint taken before the next step would bring it back.
+            self.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
+            block.shown.pop((f"{INNER}{prefix}{key}", row), None)
 
     def _say_unseen(self, tasks: Sequence[int]) -> None:
         """Warn once of tasks whose loss the gate would have wanted."""
@@ -601,4 +620,4 @@ class Stepper:
             for row in found.sketches.get(SHARED, ((), None))[0]:
                 self._follow(found.block.layers[row])
         batches = [(each.block, each.sketches, groups[each.block.group]["update_proj_gap"]) for each in sketched]
-        self._bank.renew(batches, self._carry)
+        self._carry(self._bank.renew(batches))

@@ -90,6 +90,7 @@ class Projected:
             of which none is known.
         sketches: by subspace, what bases are to be renewed from after the step.
         joint: what of `Stacked` the parts and R_k are views of, or None without a task.
+        changed: the bases that were refreshed before.
     """
 
     block: Block
@@ -99,6 +100,7 @@ class Projected:
     squared_norms: dict[int, Tensor]
     sketches: dict[int, Rows] = field(default_factory=dict)
     joint: Stacked | None = None
+    changed: Sequence[BasesChanged] = ()
 
 
 def project_block(
@@ -107,7 +109,6 @@ def project_block(
     weights: Mapping[int, float | Tensor],
     update_proj_gap: int,
     rounding: float,
-    changed: BasesChanged,
 ) -> Projected:
     """Refresh the bases that are due, and project what still has to be projected.
 
@@ -117,7 +118,6 @@ def project_block(
         weights: w_k, each task's share of the samples.
         update_proj_gap: steps between refreshes.
         rounding: epsilon of the coarsest format in which a gradient was computed.
-        changed: told about every basis that changed.
     """
     block, captured, joint = gathered.block, gathered.captured, gathered.joint
     first = block.first
@@ -126,13 +126,12 @@ def project_block(
         for layer, each in zip(block.layers, gathered.outside, strict=True)
     ]
     sketches = _sketches(block, bank, captured, matrices, weights) if first.sketched else {}
-    if joint is None:
-        _project_whole(block, bank, captured, matrices, weights, update_proj_gap, changed)
+    changed = [] if joint is not None else _project_whole(block, bank, captured, matrices, weights, update_proj_gap)
     aside = _aside(block, bank, matrices)
     if aside is not None:
         drop_rounding(aside, first, rounding, None)
     if not captured:
-        return Projected(block, {}, aside, {}, {}, sketches)
+        return Projected(block, {}, aside, {}, {}, sketches, changed=changed)
     joint = _joint(block, captured, rounding) if joint is None else joint
     for held in captured.values():
         for each in held:
@@ -141,7 +140,7 @@ def project_block(
     squared_norms = {} if norms is None else dict(zip(captured, norms.unbind(1), strict=True))
     parts = dict(zip(captured, joint.shared.unbind(1), strict=True))
     own = dict(zip(captured, joint.own.unbind(1), strict=True))
-    return Projected(block, parts, aside, own, squared_norms, sketches, joint)
+    return Projected(block, parts, aside, own, squared_norms, sketches, joint, changed)
 
 
 def _norms(found: Sequence[Tensor | None], tasks: int) -> Tensor | None:
@@ -160,9 +159,9 @@ def _project_whole(
     outside: Sequence[Tensor | None],
     weights: Mapping[int, float | Tensor],
     update_proj_gap: int,
-    changed: BasesChanged,
-) -> None:
+) -> list[BasesChanged]:
     """Layers of which whole gradients were captured: their bases are refreshed, and the gradients projected."""
+    changed = []
     kinds: dict[tuple[tuple[int, ...], bool], list[int]] = defaultdict(list)
     alone_due = [not block.first.sketched and due for due in bank.due(block)[:, SHARED]]
     for row in range(len(block)):
@@ -181,7 +180,7 @@ def _project_whole(
             if len(whole) == len(captured):
                 aside = None if alone else torch.stack([each for row in rows if (each := outside[row]) is not None])
                 gradients[SHARED] = _mixed({task: gradients[task + 1] for task in whole}, weights, aside)
-            bank.refresh(block, rows, gradients, update_proj_gap, changed)
+            changed += bank.refresh(block, rows, gradients, update_proj_gap)
             for task in whole:
                 gradient = gradients[task + 1]
                 bases = block.joint(task, first.dtype)
@@ -191,6 +190,7 @@ def _project_whole(
                     captured[task][row].projected = R
                     if captured[task][row].squared_norm is None:
                         captured[task][row].squared_norm = square
+    return changed
 
 
 def _aside(block: Block, bank: SubspaceBank, outside: Sequence[Tensor | None]) -> Tensor | None:

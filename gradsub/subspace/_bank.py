@@ -1,15 +1,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradsub.linalg._arithmetic import full_precision
+from gradsub.linalg._arithmetic import full_precision, product
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._room import Room
@@ -33,8 +33,22 @@ _LONGEST_GAP = 1024
 
 # Rows of a block, and a stack of one matrix for each of them.
 Rows: TypeAlias = "tuple[Sequence[int], Tensor]"
-# The block, the rows, the subspace, and its old and new bases (l x d x r each).
-BasesChanged: TypeAlias = "Callable[[Block, Sequence[int], int, Tensor, Tensor], None]"
+
+
+class BasesChanged(NamedTuple):
+    """That some layers of a block have new bases.
+
+    Attributes:
+        block: the block.
+        rows: l of its layers.
+        subspace: whose bases they are.
+        rotation: B_old^T B_new (l x r x r): what coordinates in the old bases are in the new ones.
+    """
+
+    block: Block
+    rows: Sequence[int]
+    subspace: int
+    rotation: Tensor
 
 
 class SubspaceBank:
@@ -222,8 +236,7 @@ class SubspaceBank:
         rows: Sequence[int],
         gradients: Mapping[int, Tensor],
         update_proj_gap: int,
-        changed: BasesChanged,
-    ) -> None:
+    ) -> list[BasesChanged]:
         """Recompute the bases that are due and whose gradient is there and says something.
 
         Args:
@@ -231,8 +244,11 @@ class SubspaceBank:
             rows: those of them whose gradients are given.
             gradients: full gradients (l x m x n) by subspace.
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
-            changed: told what changed.
+
+        Returns:
+            what changed.
         """
+        changed = []
         due, steps, places = self.due(block), block.array("step"), block.array("next_refresh")
         for piece in self._pieces(block, [row for row in rows if due[row, sorted(gradients)].any()]):
             for subspace in sorted(gradients):
@@ -256,26 +272,28 @@ class SubspaceBank:
                 if not all(usable):
                     new = new[[place for place, good in enumerate(usable) if good]]
                     some = [row for row, good in zip(some, usable, strict=True) if good]
-                changed(block, some, subspace, block.basis(subspace, some), new)
-                self._write(block, some, subspace, new)
+                changed.append(self._write(block, some, subspace, new))
                 places[some, subspace] = next_multiple(step, update_proj_gap)
                 if subspace == SHARED and self._orthogonalize == "shared_first":
                     # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
                     places[some, 1:] = step
                     due[some, 1:] = True
+        return changed
 
-    def renew(self, batches: Iterable[tuple[Block, Mapping[int, Rows], int]], changed: BasesChanged) -> None:
+    def renew(self, batches: Iterable[tuple[Block, Mapping[int, Rows], int]]) -> list[BasesChanged]:
         """Take the bases that are due from sketches of this step's gradients; nothing here waits for the device.
 
         Args:
             batches: blocks; by subspace, of which of their rows there are sketches, and Y (l x d x c); and the steps
                 between refreshes.
-            changed: told what changed.
+
+        Returns:
+            what changed.
         """
         self.settle()
-        for block, sketches, update_proj_gap in batches:
-            self._renew_block(block, sketches, update_proj_gap, changed)
+        changed = [each for batch in batches for each in self._renew_block(*batch)]
         self._verdicts.send()
+        return changed
 
     def settle(self) -> None:
         """Take back what the schedule assumed of the last step's sketches and the device found otherwise."""
@@ -287,9 +305,8 @@ class SubspaceBank:
                 places[rows, subspaces] = steps[rows]
                 block.stacks["usable"].fill_(True)
 
-    def _renew_block(
-        self, block: Block, sketches: Mapping[int, Rows], update_proj_gap: int, changed: BasesChanged
-    ) -> None:
+    def _renew_block(self, block: Block, sketches: Mapping[int, Rows], update_proj_gap: int) -> list[BasesChanged]:
+        changed = []
         due = self.due(block)
         found = {s: [row for row in rows if due[row, s]] for s, (rows, _) in sketches.items()}
         follow = set(found.get(SHARED, ())) if self._orthogonalize == "shared_first" else set()
@@ -300,12 +317,12 @@ class SubspaceBank:
                 if rows:
                     every, Y = sketches[subspace]
                     Y = Y if len(rows) == len(every) else Y[_places(every, rows)]
-                    self._renew(block, piece, rows, subspace, Y, changed, judged=True)
+                    changed += self._renew(block, piece, rows, subspace, Y, judged=True)
                 # A task without a sketch keeps what the new shared basis leaves of its own.
                 left = [row for row in piece.rows if row in follow - here] if subspace != SHARED else []
                 if left:
                     Y = block.basis(subspace, left).clone()
-                    self._renew(block, piece, left, subspace, Y, changed, judged=False)
+                    changed += self._renew(block, piece, left, subspace, Y, judged=False)
         steps, places, taken = (block.array(key) for key in ("step", "next_refresh", "sketches"))
         for subspace, rows in found.items():
             for row in rows:
@@ -315,6 +332,7 @@ class SubspaceBank:
                 places[row, subspace] = next_place(step, update_proj_gap, self._turn(block)) if complete else step + 1
         if any(found.values()):
             self._verdicts.expect(block)
+        return changed
 
     def _renew(
         self,
@@ -323,9 +341,9 @@ class SubspaceBank:
         rows: Sequence[int],
         subspace: int,
         Y: Tensor,
-        changed: BasesChanged,
         judged: bool,
-    ) -> None:
+    ) -> list[BasesChanged]:
+        changed = []
         taken, kept = block.array("sketches"), piece.kept[subspace]
         columns = block.first.columns(subspace)
         for count in sorted({int(taken[row, subspace]) for row in rows}) if kept else ():
@@ -345,21 +363,23 @@ class SubspaceBank:
             )
             new = torch.zeros_like(old)
             new[:, :, :kept] = torch.where(usable, fresh, old[:, :, :kept])
-            changed(block, some, subspace, old, new)
-            self._write(block, some, subspace, new)
+            changed.append(self._write(block, some, subspace, new))
             # What is left of a refresh that began with nothing must not enter the next sketch.
             strengths = torch.where(usable[:, 0], strengths, values if count else 0.0)
             place: Any = slice(None) if every else some
             block.stacks["singular_values"][place, columns.start : columns.start + kept] = strengths
             if judged:
                 block.stacks["usable"][place, subspace] = usable[:, 0, 0]
+        return changed
 
-    def _write(self, block: Block, rows: Sequence[int], subspace: int, new: Tensor) -> None:
+    def _write(self, block: Block, rows: Sequence[int], subspace: int, new: Tensor) -> BasesChanged:
         basis = block.basis(subspace)
+        rotation = product(block.basis(subspace, rows).mT, new)
         if len(rows) == len(block):
             basis.copy_(new)
         else:
             basis[list(rows)] = new
+        return BasesChanged(block, rows, subspace, rotation)
 
     def _may_vanish(self, subspace: int) -> bool:
         """Whether a gradient counts of which nothing is left: where another basis has all of it, waiting is in vain."""

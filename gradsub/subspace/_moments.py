@@ -15,13 +15,12 @@ def carry_moments(
     state: Mapping[str, Any],
     kinds: Mapping[str, str],
     rows: Sequence[int] | None,
-    old: Tensor,
-    new: Tensor,
+    rotation: Tensor,
     axis: int,
 ) -> list[str]:
     r"""Express an inner optimizer's moments, in place, in new bases.
 
-    With C = B_old^T B_new (r x r), a first moment M (m x r, axis 1) becomes M C. A second moment v becomes
+    With the rotation C = B_old^T B_new (r x r), a first moment M (m x r, axis 1) becomes M C. A second moment v becomes
     v (C * C) + mean(v) (1 - 1^T (C * C)): coordinates are taken as uncorrelated, and the part of a new direction that
     the old subspace did not see is given the row's mean second moment; with zero there, Adam's first steps along it
     would be several times the learning rate. Of the root of a second moment, as Adamax keeps it, the square is carried.
@@ -32,8 +31,7 @@ def carry_moments(
         state: by name; moments of several layers (L x m x r) or of one (m x r).
         kinds: by name, ``"first"``, ``"second"`` or ``"root"``.
         rows: of which layers the bases changed; None: of all.
-        old: their bases before (l x d x r).
-        new: their bases now.
+        rotation: C of each (l x r x r).
         axis: of the weight that the bases span.
 
     Returns:
@@ -41,8 +39,7 @@ def carry_moments(
 
     Source: LDAdam (arXiv 2410.16103) for the rotation; the fill-in of unseen directions is this library's.
     """
-    change = product(old.mT, new)
-    squared = change.square()
+    squared = rotation.square()
     unseen = (1.0 - squared.sum(-2)).clamp_min(0.0)
     rank_axis = -1 if axis == 1 else -2
     coded = []
@@ -53,13 +50,13 @@ def carry_moments(
         if not value.is_floating_point():
             coded.append(key)
             continue
-        if value.ndim != change.ndim or value.shape[rank_axis] != change.shape[-1]:
+        if value.ndim != rotation.ndim or value.shape[rank_axis] != rotation.shape[-1]:
             continue
         held = value if rows is None else value[list(rows)]
         if kind == "first":
-            carried = _right(held, change.to(value.dtype), axis)
+            carried = _right(held, rotation.to(value.dtype), axis)
         else:
-            most = torch.finfo(value.dtype).max / (2 * change.shape[-1])
+            most = torch.finfo(value.dtype).max / (2 * rotation.shape[-1])
             held = held.clamp(max=most) if kind == "second" else held.clamp(max=most**0.5).square()
             shape = unseen.unsqueeze(-2 if axis == 1 else -1).to(value.dtype)
             carried = _right(held, squared.to(value.dtype), axis) + held.mean(rank_axis, keepdim=True) * shape
@@ -71,5 +68,5 @@ def carry_moments(
     return coded
 
 
-def _right(value: Tensor, change: Tensor, axis: int) -> Tensor:
-    return product(value, change) if axis == 1 else product(change.mT, value)
+def _right(value: Tensor, rotation: Tensor, axis: int) -> Tensor:
+    return product(value, rotation) if axis == 1 else product(rotation.mT, value)

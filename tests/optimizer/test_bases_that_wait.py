@@ -216,7 +216,7 @@ def test_random_bases_are_replaced_by_the_first_two_usable_sketches(kinds, seed,
             sketches = {SHARED: ([0], Y[None])}
             if kind == "good":
                 taken.append(Y)
-        bank.renew([(block, sketches, 40)], lambda *_: None)
+        bank.renew([(block, sketches, 40)])
         bank.advance(block)
         good = bool(sketches) and kind == "good"
         assert good != torch.equal(before, mine["basis"])

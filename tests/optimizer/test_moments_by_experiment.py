@@ -122,8 +122,8 @@ def test_of_a_root_the_square_is_carried(axis: int, layers: int, scale: float, s
     if not stacked:
         value, old, new = value[0], old[0], new[0]
     squares, roots = value.square(), value.clone()
-    assert not carry_moments({"x": squares}, {"x": "second"}, None, old, new, axis)
-    assert not carry_moments({"x": roots}, {"x": "root"}, None, old, new, axis)
+    assert not carry_moments({"x": squares}, {"x": "second"}, None, old.mT @ new, axis)
+    assert not carry_moments({"x": roots}, {"x": "root"}, None, old.mT @ new, axis)
     torch.testing.assert_close(roots.square(), squares, rtol=1e-9, atol=0)
 
 
@@ -131,5 +131,5 @@ def test_moments_in_codes_are_left_and_named() -> None:
     """8-bit optimizers keep them so; rotating codes would be noise."""
     codes = torch.arange(21, dtype=torch.uint8).view(7, 3)
     old, new = (torch.linalg.qr(noise(6, 3, key=(key,))).Q for key in (2, 3))
-    assert carry_moments({"x": codes}, {"x": "first"}, None, old, new, 1) == ["x"]
+    assert carry_moments({"x": codes}, {"x": "first"}, None, old.mT @ new, 1) == ["x"]
     assert torch.equal(codes, torch.arange(21, dtype=torch.uint8).view(7, 3))
