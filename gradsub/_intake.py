@@ -30,7 +30,7 @@ from gradsub.capture import (
     watch_through,
 )
 from gradsub.distributed import Exchange
-from gradsub.subspace import Layer, SubspaceBank, is_distributed, local
+from gradsub.subspace import SubspaceBank, is_distributed, local
 
 
 class Intake:
@@ -40,17 +40,23 @@ class Intake:
         bank: the bases that gradients are projected on.
         exchange: sums over ranks.
         name: what errors call a parameter.
+        parameters: all that the optimizer has; the capture adds those that it watches.
         tasks: whether there are any.
     """
 
     def __init__(
-        self, bank: SubspaceBank, exchange: Exchange, name: Callable[[Tensor], str], tasks: bool = True
+        self,
+        bank: SubspaceBank,
+        exchange: Exchange,
+        name: Callable[[Tensor], str],
+        parameters: list[Tensor],
+        tasks: bool = True,
     ) -> None:
         self._bank = bank
         self._exchange = exchange
         self._unscaling = Unscaling()
         self._outside = _Outside(self._unscaling, exchange)
-        self.capture = GenericCapture(bank, name, self._outside)
+        self.capture = GenericCapture(bank, name, self._outside, parameters)
         self.fused = FusedCapture(bank, self.capture)
         self.samples: dict[int, float] = {}
         self.mixed_samples = 0.0
@@ -236,17 +242,24 @@ class Intake:
         """
         self.check_closed("summing or reading gradients")
         agreed = self._exchange.reduce(
-            self.capture.gradients, self.samples, self.mixed_samples, self.losses, merge, self.capture.rounding
+            self.capture.gradients,
+            self.samples,
+            self.mixed_samples,
+            self.losses,
+            merge,
+            self.capture.rounding,
+            self._bank,
+            self.capture.layers,
         )
         if agreed is not None:
             self.samples, self.mixed_samples, self.losses = agreed.samples, agreed.mixed, agreed.losses
             self.capture.rounding = agreed.rounding
 
-    def clip(self, max_norm: float, layers: Mapping[Tensor, Layer]) -> dict[int, Tensor]:
+    def clip(self, max_norm: float) -> dict[int, Tensor]:
         """Scale each task's gradient to a norm of at most ``max_norm``; the norms before, by task."""
         self._clipped = True
         return {
-            task: clip_captured(held, max_norm, layers, self._exchange.in_common)
+            task: clip_captured(held, max_norm, self.capture.layers, self._exchange.in_common)
             for task, held in self.gradients.items()
         }
 
@@ -267,9 +280,9 @@ class Intake:
         }
         return find_nonfinite(self.losses, gathered, others, tasks, outside, self._exchange.in_common)
 
-    def check_dense(self, parameters: Iterable[Tensor]) -> None:
-        """Raise if one of the parameters has a sparse gradient from outside any task."""
-        for parameter in parameters:
+    def check_dense(self) -> None:
+        """Raise if one of the layers has a sparse gradient from outside any task."""
+        for parameter in self.capture.layers:
             if parameter.grad is not None:
                 self.capture.check_dense(parameter, parameter.grad)
 

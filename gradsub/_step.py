@@ -55,6 +55,9 @@ class Stepper:
     """Takes steps; it owns nothing but knows where everything is.
 
     Args:
+        bank: the bases.
+        inner: the base optimizer.
+        state: the optimizer's.
         tasks: their names.
         layout: knows what is protected.
         gate: weighs the tasks' own steps.
@@ -67,6 +70,9 @@ class Stepper:
 
     def __init__(
         self,
+        bank: SubspaceBank,
+        inner: Inner,
+        state: State,
         tasks: Sequence[str],
         layout: Layout,
         gate: Gate,
@@ -76,6 +82,9 @@ class Stepper:
         anchor: bool,
         lr_scale: str | None = None,
     ) -> None:
+        self._bank = bank
+        self._inner = inner
+        self.state = state
         self._lr_scale = lr_scale
         self._tasks = tasks
         self._layout = layout
@@ -90,7 +99,6 @@ class Stepper:
         self._fused: set[Tensor] = set()
         self._said: set[str] = set()
         self._as_stacks: list[bool] = []
-        self.state: State = {}
         self.vectors = ProtectedVectors()
         self.rows = RestingRows()
         self._constants = Constants()
@@ -99,15 +107,6 @@ class Stepper:
     def sums(self) -> bool:
         """Whether parameters without subspaces need only the weighted sum of the tasks' gradients."""
         return self._surgery is None
-
-    def attach(self, state: State) -> None:
-        """Tell where the optimizer's state is."""
-        self.state = state
-        self.vectors.attach(state)
-
-    def connect(self, bank: SubspaceBank, inner: Inner) -> None:
-        """Tell where the bases and the base optimizer are."""
-        self._bank, self._inner = bank, inner
 
     def adopt(
         self, group: int, layers: Sequence[Layer], fused: Iterable[Tensor], traits: Traits
@@ -365,7 +364,8 @@ class Stepper:
             if kept is not None:
                 self._layout.reconsider(parameter)
             if layer is None:
-                self.vectors.protect(parameter, self._layout.vector(parameter) if kept is None else kept.directions)
+                directions = self._layout.vector(parameter) if kept is None else kept.directions
+                self.vectors.protect(parameter, directions, self.state)
             elif kept is None:
                 self.protect(layer, layer.protected if self._layout.knows(parameter) else None)
             else:
@@ -515,7 +515,7 @@ class Stepper:
         starts = self._starts(projected) if self._inner.relative else {}
         outside = self._mix_plain(gradients, weights)
         try:
-            with self.vectors.held(self._layout), self.rows.held(self._layout, self.plain):
+            with self.vectors.held(self._layout, self.state), self.rows.held(self._layout, self.plain):
                 return self._inner.step(groups, proxied, starts)
         finally:
             for parameter, gradient in outside.items():

@@ -28,50 +28,44 @@ class ProtectedVectors:
 
     def __init__(self) -> None:
         self._shards: dict[Tensor, Shards | None] = {}
-        self._state: State = {}
 
-    def attach(self, state: State) -> None:
-        """Tell where the optimizer's state is."""
-        self._state = state
-
-    def protect(self, vector: Tensor, protected: Tensor | None) -> None:
+    def protect(self, vector: Tensor, protected: Tensor | None, state: State) -> None:
         """Protect these directions of a vector from now on.
 
         Args:
             vector: a parameter that the base optimizer steps.
             protected: K (d x k), orthonormal; of a sharded vector for all of its entries. None lets it move freely.
+            state: the optimizer's.
         """
         if protected is None:
             self._shards.pop(vector, None)
         else:
             self._shards[vector] = shards_of(vector, "a protected vector")
-            self._state[vector][PROTECTED] = protected.to(vector.device)
+            state[vector][PROTECTED] = protected.to(vector.device)
 
     @contextmanager
-    def held(self, layout: Layout) -> Iterator[None]:
+    def held(self, layout: Layout, state: State) -> Iterator[None]:
         """A step in here moves no vector along what is protected, what the null space learnt of it since included."""
         stepped = [vector for vector in self._shards if vector.grad is not None]
         for vector in stepped:
             if layout.outdated(vector):
-                self.protect(vector, layout.renewed(vector, self._state[vector][PROTECTED]))
+                self.protect(vector, layout.renewed(vector, state[vector][PROTECTED]), state)
         before = [local(vector).clone() for vector in stepped]
         try:
             yield
         finally:
-            self._take_back(stepped, before)
+            self._take_back(stepped, before, [self._rows(vector, state[vector][PROTECTED]) for vector in stepped])
 
-    def _take_back(self, vectors: list[Tensor], before: list[Tensor]) -> None:
-        bases = [self._rows(vector) for vector in vectors]
+    def _take_back(self, vectors: list[Tensor], before: list[Tensor], bases: list[Tensor]) -> None:
         olds = [old.to(K.dtype) for old, K in zip(before, bases, strict=True)]
         changes = [local(vector).to(old.dtype) - old for vector, old in zip(vectors, olds, strict=True)]
         inside = self._over_ranks(vectors, [K.mT @ change for K, change in zip(bases, changes, strict=True)])
         for vector, old, K, change, along in zip(vectors, olds, bases, changes, inside, strict=True):
             local(vector).copy_(old + torch.addmv(change, K, along, alpha=-1.0))
 
-    def _rows(self, vector: Tensor) -> Tensor:
+    def _rows(self, vector: Tensor, protected: Tensor) -> Tensor:
         """The rows of K for the entries that are here."""
         shards = self._shards[vector]
-        protected: Tensor = self._state[vector][PROTECTED]
         return protected if shards is None else protected[shards.start : shards.stop]
 
     def _over_ranks(self, vectors: list[Tensor], parts: list[Tensor]) -> list[Tensor]:

@@ -237,25 +237,16 @@ class GemsOptimizer(Optimizer):
             anchor,
         )
         self._said = Said(self._layout, null_space, model, target_modules)
-        self._stepper = Stepper(
-            self.tasks,
-            self._layout,
-            gates,
-            weigh,
-            moments,
-            master_weights,
-            anchor,
-            lr_scale,
-        )
         self._skipped = 0
         self._placed: dict[Tensor, Any] = {}
         self._adopted: list[list[Tensor]] = []
         self._measured: Measurements | None = None
         self._known = LastKnown()
-        self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name)
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
         self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
-        self._intake = Intake(self._bank, self._exchange, self._layout.name, bool(self.tasks))
+        parameters: list[Tensor] = []
+        self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name, parameters)
+        self._intake = Intake(self._bank, self._exchange, self._layout.name, parameters, bool(self.tasks))
         probes = Probes(base)
         found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
         self._check_group_count(base, probes, [layers for layers, _ in found])
@@ -267,9 +258,19 @@ class GemsOptimizer(Optimizer):
         self.param_groups = list(base.param_groups)
         self._inner = Inner(base, probes)
         put_before(base, self)
-        self._stepper.attach(self.state)
-        self._stepper.connect(self._bank, self._inner)
-        self._exchange.connect(self._bank, self._stepper.layers, self._intake.capture.watched)
+        self._stepper = Stepper(
+            self._bank,
+            self._inner,
+            self.state,
+            self.tasks,
+            self._layout,
+            gates,
+            weigh,
+            moments,
+            master_weights,
+            anchor,
+            lr_scale,
+        )
         for position, (layers, traits) in enumerate(found):
             self._adopt(position, layers, traits)
         trained = group_parameters(self.param_groups)
@@ -445,7 +446,7 @@ class GemsOptimizer(Optimizer):
         self._inner.base._opt_called = True  # type: ignore[attr-defined]
         self._inner.check_options(self.param_groups)
         self._follow_conversions()
-        self._intake.check_dense(self._stepper.layers)
+        self._intake.check_dense()
         self._intake.say_missed()
         if not self._unscaled():
             return result
@@ -493,7 +494,7 @@ class GemsOptimizer(Optimizer):
             self._intake.settle()
             self._intake.reduce(merge=False)
             names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
-            norms = self._intake.clip(max_norm, self._stepper.layers)
+            norms = self._intake.clip(max_norm)
             return {names[task]: norm for task, norm in norms.items()}
 
     def reduce(self) -> None:
@@ -677,7 +678,7 @@ class GemsOptimizer(Optimizer):
         plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
         self._stepper.plain.extend(plain)
         for parameter in plain:
-            self._stepper.vectors.protect(parameter, self._layout.vector(parameter))
+            self._stepper.vectors.protect(parameter, self._layout.vector(parameter), self.state)
             self._stepper.rows.hold(parameter, self._layout.resting(parameter))
         self._inner.add_group(_base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
@@ -794,7 +795,7 @@ class GemsOptimizer(Optimizer):
 
     def _settle(self) -> None:
         """Everybody goes on from what is in the state."""
-        self._attach()
+        self._follow_state()
         self._stepper.take_over()
 
     def state_dict(self) -> dict[str, Any]:
@@ -829,15 +830,15 @@ class GemsOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_stepper" in self.__dict__:
-            self._attach()
+            self._follow_state()
         if "_intake" in state:
             self._stepper.show(anew=True)
             self._intake.capture.hook()
             self._intake.fused.reinstall()
 
-    def _attach(self) -> None:
+    def _follow_state(self) -> None:
         """Everybody follows to the state and the groups that torch has put in the place of the old ones."""
-        self._stepper.attach(self.state)
+        self._stepper.state = self.state
         put_before(self._inner.base, self)
 
     # --- diagnostics -------------------------------------------------------------------------------------------------

@@ -28,14 +28,21 @@ class GenericCapture:
         bank: the bases.
         names: what errors call a parameter.
         outside: told of every parameter that received a gradient of no task.
+        watched: where to put the parameters that are watched.
     """
 
-    def __init__(self, bank: SubspaceBank, names: Callable[[Tensor], str], outside: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self,
+        bank: SubspaceBank,
+        names: Callable[[Tensor], str],
+        outside: Callable[[Tensor], None],
+        watched: list[Tensor],
+    ) -> None:
         self._bank = bank
         self._names = names
         self._outside = outside
-        self._layers: dict[Tensor, Layer] = {}
-        self.watched: list[Tensor] = []
+        self.layers: dict[Tensor, Layer] = {}
+        self.watched = watched
         self._unhooked: list[Tensor] = []
         self._handles: dict[Tensor, RemovableHandle] = {}
         self._set_aside: list[tuple[Tensor, Tensor]] = []
@@ -54,7 +61,7 @@ class GenericCapture:
 
     def watch(self, parameters: Iterable[Tensor], layers: Iterable[Layer]) -> None:
         """Hook the parameters; those that are frozen now are hooked once they train."""
-        self._layers.update({layer.parameter: layer for layer in layers})
+        self.layers.update({layer.parameter: layer for layer in layers})
         added = list(parameters)
         self.watched.extend(added)
         self._unhooked.extend(added)
@@ -180,7 +187,7 @@ class GenericCapture:
 
     def _take(self, parameter: Tensor, gradient: Tensor, task: int) -> None:
         self.check_dense(parameter, gradient)
-        if task == MIXED and parameter in self._layers:
+        if task == MIXED and parameter in self.layers:
             if self._alone is None:
                 raise RuntimeError(
                     f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does "
@@ -215,7 +222,7 @@ class GenericCapture:
             )
 
     def _captured(self, parameter: Tensor, gradient: Tensor, task: int) -> Captured:
-        layer = self._layers.get(parameter)
+        layer = self.layers.get(parameter)
         if layer is None:
             return Captured(full=gradient)
         with torch.no_grad():

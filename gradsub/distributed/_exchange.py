@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,19 +25,24 @@ class Exchange:
         model: if it is a ``DistributedDataParallel``, it averages gradients from outside tasks itself.
         tasks: K.
         names: what errors call a parameter.
+        parameters: all that the optimizer has, also those that come later.
     """
 
-    def __init__(self, process_group: Any, model: nn.Module | None, tasks: int, names: Callable[[Tensor], str]) -> None:
+    def __init__(
+        self,
+        process_group: Any,
+        model: nn.Module | None,
+        tasks: int,
+        names: Callable[[Tensor], str],
+        parameters: Sequence[Tensor],
+    ) -> None:
+        self._parameters = parameters
         self._ranks = Ranks(process_group)
         self._tasks = tasks
         self._wrapper = data_parallel(model)
         self._names = names
         self._checked = False
         self._done = False
-
-    def connect(self, bank: SubspaceBank, layers: Mapping[Tensor, Layer], parameters: Iterable[Tensor]) -> None:
-        """Tell where the bases and the parameters are."""
-        self._bank, self._layers, self._parameters = bank, layers, parameters
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
@@ -126,6 +131,8 @@ class Exchange:
         losses: Mapping[int, Tensor],
         merge: bool,
         rounding: float,
+        bank: SubspaceBank,
+        layers: Mapping[Tensor, Layer],
     ) -> Agreement | None:
         """Sum over the ranks, once a step; every rank has to come here.
 
@@ -136,6 +143,8 @@ class Exchange:
             losses: by task.
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
             rounding: epsilon of the coarsest format in which a gradient was computed.
+            bank: tells what is due, and so what the others have captured.
+            layers: the parameters that are decomposed.
 
         Returns:
             what all ranks have; None if this rank is alone, or if it is done already.
@@ -144,13 +153,12 @@ class Exchange:
             return None
         if self._ranks.size == 1:
             self._done = self.sharded
-            complete_sharded(self._layers, gradients)
+            complete_sharded(layers, gradients)
             return None
         if self.sharded:
             self._check_alike({**samples, MIXED: mixed})
-        complete_sharded(self._layers, gradients)
-        everything = list(self._parameters)
-        parameters = [parameter for parameter in everything if not is_distributed(parameter)]
+        complete_sharded(layers, gradients)
+        parameters = [parameter for parameter in self._parameters if not is_distributed(parameter)]
         if not self._checked and parameters:
             check_replicas(self._ranks, parameters, self._names)
             self._checked = True
@@ -165,7 +173,7 @@ class Exchange:
                 )
         agreement = agree(
             self._ranks,
-            everything[0].device,
+            self._parameters[0].device,
             parameters,
             gradients,
             {**samples, MIXED: mixed},
@@ -175,8 +183,8 @@ class Exchange:
             rounding,
         )
         if merge and parameters:
-            agreement = merge_plain(gradients, parameters, self._layers, agreement)
-        reduce_captured(self._ranks, self._bank, parameters, self._layers, gradients, agreement)
+            agreement = merge_plain(gradients, parameters, layers, agreement)
+        reduce_captured(self._ranks, bank, parameters, layers, gradients, agreement)
         reduce_outside(self._ranks, agreement)
         self._done = True
         return agreement
@@ -184,7 +192,7 @@ class Exchange:
     def _check_alike(self, samples: Mapping[int, float]) -> None:
         """`fully_shard` weighs the ranks equally, which is right for equal numbers of samples only."""
         counts = [samples.get(task, 0.0) for task in (*range(self._tasks), MIXED)]
-        device = next(iter(self._parameters)).device
+        device = self._parameters[0].device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         least, greatest = self._ranks.extremes(torch.tensor(counts, dtype=dtype, device=device))
         if not torch.equal(least, greatest):
