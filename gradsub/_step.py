@@ -13,7 +13,6 @@ from gradsub._constants import Constants
 from gradsub._layout import Layout
 from gradsub._lr_scale import asks, factor
 from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
-from gradsub._probe import Traits
 from gradsub._reporting import Measurements
 from gradsub._resting import RestingRows
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
@@ -21,6 +20,7 @@ from gradsub._vectors import ProtectedVectors
 from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
+from gradsub.probe import Traits
 from gradsub.subspace import (
     SHARED,
     SKETCHES,
