@@ -3,48 +3,36 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsub._blocks import Blocks
 from gradsub._constants import Constants
-from gradsub._layout import Layout
 from gradsub._lr_scale import asks, factor
-from gradsub._measure import GATE_MEMORY, measure, needs_alignment, previous_step
+from gradsub._measure import measure, needs_alignment, previous_step
 from gradsub._reporting import Measurements
-from gradsub._resting import RestingRows
-from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
-from gradsub._vectors import ProtectedVectors
+from gradsub._state import INNER, prefixed
 from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
-from gradsub.probe import Traits
 from gradsub.subspace import (
     SHARED,
-    SKETCHES,
     BasesChanged,
     Block,
     Layer,
-    Protected,
     SubspaceBank,
     carry_moments,
-    make_blocks,
 )
 from gradsub.surgery import Surgery, SurgeryInputs
 from gradsub.surgery._inputs import needs_losses, weigh
 from gradsub.update import (
-    FREE,
-    MASTER,
-    PENDING_DECAY,
-    PROTECTED,
     apply_updates,
     collect_decay,
     decay,
     hold_protected,
-    initialise_update,
-    protected_in,
 )
 
 State = MutableMapping[Tensor, Any]
@@ -55,200 +43,42 @@ class Stepper:
     """Takes steps; it owns nothing but knows where everything is.
 
     Args:
+        blocks: what it moves.
         bank: the bases.
         inner: the base optimizer.
-        state: the optimizer's.
         tasks: their names.
-        layout: knows what is protected.
         gate: weighs the tasks' own steps.
         surgery: weighs the tasks in the shared subspace, from their Gramian or their losses; None leaves the plain sum.
         moments: what happens to the base optimizer's moments when a basis changes.
-        master_weights: whether float32 copies of lower-precision weights are kept.
-        anchor: whether the protected part of each weight is kept and set back at refreshes.
         lr_scale: whether updates are to be as large as those of whole weights, where a group does not say.
     """
 
     def __init__(
         self,
+        blocks: Blocks,
         bank: SubspaceBank,
         inner: Inner,
-        state: State,
         tasks: Sequence[str],
-        layout: Layout,
         gate: Gate,
         surgery: Surgery | None,
         moments: str,
-        master_weights: bool,
-        anchor: bool,
         lr_scale: str | None = None,
     ) -> None:
+        self._blocks = blocks
         self._bank = bank
         self._inner = inner
-        self.state = state
-        self._lr_scale = lr_scale
         self._tasks = tasks
-        self._layout = layout
         self._gate = gate
         self._surgery = surgery
         self.moments = moments
-        self._master_weights = master_weights
-        self._anchor = anchor
-        self.layers: dict[Tensor, Layer] = {}
-        self.blocks: list[Block] = []
-        self.plain: list[Tensor] = []
-        self._fused: set[Tensor] = set()
+        self._lr_scale = lr_scale
         self._said: set[str] = set()
-        self._as_stacks: list[bool] = []
-        self.vectors = ProtectedVectors()
-        self.rows = RestingRows()
         self._constants = Constants()
 
     @property
     def sums(self) -> bool:
         """Whether parameters without subspaces need only the weighted sum of the tasks' gradients."""
         return self._surgery is None
-
-    def adopt(
-        self, group: int, layers: Sequence[Layer], fused: Iterable[Tensor], traits: Traits
-    ) -> dict[Tensor, Tensor]:
-        """Lay the layers of a parameter group out in blocks; what the base optimizer steps for them, and for which.
-
-        Args:
-            group: its index.
-            layers: of the group.
-            fused: the weights that are captured by their own backward pass.
-            traits: what is known of the base optimizer.
-        """
-        self.layers.update({layer.parameter: layer for layer in layers})
-        self._fused.update(fused)
-        if layers:
-            self._say_kept(traits.unknown)
-        # Moments that are reset have a step count of each layer's own.
-        self._as_stacks.append(traits.entrywise and self.moments != "reset")
-        return self._build(group, layers)
-
-    def _build(self, group: int, layers: Sequence[Layer]) -> dict[Tensor, Tensor]:
-        proxies: dict[Tensor, Tensor] = {}
-        for block in make_blocks(group, layers, lambda layer: layer.parameter in self._fused):
-            self.blocks.append(block)
-            self._bank.initialise(block)
-            block.add(GATE_MEMORY, (len(self._tasks),))
-            block.add(PENDING_DECAY, device="cpu")
-            if needs_alignment(self._gate):
-                for task in range(len(self._tasks)):
-                    block.add(previous_step(task), block.first.coordinates(task + 1))
-            block.show(self.state)
-            for layer in block.layers:
-                self._initialise(layer)
-            block.proxies = [
-                self._inner.proxies(block, subspace, self._as_stacks[group]) for subspace in range(1 + len(self._tasks))
-            ]
-            for _, mine in prefixed(block, self._tasks):
-                proxies.update({proxy: block.layers[place].parameter for place, proxy in enumerate(mine)})
-        return proxies
-
-    def _initialise(self, layer: Layer) -> None:
-        initialise_update(layer, self.state[layer.parameter], self._master_weights, self._anchor)
-
-    def proxies_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What the base optimizer steps for a parameter, by the prefix of its state; maybe for others as well."""
-        layer = self.layers.get(parameter)
-        if layer is None:
-            return {"": parameter}
-        found = prefixed(layer.block, self._tasks)
-        return {prefix: proxies[layer.row if len(proxies) > 1 else 0] for prefix, proxies in found}
-
-    def show(self, anew: bool = False) -> None:
-        """Show the base optimizer's state in the parameters' states; anew: what the blocks hold as well."""
-        show_plain(self.state, self.plain, self._inner)
-        for block in self.blocks:
-            if anew:
-                block.show(self.state)
-            show_block(self.state, block, self._tasks, self._inner)
-
-    def unshown(self) -> dict[Tensor, dict[str, Any]]:
-        """The parameters' states without what they show of the blocks: a pickle of each view would hold its stack."""
-        found = {parameter: dict(state) for parameter, state in self.state.items()}
-        for block in self.blocks:
-            for layer in block.layers:
-                mine = found[layer.parameter]
-                # The places stay, for the order of the keys.
-                mine.update({key: None for key in mine if key in block.stacks or key.startswith(INNER)})
-        return found
-
-    def _split(self, block: Block, rows: list[int]) -> Block:
-        """Make a block of its own of some rows, with its proxies."""
-        self._bank.settle()
-        leaving = set(rows)
-        staying = [row for row in range(len(block)) if row not in leaving]
-        size = len(block)
-        other = block.split(rows)
-        for proxies in block.proxies:
-            if len(proxies) == size:
-                other.proxies.append([proxies[row] for row in rows])
-                proxies[:] = [proxies[row] for row in staying]
-            else:
-                other.proxies.append([self._inner.split(proxies[0], rows, staying)])
-        self.blocks.insert(self.blocks.index(block) + 1, other)
-        for part in (block, other):
-            part.show(self.state)
-        return other
-
-    def _divide(self, block: Block, kinds: Sequence[Hashable]) -> list[Block]:
-        """Split a block so that every part has one kind."""
-        parts = [block]
-        while len(distinct := list(dict.fromkeys(kinds))) > 1:
-            rows = [row for row, kind in enumerate(kinds) if kind != distinct[0]]
-            block = self._split(block, rows)
-            kinds = [kinds[row] for row in rows]
-            parts.append(block)
-        return parts
-
-    def convert(self, parameters: Collection[Tensor], on_device: Callable[[Tensor], bool]) -> None:
-        """Bring the state of parameters to the dtype, device and memory format that they have by now.
-
-        Args:
-            parameters: those that were converted.
-            on_device: whether a parameter's base optimizer keeps counts on the device.
-        """
-        for parameter in parameters:
-            if parameter in self.layers:
-                continue
-            self._convert_state(self.state[parameter], parameter, parameter.dtype, on_device(parameter))
-            self._inner.load_state(parameter, loaded_inner(self.state[parameter], "", [""]))
-        for block in [b for b in self.blocks if any(layer.parameter in parameters for layer in b.layers)]:
-            self.blocks.remove(block)
-            held = {layer.parameter: dict(self.state[layer.parameter]) for layer in block.layers}
-            for layer in block.layers:
-                state = held[layer.parameter]
-                self._convert_state(state, layer.parameter, layer.dtype, on_device(layer.parameter))
-                layer.protected = protected_in(state)
-                if layer.parameter.dtype == layer.dtype:
-                    state.pop(MASTER, None)
-            before = len(self.blocks)
-            fresh = self._build(block.group, block.layers)
-            self._inner.replace(block.group, [proxy for proxies in block.proxies for proxy in proxies], fresh)
-            for made in self.blocks[before:]:
-                self._go_on_from(made, held)
-                for layer in made.layers:
-                    self._initialise(layer)
-
-    def _convert_state(self, state: dict[str, Any], parameter: Tensor, dtype: torch.dtype, on_device: bool) -> None:
-        for key, value in list(state.items()):
-            if not isinstance(value, Tensor) or is_weighing(key):
-                continue
-            if value.ndim == 0 or not value.is_floating_point():
-                moves = value.device.type != "cpu" or (on_device and key.startswith(INNER))
-                state[key] = value.to(parameter.device) if moves else value
-            elif value.shape == parameter.shape:
-                # Moments lie in memory like their parameter: fused optimizers read both side by side.
-                state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).copy_(value)
-            else:
-                directions = key in (FREE, PROTECTED)
-                wide = torch.promote_types(dtype, torch.float32) if directions else dtype
-                state[key] = value.to(parameter.device, wide)
-                if directions and parameter in self.layers:
-                    state[key] = self._layout.keep(Protected(state[key], key == FREE), parameter).directions
 
     def gather(self, gradients: Mapping[int, Mapping[Tensor, Captured]], rounding: float) -> list[Gathered]:
         """What the captures left, block by block; nothing is changed, but that layers without gradients get a block.
@@ -259,7 +89,7 @@ class Stepper:
         """
         found = []
         tasks = sorted(task for task in gradients if task != MIXED)
-        for whole in list(self.blocks):
+        for whole in list(self._blocks.all):
             present = self._of_block(whole, gradients, tasks)
             blocks = [whole]
             if not present or not all(map(all, present.values())):
@@ -268,7 +98,7 @@ class Stepper:
                     or (None if layer.parameter.grad is None else ())
                     for row, layer in enumerate(whole.layers)
                 ]
-                blocks = self._divide(whole, kinds)
+                blocks = self._blocks.divide(whole, kinds)
             for block in blocks:
                 held = present if len(blocks) == 1 else self._of_block(block, gradients, tasks)
                 captured = {task: [each for each in mine if each is not None] for task, mine in held.items()}
@@ -322,7 +152,7 @@ class Stepper:
         self._renew(groups, projected)
         for found in projected:
             self._bank.advance(found.block)
-        self.show()
+        self._blocks.show()
         return measured
 
     def _project(
@@ -334,71 +164,11 @@ class Stepper:
             block = each.block
             if not block.first.sketched:
                 for row in self._bank.due(block)[:, SHARED].nonzero()[0]:
-                    self._follow(block.layers[row])
+                    self._blocks.follow(block.layers[row])
             gap = groups[block.group]["update_proj_gap"]
             found.append(project_block(each, self._bank, shares, gap, rounding))
             self._carry(found[-1].changed)
         return found
-
-    def _follow(self, layer: Layer) -> None:
-        """Take up what the null space has come to know of a layer since."""
-        if self._layout.outdated(layer.parameter):
-            protected = self._layout.grown(layer)
-            if protected is not layer.protected:
-                self.protect(layer, protected)
-
-    def protect(self, layer: Layer, protected: Protected | None) -> None:
-        """Take up protected directions; bases and what is kept of the weight follow."""
-        layer.protected = None if protected is None else self._layout.keep(protected, layer.parameter)
-        self._initialise(layer)
-        self._bank.enforce(layer)
-
-    def restore_protection(self) -> None:
-        """After loading: protect what the checkpoint did; what the null space knows beyond it is taken up when it would
-        have been, had the run never stopped: at the next refresh. A checkpoint that protected nothing has the null
-        space obeyed from now on.
-        """
-        for parameter in (*self.layers, *self.plain):
-            kept = protected_in(self.state.get(parameter, {}))
-            layer = self.layers.get(parameter)
-            if kept is not None:
-                self._layout.reconsider(parameter)
-            if layer is None:
-                directions = self._layout.vector(parameter) if kept is None else kept.directions
-                self.vectors.protect(parameter, directions, self.state)
-            elif kept is None:
-                self.protect(layer, layer.protected if self._layout.knows(parameter) else None)
-            else:
-                layer.protected = self._layout.keep(kept, parameter)
-                self._initialise(layer)
-
-    def take_over(self) -> None:
-        """After loading: the blocks and the base optimizer go on from what the parameters' states have now."""
-        for parameter in self.plain:
-            self._inner.load_state(parameter, loaded_inner(self.state.get(parameter, {}), "", [""]))
-        for block in list(self.blocks):
-            self._go_on_from(block, {layer.parameter: dict(self.state[layer.parameter]) for layer in block.layers})
-        self.restore_protection()
-
-    def _go_on_from(self, whole: Block, held: Mapping[Tensor, dict[str, Any]]) -> None:
-        """Have a block, and the base optimizer, go on from states that came from elsewhere."""
-        shapes = {
-            prefix: whole.first.coordinates(subspace)
-            for subspace, (prefix, _) in enumerate(prefixed(whole, self._tasks))
-        }
-        kinds: Sequence[Hashable] = [kind_of_loaded(held[layer.parameter], shapes) for layer in whole.layers]
-        if not self._as_stacks[whole.group]:
-            kinds = [None] * len(whole)
-        for block in self._divide(whole, kinds):
-            for layer in block.layers:
-                self.state[layer.parameter] = held[layer.parameter]
-                if not layer.sketched:
-                    for key in SKETCHES:
-                        held[layer.parameter].pop(key, None)
-            block.take_over(self.state)
-            hand_down(self.state, block, self._tasks, self._inner)
-            show_block(self.state, block, self._tasks, self._inner)
-            self._bank.loaded(block)
 
     def _carry(self, changed: Iterable[BasesChanged]) -> None:
         """Have what was kept in coordinates of old bases follow to the new ones."""
@@ -419,7 +189,7 @@ class Stepper:
         if self.moments == "rotate":
             kinds = self._inner.traits[block.group].moments
             state = self._inner.state_of(proxy)
-            self._say_kept(carry_moments(state, kinds, rows, rotation, block.first.axis))
+            self.say_kept(carry_moments(state, kinds, rows, rotation, block.first.axis))
 
     def _reset(self, block: Block, row: int, subspace: int) -> None:
         if self.moments != "reset":
@@ -430,7 +200,7 @@ class Stepper:
         prefix = list(prefixed(block, self._tasks))[subspace][0]
         for key in gone - self._inner.state_of(proxy).keys():
             # A checkpoint taken before the next step would bring it back.
-            self.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
+            self._blocks.state[block.layers[row].parameter].pop(f"{INNER}{prefix}{key}", None)
             block.shown.pop((f"{INNER}{prefix}{key}", row), None)
 
     def _say_unseen(self, tasks: Sequence[int]) -> None:
@@ -455,7 +225,7 @@ class Stepper:
                 stacklevel=6,
             )
 
-    def _say_kept(self, names: Collection[str]) -> None:
+    def say_kept(self, names: Collection[str]) -> None:
         """Warn once of what the base optimizer keeps and no rotation reaches."""
         if names and self.moments == "rotate":
             self._say(
@@ -515,7 +285,7 @@ class Stepper:
         starts = self._starts(projected) if self._inner.relative else {}
         outside = self._mix_plain(gradients, weights)
         try:
-            with self.vectors.held(self._layout, self.state), self.rows.held(self._layout, self.plain):
+            with self._blocks.held():
                 return self._inner.step(groups, proxied, starts)
         finally:
             for parameter, gradient in outside.items():
@@ -547,16 +317,16 @@ class Stepper:
         self, gradients: Mapping[int, Mapping[Tensor, Captured]], weights: Mapping[int, float | Tensor]
     ) -> dict[Tensor, Tensor | None]:
         """Give plain parameters the shared gradient; what they had in ``.grad``, to put back."""
-        outside = {parameter: parameter.grad for parameter in self.plain}
+        outside = {parameter: parameter.grad for parameter in self._blocks.plain}
         full = [
             {
                 task: gradient
                 for task, held in sorted(gradients.items())
                 if (captured := held.get(parameter)) is not None and (gradient := captured.full) is not None
             }
-            for parameter in self.plain
+            for parameter in self._blocks.plain
         ]
-        there = [(parameter, found) for parameter, found in zip(self.plain, full, strict=True) if found]
+        there = [(parameter, found) for parameter, found in zip(self._blocks.plain, full, strict=True) if found]
         mixed = mix([found for _, found in there], weights, [outside[parameter] for parameter, _ in there])
         for (parameter, _), gradient in zip(there, mixed, strict=True):
             parameter.grad = gradient
@@ -573,7 +343,7 @@ class Stepper:
         gates = [None] * len(lengths) if measured is None else list(torch.split(measured.gates, lengths))
         for found, mine in zip(projected, gates, strict=True):
             block, group = found.block, groups[found.block.group]
-            states = [self.state[layer.parameter] for layer in block.layers]
+            states = [self._blocks.state[layer.parameter] for layer in block.layers]
             shrink = decoupled_shrinkage(self._inner.traits[block.group], group)
             collect_decay(block, states, shrink)
             gap = group["update_proj_gap"]
@@ -618,6 +388,6 @@ class Stepper:
         sketched = [found for found in projected if found.sketches]
         for found in sketched:
             for row in found.sketches.get(SHARED, ((), None))[0]:
-                self._follow(found.block.layers[row])
+                self._blocks.follow(found.block.layers[row])
         batches = [(each.block, each.sketches, groups[each.block.group]["update_proj_gap"]) for each in sketched]
         self._carry(self._bank.renew(batches))

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub import _settings as settings
+from gradsub._blocks import Blocks
 from gradsub._facade import put_before
 from gradsub._finite import NonFiniteError
 from gradsub._intake import Intake
 from gradsub._layout import Layout
 from gradsub._loading import StateDictReader
 from gradsub._lr_scale import asks
+from gradsub._measure import needs_alignment
 from gradsub._reporting import LastKnown, Measurements, make_report
 from gradsub._said import Said
 from gradsub._state import group_parameters, show_shards
@@ -258,24 +260,18 @@ class GemsOptimizer(Optimizer):
         self.param_groups = list(base.param_groups)
         self._inner = Inner(base, probes)
         put_before(base, self)
-        self._stepper = Stepper(
-            self._bank,
-            self._inner,
-            self.state,
-            self.tasks,
-            self._layout,
-            gates,
-            weigh,
-            moments,
-            master_weights,
-            anchor,
-            lr_scale,
+        # Moments that are reset have a step count of each layer's own.
+        stacks = moments != "reset"
+        known = self._bank, self._inner
+        self._blocks = Blocks(
+            *known, self.state, self.tasks, self._layout, needs_alignment(gates), stacks, master_weights, anchor
         )
+        self._stepper = Stepper(self._blocks, *known, self.tasks, gates, weigh, moments, lr_scale)
         for position, (layers, traits) in enumerate(found):
             self._adopt(position, layers, traits)
         trained = group_parameters(self.param_groups)
         self._weighing = {"surgery": Stateful("surgery", weigh, trained), "gate": Stateful("gate", gates, trained)}
-        for layer in list(self._stepper.layers.values())[:1] if self.tasks else []:
+        for layer in list(self._blocks.layers.values())[:1] if self.tasks else []:
             count = len(self.tasks)
             for part in self._weighing.values():
                 device = layer.parameter.device
@@ -581,7 +577,7 @@ class GemsOptimizer(Optimizer):
         if self._nonfinite == "ignore":
             return True
         outside = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        found = self._intake.find_nonfinite(self.tasks, gathered, self._stepper.plain, outside)
+        found = self._intake.find_nonfinite(self.tasks, gathered, self._blocks.plain, outside)
         if found is None:
             return True
         if self._nonfinite == "raise":
@@ -615,7 +611,7 @@ class GemsOptimizer(Optimizer):
                 "optimizer"
             )
         state = self.state
-        if state is not self._stepper.state or not all("basis" in state.get(p, ()) for p in self._stepper.layers):
+        if state is not self._blocks.state or not all("basis" in state.get(p, ()) for p in self._blocks.layers):
             raise RuntimeError(
                 "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
                 "which a checkpoint would lack a part. To begin anew call optimizer.close() and build a new optimizer; "
@@ -674,18 +670,17 @@ class GemsOptimizer(Optimizer):
         group = self.param_groups[position]
         fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
         fused = {parameter: found for parameter, found in fused.items() if found is not None}
-        proxies = self._stepper.adopt(position, layers, fused, traits)
-        plain = [parameter for parameter in group["params"] if parameter not in self._stepper.layers]
-        self._stepper.plain.extend(plain)
-        for parameter in plain:
-            self._stepper.vectors.protect(parameter, self._layout.vector(parameter), self.state)
-            self._stepper.rows.hold(parameter, self._layout.resting(parameter))
+        if layers:
+            self._stepper.say_kept(traits.unknown)
+        proxies = self._blocks.adopt(position, layers, fused, traits)
+        plain = [parameter for parameter in group["params"] if parameter not in self._blocks.layers]
+        self._blocks.hold(plain)
         self._inner.add_group(_base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:
             if (found := fused.get(layer.parameter)) is not None:
                 self._intake.fused.adopt(layer, *found)
-        self._stepper.show()
+        self._blocks.show()
         self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
         self._adopted.append(list(group["params"]))
 
@@ -720,10 +715,10 @@ class GemsOptimizer(Optimizer):
         }
         for parameter in changed:
             self._layout.check_dtype(parameter)
-        self._stepper.convert(changed, on_device.__getitem__)
+        self._blocks.convert(changed, on_device.__getitem__)
         for parameter in changed:
             self._placed[parameter] = _place(parameter)
-            layer = self._stepper.layers.get(parameter)
+            layer = self._blocks.layers.get(parameter)
             if layer is not None:
                 self._intake.fused.convert(layer)
         self._bank.forget_directions()
@@ -753,8 +748,8 @@ class GemsOptimizer(Optimizer):
             reader = StateDictReader(
                 self.param_groups,
                 self.state,
-                self._stepper.layers,
-                self._stepper.proxies_of,
+                self._blocks.layers,
+                self._blocks.proxies_of,
                 self._layout,
                 self._bank,
                 self._inner,
@@ -796,7 +791,7 @@ class GemsOptimizer(Optimizer):
     def _settle(self) -> None:
         """Everybody goes on from what is in the state."""
         self._follow_state()
-        self._stepper.take_over()
+        self._blocks.take_over()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resume needs, as plain tensors and numbers.
@@ -811,12 +806,12 @@ class GemsOptimizer(Optimizer):
         if "_weighing" in self.__dict__:
             self._show_callables()
         saved = super().state_dict()
-        layers = self._stepper.layers if "_stepper" in self.__dict__ else {}
+        layers = self._blocks.layers if "_blocks" in self.__dict__ else {}
         return show_shards(saved, self.param_groups, layers)
 
     def _show_callables(self) -> None:
         """Put the state of surgery and gate where checkpoints find it: beside that of one layer."""
-        holder = next((layer.parameter for layer in self._stepper.layers.values()), None)
+        holder = next((layer.parameter for layer in self._blocks.layers.values()), None)
         if holder is not None:
             for part in self._weighing.values():
                 self.state[holder].update(part.state())
@@ -824,21 +819,21 @@ class GemsOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.
         mine = {key: value for key, value in self.__dict__.items() if key in _OWN_ATTRIBUTES}
-        state = self._stepper.unshown() if "_stepper" in mine else self.state
+        state = self._blocks.unshown() if "_blocks" in mine else self.state
         return {**super().__getstate__(), "state": state, **mine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_stepper" in self.__dict__:
+        if "_blocks" in self.__dict__:
             self._follow_state()
         if "_intake" in state:
-            self._stepper.show(anew=True)
+            self._blocks.show(anew=True)
             self._intake.capture.hook()
             self._intake.fused.reinstall()
 
     def _follow_state(self) -> None:
         """Everybody follows to the state and the groups that torch has put in the place of the old ones."""
-        self._stepper.state = self.state
+        self._blocks.state = self.state
         put_before(self._inner.base, self)
 
     # --- diagnostics -------------------------------------------------------------------------------------------------
@@ -889,7 +884,7 @@ class GemsOptimizer(Optimizer):
             >>> summary.not_decomposed
             {'bias': 'it is a vector'}
         """
-        return summarise(self.tasks, self._layout, self._said, self.param_groups, self._stepper.layers, self.state)
+        return summarise(self.tasks, self._layout, self._said, self.param_groups, self._blocks.layers, self.state)
 
     def close(self) -> None:
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""
@@ -919,6 +914,7 @@ _OWN_ATTRIBUTES = frozenset(
         "_measured",
         "_known",
         "_bank",
+        "_blocks",
         "_stepper",
         "_inner",
         "_weighing",

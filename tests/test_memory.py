@@ -71,7 +71,7 @@ def kept(optimizer):
         "host": distinct_bytes(s[key] for s in states for key in ("protected", "free") if key in s),
         "joint": sum(
             joint.numel() * joint.itemsize
-            for block in optimizer._stepper.blocks
+            for block in optimizer._blocks.all
             for _, joint, _ in block._joint.values()
         ),
     }

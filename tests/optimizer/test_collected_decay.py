@@ -164,7 +164,7 @@ def test_a_learning_rate_on_the_device_is_not_read(device):
     from gradsub.update import collect_decay
 
     world = World(device)
-    (block, *_) = world.optimizer._stepper.blocks
+    (block, *_) = world.optimizer._blocks.all
     states = [world.optimizer.state[layer.parameter] for layer in block.layers]
     collect_decay(block, states, torch.empty((), device="meta"))
     assert all(state["pending_decay"].device.type == "meta" for state in states)

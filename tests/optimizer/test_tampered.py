@@ -200,7 +200,7 @@ def everything_in(model: nn.Module, optimizer: GemsOptimizer) -> tuple[list[Tens
     """All tensors of a run bit for bit, and what else there is."""
     saved = optimizer.state_dict()
     base = [dict(state) for state in optimizer._inner.base.state.values()]
-    layers = list(optimizer._stepper.layers.values())
+    layers = list(optimizer._blocks.layers.values())
     protected = [layer.protected.directions for layer in layers if layer.protected]
     tensors = tensors_in([weights_of(model), saved["state"], base, protected])
     return tensors, [list(map(list, saved["state"].values())), copy.deepcopy(saved["param_groups"])]

@@ -134,7 +134,7 @@ def test_gems_protects_normalized_features_unless_told_otherwise(llama_folder: s
     for pairs in ([], ["method.normalize=false"]):
         _, updater = built(llama_folder, "gems", *pairs)
         optimizer: Any = updater.optimizer
-        shares.append([layer.dimension - layer.free for layer in optimizer._stepper.layers.values()])
+        shares.append([layer.dimension - layer.free for layer in optimizer._blocks.layers.values()])
     assert shares[0] != shares[1]
 
 
