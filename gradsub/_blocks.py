@@ -38,6 +38,7 @@ class Blocks:
 
     Attributes:
         all: the blocks.
+        state: the optimizer's; another one where torch has put another one in its place.
         layers: by parameter.
         plain: the parameters without subspaces.
         vectors: those of them that are protected.
@@ -284,3 +285,6 @@ class Blocks:
             hand_down(self.state, block, self._tasks, self._inner)
             show_block(self.state, block, self._tasks, self._inner)
             self._bank.loaded(block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "state": {}}  # the optimizer's own, which tells it again

@@ -20,7 +20,6 @@ from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.subspace import (
     SHARED,
-    BasesChanged,
     Block,
     Layer,
     SubspaceBank,
@@ -81,7 +80,7 @@ class Stepper:
         return self._surgery is None
 
     def gather(self, gradients: Mapping[int, Mapping[Tensor, Captured]], rounding: float) -> list[Gathered]:
-        """What the captures left, block by block; nothing is changed, but that layers without gradients get a block.
+        """What the captures left, block by block, without what is only rounding; layers without gradients get a block.
 
         Args:
             gradients: by task, what was captured.
@@ -166,13 +165,16 @@ class Stepper:
                 for row in self._bank.due(block)[:, SHARED].nonzero()[0]:
                     self._blocks.follow(block.layers[row])
             gap = groups[block.group]["update_proj_gap"]
-            found.append(project_block(each, self._bank, shares, gap, rounding))
-            self._carry(found[-1].changed)
+            try:
+                found.append(project_block(each, self._bank, shares, gap, rounding))
+            finally:
+                self._carry(block)
         return found
 
-    def _carry(self, changed: Iterable[BasesChanged]) -> None:
-        """Have what was kept in coordinates of old bases follow to the new ones."""
-        for block, rows, subspace, rotation in changed:
+    def _carry(self, block: Block) -> None:
+        """Have what is kept in coordinates of old bases follow to the new ones."""
+        while block.rotations:
+            rows, subspace, rotation = block.rotations.pop(0)
             some = None if len(rows) == len(block) else rows
             previous = block.stacks.get(previous_step(subspace - 1))
             if previous is not None:
@@ -233,7 +235,7 @@ class Stepper:
                 f"moments='rotate' leaves {sorted(names)} of base={type(self._inner.base).__name__} as they are when a "
                 "basis changes: they are no moments of the gradients, or no floating-point numbers; pass "
                 "moments='keep' or 'reset' for all of the state to be treated alike",
-                stacklevel=6,
+                stacklevel=5,
             )
 
     def _say(self, kind: str, message: str, stacklevel: int) -> None:
@@ -390,4 +392,8 @@ class Stepper:
             for row in found.sketches.get(SHARED, ((), None))[0]:
                 self._blocks.follow(found.block.layers[row])
         batches = [(each.block, each.sketches, groups[each.block.group]["update_proj_gap"]) for each in sketched]
-        self._carry(self._bank.renew(batches))
+        try:
+            self._bank.renew(batches)
+        finally:
+            for each in sketched:
+                self._carry(each.block)

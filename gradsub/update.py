@@ -74,6 +74,7 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
     r"""W <- (1 - shrink) W + lift(steps), for the layers of a block; of protected layers without the decay.
 
     The whole update is formed before it is added: each addition rounds W, and only rounding can move what is protected.
+    As in torch's own decay, 1 - s may be rounded to the format of W.
 
     Args:
         block: L layers; W is a layer's parameter.
@@ -83,7 +84,7 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
         shrink: lr times weight decay, or 0. Protected layers collect it, see `collect_decay`.
     """
     first = block.first
-    # Below half an epsilon 1 - s is 1.
+    # Below a quarter of an epsilon 1 - s is 1.
     shrinks = isinstance(shrink, Tensor) or abs(shrink) > torch.finfo(first.dtype).eps / 4
     if first.parameter.dtype != first.dtype or not _small(first):
         for row, layer in enumerate(block.layers):

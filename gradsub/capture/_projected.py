@@ -11,7 +11,7 @@ from torch import Tensor
 from gradsub._rounding import drop_rounding
 from gradsub.capture._captured import Captured, squared_norm
 from gradsub.capture._tray import side_by_side
-from gradsub.subspace import SHARED, BasesChanged, Block, Rows, SubspaceBank, pieces, project
+from gradsub.subspace import SHARED, Block, Rows, SubspaceBank, pieces, project
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,6 @@ class Projected:
             of which none is known.
         sketches: by subspace, what bases are to be renewed from after the step.
         joint: what of `Stacked` the parts and R_k are views of, or None without a task.
-        changed: the bases that were refreshed before.
     """
 
     block: Block
@@ -100,7 +99,6 @@ class Projected:
     squared_norms: dict[int, Tensor]
     sketches: dict[int, Rows] = field(default_factory=dict)
     joint: Stacked | None = None
-    changed: Sequence[BasesChanged] = ()
 
 
 def project_block(
@@ -126,12 +124,13 @@ def project_block(
         for layer, each in zip(block.layers, gathered.outside, strict=True)
     ]
     sketches = _sketches(block, bank, captured, matrices, weights) if first.sketched else {}
-    changed = [] if joint is not None else _project_whole(block, bank, captured, matrices, weights, update_proj_gap)
+    if joint is None:
+        _project_whole(block, bank, captured, matrices, weights, update_proj_gap)
     aside = _aside(block, bank, matrices)
     if aside is not None:
         drop_rounding(aside, first, rounding, None)
     if not captured:
-        return Projected(block, {}, aside, {}, {}, sketches, changed=changed)
+        return Projected(block, {}, aside, {}, {}, sketches)
     joint = _joint(block, captured, rounding) if joint is None else joint
     for held in captured.values():
         for each in held:
@@ -140,7 +139,7 @@ def project_block(
     squared_norms = {} if norms is None else dict(zip(captured, norms.unbind(1), strict=True))
     parts = dict(zip(captured, joint.shared.unbind(1), strict=True))
     own = dict(zip(captured, joint.own.unbind(1), strict=True))
-    return Projected(block, parts, aside, own, squared_norms, sketches, joint, changed)
+    return Projected(block, parts, aside, own, squared_norms, sketches, joint)
 
 
 def _norms(found: Sequence[Tensor | None], tasks: int) -> Tensor | None:
@@ -159,9 +158,8 @@ def _project_whole(
     outside: Sequence[Tensor | None],
     weights: Mapping[int, float | Tensor],
     update_proj_gap: int,
-) -> list[BasesChanged]:
+) -> None:
     """Layers of which whole gradients were captured: their bases are refreshed, and the gradients projected."""
-    changed = []
     kinds: dict[tuple[tuple[int, ...], bool], list[int]] = defaultdict(list)
     alone_due = [not block.first.sketched and due for due in bank.due(block)[:, SHARED]]
     for row in range(len(block)):
@@ -180,7 +178,7 @@ def _project_whole(
             if len(whole) == len(captured):
                 aside = None if alone else torch.stack([each for row in rows if (each := outside[row]) is not None])
                 gradients[SHARED] = _mixed({task: gradients[task + 1] for task in whole}, weights, aside)
-            changed += bank.refresh(block, rows, gradients, update_proj_gap)
+            bank.refresh(block, rows, gradients, update_proj_gap)
             for task in whole:
                 gradient = gradients[task + 1]
                 bases = block.joint(task, first.dtype)
@@ -190,7 +188,6 @@ def _project_whole(
                     captured[task][row].projected = R
                     if captured[task][row].squared_norm is None:
                         captured[task][row].squared_norm = square
-    return changed
 
 
 def _aside(block: Block, bank: SubspaceBank, outside: Sequence[Tensor | None]) -> Tensor | None:

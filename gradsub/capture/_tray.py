@@ -82,13 +82,16 @@ class Tray:
         """Add a product to a layer's gradient."""
         rows = self._rows or self._begin()
         place = rows[row]
+        if left.dtype is not right.dtype:  # forward and backward pass, one of them under autocast
+            wide = torch.promote_types(left.dtype, right.dtype)
+            left, right = left.to(wide), right.to(wide)
         alike = left.dtype is place.dtype
         if row not in self._arrived:
-            self._arrived.add(row)
             if alike:
                 torch.mm(left, right, out=place)
             else:
                 place.copy_(torch.mm(left, right))
+            self._arrived.add(row)  # only now: what is there before is anything
         elif alike:
             place.addmm_(left, right)
         else:
@@ -117,7 +120,7 @@ def side_by_side(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
     size, count = first.numel(), len(gradients[0])
     layout, start = first.stride(), first.storage_offset()
     if base is None or not _together(every):
-        if all(map(_together, gradients)):
+        if all(_together(held) and held[0].stride() == layout for held in gradients):
             trays = [held[0].as_strided((count * size,), (1,), held[0].storage_offset()) for held in gradients]
             base = torch.cat(trays)
         else:
@@ -133,7 +136,7 @@ def _together(gradients: Sequence[Tensor]) -> bool:
     base, start, size = first._base, first.storage_offset(), first.numel()
     if base is None or not (first.is_contiguous() or first.mT.is_contiguous()):
         return False
-    # Views of one tensor come from one tray, or from one message between ranks: all lie alike.
+    # Views of one tensor come from one tray, one product or one message between ranks: they all lie as the first does.
     return all(
         each._base is base and each.storage_offset() == start + place * size for place, each in enumerate(gradients)
     )

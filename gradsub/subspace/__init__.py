@@ -1,6 +1,6 @@
 """The low-rank subspaces of each weight: bases, projection, lift, and what follows a change of basis."""
 
-from gradsub.subspace._bank import SHARED, SKETCHES, BasesChanged, Rows, SubspaceBank
+from gradsub.subspace._bank import SHARED, SKETCHES, Rows, SubspaceBank
 from gradsub.subspace._basis import dominant_basis, lift, orthonormality, project
 from gradsub.subspace._block import Block, make_blocks, pieces
 from gradsub.subspace._layer import Layer
@@ -13,7 +13,6 @@ __all__ = [
     "MOMENT_RULES",
     "SHARED",
     "SKETCHES",
-    "BasesChanged",
     "Block",
     "Layer",
     "Protected",

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._room import Room
 from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
-from gradsub.subspace._block import Block, pieces
+from gradsub.subspace._block import Block, Rotation, pieces
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._protected import Protected, side_by_side
 from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place, own_place
@@ -33,22 +33,6 @@ _LONGEST_GAP = 1024
 
 # Rows of a block, and a stack of one matrix for each of them.
 Rows: TypeAlias = "tuple[Sequence[int], Tensor]"
-
-
-class BasesChanged(NamedTuple):
-    """That some layers of a block have new bases.
-
-    Attributes:
-        block: the block.
-        rows: l of its layers.
-        subspace: whose bases they are.
-        rotation: B_old^T B_new (l x r x r): what coordinates in the old bases are in the new ones.
-    """
-
-    block: Block
-    rows: Sequence[int]
-    subspace: int
-    rotation: Tensor
 
 
 class SubspaceBank:
@@ -110,6 +94,7 @@ class SubspaceBank:
                     random = room.enter(random.expand(len(piece.rows), -1, -1))
                 new[:, :, :kept] = _orthonormalize_unchecked(random, room, generator)
                 self._write(block, piece.rows, subspace, new)
+        block.rotations.clear()  # there is nothing yet that would follow
 
     def basis(self, layer: Layer, subspace: int) -> Tensor:
         """The subspace's basis (d x r), a view."""
@@ -236,7 +221,7 @@ class SubspaceBank:
         rows: Sequence[int],
         gradients: Mapping[int, Tensor],
         update_proj_gap: int,
-    ) -> list[BasesChanged]:
+    ) -> None:
         """Recompute the bases that are due and whose gradient is there and says something.
 
         Args:
@@ -244,11 +229,7 @@ class SubspaceBank:
             rows: those of them whose gradients are given.
             gradients: full gradients (l x m x n) by subspace.
             update_proj_gap: steps between refreshes; the next one falls on the next multiple of it.
-
-        Returns:
-            what changed.
         """
-        changed = []
         due, steps, places = self.due(block), block.array("step"), block.array("next_refresh")
         for piece in self._pieces(block, [row for row in rows if due[row, sorted(gradients)].any()]):
             for subspace in sorted(gradients):
@@ -272,28 +253,24 @@ class SubspaceBank:
                 if not all(usable):
                     new = new[[place for place, good in enumerate(usable) if good]]
                     some = [row for row, good in zip(some, usable, strict=True) if good]
-                changed.append(self._write(block, some, subspace, new))
+                self._write(block, some, subspace, new)
                 places[some, subspace] = next_multiple(step, update_proj_gap)
                 if subspace == SHARED and self._orthogonalize == "shared_first":
                     # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
                     places[some, 1:] = step
                     due[some, 1:] = True
-        return changed
 
-    def renew(self, batches: Iterable[tuple[Block, Mapping[int, Rows], int]]) -> list[BasesChanged]:
+    def renew(self, batches: Iterable[tuple[Block, Mapping[int, Rows], int]]) -> None:
         """Take the bases that are due from sketches of this step's gradients; nothing here waits for the device.
 
         Args:
             batches: blocks; by subspace, of which of their rows there are sketches, and Y (l x d x c); and the steps
                 between refreshes.
-
-        Returns:
-            what changed.
         """
         self.settle()
-        changed = [each for batch in batches for each in self._renew_block(*batch)]
+        for block, sketches, update_proj_gap in batches:
+            self._renew_block(block, sketches, update_proj_gap)
         self._verdicts.send()
-        return changed
 
     def settle(self) -> None:
         """Take back what the schedule assumed of the last step's sketches and the device found otherwise."""
@@ -305,8 +282,7 @@ class SubspaceBank:
                 places[rows, subspaces] = steps[rows]
                 block.stacks["usable"].fill_(True)
 
-    def _renew_block(self, block: Block, sketches: Mapping[int, Rows], update_proj_gap: int) -> list[BasesChanged]:
-        changed = []
+    def _renew_block(self, block: Block, sketches: Mapping[int, Rows], update_proj_gap: int) -> None:
         due = self.due(block)
         found = {s: [row for row in rows if due[row, s]] for s, (rows, _) in sketches.items()}
         follow = set(found.get(SHARED, ())) if self._orthogonalize == "shared_first" else set()
@@ -317,12 +293,12 @@ class SubspaceBank:
                 if rows:
                     every, Y = sketches[subspace]
                     Y = Y if len(rows) == len(every) else Y[_places(every, rows)]
-                    changed += self._renew(block, piece, rows, subspace, Y, judged=True)
+                    self._renew(block, piece, rows, subspace, Y, judged=True)
                 # A task without a sketch keeps what the new shared basis leaves of its own.
                 left = [row for row in piece.rows if row in follow - here] if subspace != SHARED else []
                 if left:
                     Y = block.basis(subspace, left).clone()
-                    changed += self._renew(block, piece, left, subspace, Y, judged=False)
+                    self._renew(block, piece, left, subspace, Y, judged=False)
         steps, places, taken = (block.array(key) for key in ("step", "next_refresh", "sketches"))
         for subspace, rows in found.items():
             for row in rows:
@@ -332,7 +308,6 @@ class SubspaceBank:
                 places[row, subspace] = next_place(step, update_proj_gap, self._turn(block)) if complete else step + 1
         if any(found.values()):
             self._verdicts.expect(block)
-        return changed
 
     def _renew(
         self,
@@ -342,8 +317,7 @@ class SubspaceBank:
         subspace: int,
         Y: Tensor,
         judged: bool,
-    ) -> list[BasesChanged]:
-        changed = []
+    ) -> None:
         taken, kept = block.array("sketches"), piece.kept[subspace]
         columns = block.first.columns(subspace)
         for count in sorted({int(taken[row, subspace]) for row in rows}) if kept else ():
@@ -363,23 +337,21 @@ class SubspaceBank:
             )
             new = torch.zeros_like(old)
             new[:, :, :kept] = torch.where(usable, fresh, old[:, :, :kept])
-            changed.append(self._write(block, some, subspace, new))
+            self._write(block, some, subspace, new)
             # What is left of a refresh that began with nothing must not enter the next sketch.
             strengths = torch.where(usable[:, 0], strengths, values if count else 0.0)
             place: Any = slice(None) if every else some
             block.stacks["singular_values"][place, columns.start : columns.start + kept] = strengths
             if judged:
                 block.stacks["usable"][place, subspace] = usable[:, 0, 0]
-        return changed
 
-    def _write(self, block: Block, rows: Sequence[int], subspace: int, new: Tensor) -> BasesChanged:
+    def _write(self, block: Block, rows: Sequence[int], subspace: int, new: Tensor) -> None:
         basis = block.basis(subspace)
-        rotation = product(block.basis(subspace, rows).mT, new)
+        block.rotations.append(Rotation(rows, subspace, product(block.basis(subspace, rows).mT, new)))
         if len(rows) == len(block):
             basis.copy_(new)
         else:
             basis[list(rows)] = new
-        return BasesChanged(block, rows, subspace, rotation)
 
     def _may_vanish(self, subspace: int) -> bool:
         """Whether a gradient counts of which nothing is left: where another basis has all of it, waiting is in vain."""

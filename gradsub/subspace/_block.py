@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,20 @@ _MOST_ON_CPU = 1 << 22
 _MOST_ELSEWHERE = 1 << 26
 
 
+class Rotation(NamedTuple):
+    """What became of some layers' bases of a subspace.
+
+    Attributes:
+        rows: l of a block's layers.
+        subspace: whose bases they are.
+        matrix: B_old^T B_new (l x r x r): coordinates in the old bases, times it, are those in the new ones.
+    """
+
+    rows: Sequence[int]
+    subspace: int
+    matrix: Tensor
+
+
 class Block:
     """Layers of one shape, axis, dtype, device and parameter group, side by side: what is done to one is done to all.
 
@@ -33,6 +47,7 @@ class Block:
         stacks: by the key of a layer's state, (L, ...) each.
         proxies: by subspace, what the base optimizer steps: one stack of coordinates, or one matrix a layer.
         shown: what of the base optimizer's state the layers' states show.
+        rotations: of the bases that were written, for what is kept in their coordinates to follow.
     """
 
     def __init__(self, group: int, layers: Sequence[Layer], turn: int) -> None:
@@ -43,6 +58,7 @@ class Block:
         self._fills: dict[str, float] = {}
         self.proxies: list[list[nn.Parameter]] = []
         self.shown: dict[tuple[str, int], Any] = {}
+        self.rotations: list[Rotation] = []
         self._joint: dict[tuple[int, torch.dtype], tuple[int, Tensor, Sequence[Tensor]]] = {}
         self._columns: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
         self._arrays: dict[str, tuple[Tensor, Any]] = {}

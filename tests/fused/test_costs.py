@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsub import GemsOptimizer
+from gradsub.capture._tray import side_by_side
 from gradsub.memory import layer_bytes
 
 from .worlds import gems, model_of, null_space_of, train
@@ -125,20 +126,43 @@ def test_where_gradients_lie_depends_on_the_tasks_of_the_last_step_and_what_is_c
     models = [model_of((32, 32, 32, 32), bias=False) for _ in range(2)]
     options = {"side": side, "update_proj_gap": 100}
     optimizers = [gems(m, capture=how, **options) for m, how in zip(models, ("fused", "generic"), strict=True)]
-    last: set[str] = set()
-    for number, tasks in enumerate([list(TASKS), *steps]):  # the first step needs whole gradients
+    last: set[int] = set()
+    for number, tasks in enumerate(steps):
         for model, optimizer in zip(models, optimizers, strict=True):
             backward_of(model, optimizer, tasks, number)
-        if number and last == set(tasks):
-            held = optimizers[0]._intake.gradients
-            projected = [each.projected for of_task in held.values() for each in of_task.values()]
-            assert len({each.untyped_storage().data_ptr() for each in projected}) == 1
-        last = set(tasks) if number else last
+        held = optimizers[0]._intake.gradients
+        # A task's first gradient comes as a whole.
+        projected = {task: [each.projected for each in mine.values()] for task, mine in held.items()}
+        here = {task for task, mine in projected.items() if mine[0] is not None}
+        if here and last == here:
+            places = {each.untyped_storage().data_ptr() for task in here for each in projected[task]}
+            assert len(places) == 1
+        last = here or last
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         for ours, twin in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(ours, twin, rtol=0, atol=1e-12)
+
+
+def laid(how: str, layers: int, rows: int, columns: int) -> list[torch.Tensor]:
+    """Gradients of a block, as those who make them leave them in memory."""
+    numbers = torch.randn(layers, rows, columns, dtype=torch.float64)
+    if how == "tray":
+        return list(numbers.mT.contiguous().mT.unbind())
+    return list(numbers.unbind()) if how == "product" else [each.clone() for each in numbers.unbind()]
+
+
+@given(
+    st.lists(st.sampled_from(["tray", "product", "loose"]), min_size=1, max_size=3),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+def test_side_by_side_is_a_stack_however_gradients_lie(kinds, layers, rows, columns):
+    held = [laid(how, layers, rows, columns) for how in kinds]
+    found = side_by_side(held)
+    assert torch.equal(found, torch.stack([torch.stack(mine) for mine in held], 1))
 
 
 @pytest.mark.parametrize("refresh", ["svd", "sketch"])

@@ -13,6 +13,7 @@ from torch import nn
 
 from gradsub import GemsOptimizer
 from gradsub.probe import Probes
+from gradsub.subspace import _bank as bank
 from gradsub.subspace import carry_moments
 from tests.optimizer.toys import gems, mlp, noise, train, weights_of
 
@@ -112,6 +113,7 @@ def test_what_no_rotation_reaches_is_said_once(moments: str) -> None:
     texts = [str(warning.message) for warning in said]
     assert len(texts) == (moments == "rotate")
     assert all("['mixture', 'products'] of base=Skewed" in text for text in texts)
+    assert all(warning.filename == __file__ for warning in said)
 
 
 @given(axis=st.sampled_from([0, 1]), layers=st.integers(1, 3), scale=st.floats(1e-10, 1e10), stacked=st.booleans())
@@ -133,3 +135,31 @@ def test_moments_in_codes_are_left_and_named() -> None:
     old, new = (torch.linalg.qr(noise(6, 3, key=(key,))).Q for key in (2, 3))
     assert carry_moments({"x": codes}, {"x": "first"}, None, old.mT @ new, 1) == ["x"]
     assert torch.equal(codes, torch.arange(21, dtype=torch.uint8).view(7, 3))
+
+
+def test_moments_follow_the_bases_that_a_refresh_has_found_before_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who catches an out-of-memory error and goes on has state that fits together."""
+    model = mlp((12, 16, 8), bias=False, dtype=torch.float64)
+    optimizer = gems(model, rank=4, update_proj_gap=2, refresh="svd", seed=1)
+    train(model, optimizer, 2)
+    before = {p: {key: value.clone() for key, value in optimizer.state[p].items()} for p in model.parameters()}
+    find, calls = bank.dominant_basis, 0
+
+    def find_some(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 4:  # the three subspaces of one layer, and one of the other
+            raise torch.OutOfMemoryError("no room")
+        return find(*arguments)
+
+    monkeypatch.setattr(bank, "dominant_basis", find_some)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(model, optimizer, 1, start=2)
+    followed = 0
+    for parameter, old in before.items():
+        new = optimizer.state[parameter]
+        B, C = old["basis"][:, :4], new["basis"][:, :4]
+        key = next(key for key in new if key.startswith("inner.") and key.endswith("shared.exp_avg"))
+        torch.testing.assert_close(new[key], old[key] @ (B.mT @ C), rtol=0, atol=1e-12)
+        followed += not torch.equal(B, C)
+    assert followed == 2
