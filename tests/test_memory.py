@@ -70,9 +70,7 @@ def kept(optimizer):
     found = {
         "host": distinct_bytes(s[key] for s in states for key in ("protected", "free") if key in s),
         "joint": sum(
-            joint.numel() * joint.itemsize
-            for block in optimizer._blocks.all
-            for _, joint, _ in block._joint.values()
+            joint.numel() * joint.itemsize for block in optimizer._blocks.all for _, joint, _ in block._joint.values()
         ),
     }
     rest = [v for s in states for key, v in s.items() if key not in ("protected", "free", "anchor")]
