@@ -11,11 +11,11 @@ from torch import Tensor
 
 from gradsub._layout import Layout
 from gradsub._measure import GATE_MEMORY, previous_step
+from gradsub._probe import Traits
 from gradsub._resting import RestingRows
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
 from gradsub._vectors import ProtectedVectors
 from gradsub.inner import Inner
-from gradsub.probe import Traits
 from gradsub.subspace import SKETCHES, Block, Layer, Protected, SubspaceBank, make_blocks
 from gradsub.update import FREE, MASTER, PENDING_DECAY, PROTECTED, initialise_update, protected_in
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradsub._probe import Probes, Traits, base_step, constant_like, pattern
 from gradsub._settings import NOT_INNER
-from gradsub.probe import Probes, Traits, base_step, constant_like, pattern
 from gradsub.subspace import Block
 
 __all__ = ["Inner", "check_wrappable", "decoupled_shrinkage"]

@@ -24,6 +24,7 @@ from gradsub._layout import Layout
 from gradsub._loading import StateDictReader
 from gradsub._lr_scale import asks
 from gradsub._measure import needs_alignment
+from gradsub._probe import PLAIN, Probes, Traits
 from gradsub._reporting import LastKnown, Measurements, make_report
 from gradsub._said import Said
 from gradsub._state import group_parameters, show_shards
@@ -37,7 +38,6 @@ from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
 from gradsub.linalg._arithmetic import widest
 from gradsub.null_space import NullSpace
-from gradsub.probe import PLAIN, Probes, Traits
 from gradsub.report import Report
 from gradsub.subspace import Layer, SubspaceBank
 from gradsub.summary import Summary

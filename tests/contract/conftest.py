@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from gradsub.probe import Probes
+from gradsub._probe import Probes
 
 _SHARED: dict[type, tuple[dict[Any, Any], dict[Any, Any]]] = {}
 

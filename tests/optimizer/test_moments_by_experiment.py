@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gradsub import GemsOptimizer
-from gradsub.probe import Probes
+from gradsub._probe import Probes
 from gradsub.subspace import _bank as bank
 from gradsub.subspace import carry_moments
 from tests.optimizer.toys import gems, mlp, noise, train, weights_of

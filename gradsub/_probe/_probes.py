@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradsub.probe._runs import alike, close
-from gradsub.probe._trial import COLUMNS, MORE_STEPS, ROWS, STEPS, Decay, Moment, Trial
-from gradsub.probe._twin import Options, Sample
+from gradsub._probe._runs import alike, close
+from gradsub._probe._trial import COLUMNS, MORE_STEPS, ROWS, STEPS, Decay, Moment, Trial
+from gradsub._probe._twin import Options, Sample
 
 _SIZE: Final = (
     0.05  # how well sizes of steps have to agree: Newton-Schulz iterations leave singular values of .7 to 1.2

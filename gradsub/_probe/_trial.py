@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradsub.probe._runs import Run, alike, close, finite, same
-from gradsub.probe._twin import IMPLEMENTATION, RATE, Options, Sample, Setting, Twin, base_step, isolated
+from gradsub._probe._runs import Run, alike, close, finite, same
+from gradsub._probe._twin import IMPLEMENTATION, RATE, Options, Sample, Setting, Twin, base_step, isolated
 
 Decay: TypeAlias = Literal["coupled", "rate", "fixed", "none", "other"]
 Moment: TypeAlias = Literal["first", "second", "root"]
