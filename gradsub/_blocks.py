@@ -231,15 +231,15 @@ class Blocks:
         if self._layout.outdated(layer.parameter):
             protected = self._layout.grown(layer)
             if protected is not layer.protected:
-                self.protect(layer, protected)
+                self._protect(layer, protected)
 
-    def protect(self, layer: Layer, protected: Protected | None) -> None:
+    def _protect(self, layer: Layer, protected: Protected | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
         layer.protected = None if protected is None else self._layout.keep(protected, layer.parameter)
         self._initialise(layer)
         self._bank.enforce(layer)
 
-    def restore_protection(self) -> None:
+    def _restore_protection(self) -> None:
         """After loading: protect what the checkpoint did; what the null space knows beyond it is taken up when it would
         have been, had the run never stopped: at the next refresh. A checkpoint that protected nothing has the null
         space obeyed from now on.
@@ -253,7 +253,7 @@ class Blocks:
                 directions = self._layout.vector(parameter) if kept is None else kept.directions
                 self.vectors.protect(parameter, directions, self.state)
             elif kept is None:
-                self.protect(layer, layer.protected if self._layout.knows(parameter) else None)
+                self._protect(layer, layer.protected if self._layout.knows(parameter) else None)
             else:
                 layer.protected = self._layout.keep(kept, parameter)
                 self._initialise(layer)
@@ -264,7 +264,7 @@ class Blocks:
             self._inner.load_state(parameter, loaded_inner(self.state.get(parameter, {}), "", [""]))
         for block in list(self.all):
             self._go_on_from(block, {layer.parameter: dict(self.state[layer.parameter]) for layer in block.layers})
-        self.restore_protection()
+        self._restore_protection()
 
     def _go_on_from(self, whole: Block, held: Mapping[Tensor, dict[str, Any]]) -> None:
         """Have a block, and the base optimizer, go on from states that came from elsewhere."""

@@ -18,13 +18,7 @@ from gradsub._state import INNER, prefixed
 from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
-from gradsub.subspace import (
-    SHARED,
-    Block,
-    Layer,
-    SubspaceBank,
-    carry_moments,
-)
+from gradsub.subspace import SHARED, Block, Layer, SubspaceBank, carry_moments
 from gradsub.surgery import Surgery, SurgeryInputs
 from gradsub.surgery._inputs import needs_losses, weigh
 from gradsub.update import (

@@ -93,8 +93,7 @@ class SubspaceBank:
                 with full_precision(block.device):
                     random = room.enter(random.expand(len(piece.rows), -1, -1))
                 new[:, :, :kept] = _orthonormalize_unchecked(random, room, generator)
-                self._write(block, piece.rows, subspace, new)
-        block.rotations.clear()  # there is nothing yet that would follow
+                block.basis(subspace)[list(piece.rows)] = new
 
     def basis(self, layer: Layer, subspace: int) -> Tensor:
         """The subspace's basis (d x r), a view."""

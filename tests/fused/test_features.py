@@ -325,3 +325,27 @@ def test_small_layers_are_captured_generically_by_default():
     optimizer = gems(model, capture="auto")
     assert optimizer.report().layers == []
     assert [isinstance(layer.__dict__.get("forward"), FusedForward) for layer in model] == [False, True]
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_backward_pass_under_autocast_of_a_forward_pass_outside_it(transposed, side):
+    """Products of two formats are taken in the wider one; a second pass adds to the first."""
+    found = []
+    for autocast in (False, True):
+        model = model_of((32, 32, 32), transposed=transposed, dtype=torch.float32, bias=False)
+        optimizer = gems(model, side=side, update_proj_gap=100, tasks=("a",))
+        for step in range(2):  # the first one finds the bases
+            for part in range(2):
+                x = torch.randn(5, 32, generator=torch.Generator().manual_seed(10 * step + part))
+                with optimizer.task("a"):
+                    loss = model(x).square().mean()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast and step == 1):
+                        loss.backward()
+            if step == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+        held = optimizer._intake.gradients[0]
+        found.append([each.projected for each in held.values() if each.projected is not None])
+    for exact, rounded in zip(*found, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03 * float(exact.abs().max()))
