@@ -84,14 +84,41 @@ def training_pools(dataset: Dataset, settings: Settings, tasks: Sequence[str]) -
 
     Args:
         dataset: of the run.
-        settings: whose ``format`` decides.
+        settings: whose ``format`` decides, and whose ``title_searches`` says how often an epoch asks for each title.
         tasks: those that are trained; in sequences the others' events only lead to later ones. All time lines stay, so
             that a task's targets come in the order of joint training.
+
+    Raises:
+        ValueError: if titles are to be searched for, but searches are not trained or no item has a title.
     """
+    titles = _title_searches(dataset, settings, tasks)
     if settings.model.format == "prompt":
-        return {task: Pool(task, dataset.train[task]) for task in tasks}
+        return {task: Pool(task, [*dataset.train[task], *(titles if task == "search" else ())]) for task in tasks}
     timelines = [_only(timeline, tasks) for timeline in dataset.timelines]
-    return {"sequences": Pool("sequences", timelines, settings.model.max_history)}
+    asked = [Timeline("", (), (Turn(each.target, (each.query,), ("search",)),)) for each in titles]
+    return {"sequences": Pool("sequences", [*timelines, *asked], settings.model.max_history)}
+
+
+def _title_searches(dataset: Dataset, settings: Settings, tasks: Sequence[str]) -> list[Example]:
+    """Searches by title without a history, whose answers are the items of that title."""
+    times, each = settings.training.title_searches, settings.training.targets == "each"
+    if not times:
+        return []
+    named: dict[str, list[int]] = {}
+    for number, item in enumerate(dataset.items):
+        if item.title != item.id:  # where the source has no title
+            named.setdefault(item.title, []).append(number)
+    if not named or "search" not in tasks:
+        raise ValueError(
+            f"training.title_searches={times} needs items with titles ({len(named)} have one here) and the task "
+            f"'search' (trained are {', '.join(tasks)}); set it to 0"
+        )
+    targets = [
+        (title, answer)
+        for title, items in named.items()
+        for answer in ([(item,) for item in items] if each else [tuple(items)])
+    ]
+    return [Example("search", "", (), title, answer, 0.0, f"title-{answer[0]}") for title, answer in targets] * times
 
 
 def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline:

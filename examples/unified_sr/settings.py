@@ -86,6 +86,9 @@ class TrainingSettings(Section):
     targets: Literal["share", "each"] = Field(
         "share", description="several targets of a training event share its weight, or each makes an example"
     )
+    title_searches: int = Field(
+        0, ge=0, description="times an epoch that each item is searched for by its title, besides the events"
+    )
     batch_size: int = Field(32, ge=1, description="examples per task and step, or sequences per step")
     accumulation: int = Field(
         1, ge=1, description="micro-batches that a task's batch is cut into; more than 1 saves memory"

@@ -273,6 +273,40 @@ def test_a_task_that_is_not_trained_has_no_target(data_folder: str) -> None:
     assert any(turn.queries for turn in turns)
 
 
+@pytest.mark.parametrize("targets", ["share", "each"])
+@pytest.mark.parametrize("form", ["prompt", "sequence"])
+def test_titles_are_searched_for_besides_the_events(form: str, targets: str) -> None:
+    items = (Item("1", "lamp"), Item("2", "green glass"), Item("3", "3"), Item("4", "lamp"))
+    event = Example("search", "u", (0,), "odd", (1,), 0.0, "a", ((),))
+    line = Timeline("u", (), (Turn((0,), (), ()), Turn((1,), ("odd",), ("search",))))
+    dataset: Any = SimpleNamespace(items=items, timelines=[line], train={"rec": [], "search": [event]})
+    plain = resolve(pairs=[f"model.format={form}", f"training.targets={targets}"])
+    twice = resolve(pairs=[f"model.format={form}", f"training.targets={targets}", "training.title_searches=2"])
+    before, after = (training_pools(dataset, chosen, TASKS) for chosen in (plain, twice))
+    name = "search" if form == "prompt" else "sequences"
+    # Whatever else is trained on stays as it is; the item whose title is its id has none.
+    assert {key: list(pool.units) for key, pool in after.items() if key != name} == {
+        key: list(pool.units) for key, pool in before.items() if key != name
+    }
+    assert list(after[name].units)[: len(before[name])] == list(before[name].units)
+    added = list(after[name].units)[len(before[name]) :]
+    found = Counter(
+        (each.query, each.target, each.history)
+        if form == "prompt"
+        else (*each.turns[0].queries, each.turns[0].items, ())
+        for each in added
+    )
+    answers = [(0, 3)] if targets == "share" else [(0,), (3,)]
+    assert found == {
+        (title, answer, ()): 2 for title, answer in [("green glass", (1,)), *(("lamp", a) for a in answers)]
+    }
+    with pytest.raises(ValueError, match=r"title_searches=2 .* \(trained are rec\); set it to 0"):
+        training_pools(dataset, twice, ("rec",))
+    dataset.items = items[2:3]
+    with pytest.raises(ValueError, match=r"items with titles \(0 have one here\)"):
+        training_pools(dataset, twice, TASKS)
+
+
 @pytest.mark.parametrize("method", ["adamw", "gems"])
 def test_a_run_on_sequences_learns_and_goes_on_where_it_stopped(
     method: str, data_folder: str, llama_folder: str, tmp_path: Path
