@@ -101,13 +101,13 @@ class Intake:
             )
         self._open = what
         alone = parts[0] if len(parts) == 1 else None
-        if mixed:
-            self.capture.open(MIXED, None if alone is None else (alone.task, alone.share))
-        else:
-            self.capture.open(parts[0].task)
-        self.fused.open(parts)
         seen, cleared = dict(self.losses), self._cleared
         try:
+            if mixed:
+                self.capture.open(MIXED, None if alone is None else (alone.task, alone.share))
+            else:
+                self.capture.open(parts[0].task)
+            self.fused.open(parts)
             with self._exchange.quiet():
                 yield
         except BaseException:
@@ -115,9 +115,11 @@ class Intake:
                 self.losses = seen  # the block brought nothing, and may be tried again
             raise
         finally:
-            self.fused.close()
             self._open = None
-            arrived = self.capture.close()
+            try:
+                self.fused.close()
+            finally:
+                arrived = self.capture.close()
             if arrived:
                 self._clipping.listen()
                 for task, count in samples.items():

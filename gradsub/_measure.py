@@ -58,7 +58,8 @@ def measure(
     wide = widest(device)
 
     lengths = [len(block.block) for block in blocks]
-    inside = _inside(blocks, tasks)
+    # Each where its block is: a model may be spread over several devices.
+    inside = [tuple(part.to(device) for part in found) for found in _inside(blocks, tasks)]
     # Numbers of the order of the gradients, whose squares their own format need not have room for.
     units = torch.cat([unit for unit, _, _ in inside]).flatten(1).to(device, wide)
     own_norms = torch.cat([norms for _, norms, _ in inside]) * units

@@ -305,6 +305,7 @@ class Stepper:
         return {
             proxy: self._coordinates(layer, subspace)
             for found in projected
+            if self._inner.traits[found.block.group].relative
             for subspace, proxies in enumerate(found.block.proxies)
             for layer, proxy in zip(found.block.layers, proxies, strict=True)
         }

@@ -69,9 +69,9 @@ def freeze_unprotected(
         null_space: what was collected on it.
         target_modules: as passed to `GemsOptimizer`; what that leaves out takes plain steps, so it is frozen.
         new_tokens: ids of tokens that general text does not contain, such as those that were added. Their rows of the
-            input embedding stay trainable; all other rows rest, bit for bit, in any optimizer built with this
-            ``null_space``, which remembers them (`NullSpace.save` does not). A mapping gives the ids for each
-            embedding by its name, where the model has several and does not say which reads the tokens.
+            input embedding are trainable, also if it was frozen before; all other rows rest, bit for bit, in any
+            optimizer built with this ``null_space``, which remembers them (`NullSpace.save` does not). A mapping gives
+            the ids for each embedding by its name, where the model has several and does not say which reads the tokens.
 
     Returns:
         the names of the parameters that it froze, in the model's order.
@@ -108,8 +108,9 @@ def freeze_unprotected(
             f"({some(list(targets), 4)}): collect it on this model, or pass the target_modules of the optimizer"
         )
     held |= {parameter for parameter in names if _known_vector(parameter, names[parameter], null_space)}
-    trained = [parameter for parameter in names if parameter.requires_grad]
-    stays = held | {_parameter(names, name) for name in free}
+    new_rows = {_parameter(names, name) for name in free}
+    trained = [parameter for parameter in names if parameter.requires_grad or parameter in new_rows]
+    stays = held | new_rows
     frozen = {parameter for parameter in trained if parameter not in stays}
     _freeze(frozen)
     # Only now is it seen which layers answer with something else than what is held.
@@ -128,6 +129,8 @@ def freeze_unprotected(
             "something else than its weight (adapters, parametrizations). Train the layers themselves"
         )
     _freeze(frozen)
+    for rows in new_rows:
+        rows.requires_grad_(True)  # a call without new_tokens, or the user, may have frozen the whole embedding
     null_space._free_rows.update(free)
     return [names[parameter][0] for parameter in trained if parameter in frozen]
 

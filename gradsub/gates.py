@@ -96,7 +96,8 @@ def heuristic_gate(inputs: GateInputs) -> Tensor:
     present = inputs.present.to(norms.dtype)
     losses = inputs.losses.to(norms.dtype).expand_as(norms)
     seen = ((losses == losses) | ~inputs.present).all(-1, keepdim=True)
-    losses = losses.where(seen, 1.0).nan_to_num(0.0)
+    largest = torch.finfo(losses.dtype).max / losses.shape[-1]  # of which the sum is finite
+    losses = losses.where(seen, 1.0).nan_to_num(0.0, largest, -largest)
     samples = inputs.samples.to(norms.dtype).expand_as(norms)
     of_loss, of_norm, of_samples = _shares(torch.stack([losses, norms, samples]), present).unbind()
     return 0.2 * torch.add(of_samples, of_loss + of_norm, alpha=2)

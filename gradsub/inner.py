@@ -45,10 +45,20 @@ def check_wrappable(base: Optimizer) -> None:
 
 
 def decoupled_shrinkage(traits: Traits, group: Mapping[str, Any]) -> float | Tensor:
-    """The share of the weight that decoupled decay takes away in a step: lr times weight decay, 0 if it is coupled."""
+    """The share of the weight that decoupled decay takes away in a step: lr times weight decay, 0 if it is coupled.
+
+    Raises:
+        ValueError: there is no learning rate.
+    """
     decay = group.get("weight_decay", 0.0)
     if not decay or traits.decay in ("coupled", "none"):
         return 0.0
+    if traits.decay != "fixed" and group.get("lr") is None:
+        raise ValueError(
+            f"weight_decay={decay} takes a share of lr * weight_decay off the weight, but lr={group.get('lr')}: steps "
+            "whose length the base optimizer finds itself have no rate that decay could follow. Pass lr (of "
+            "transformers' Adafactor with relative_step=False), or weight_decay=0"
+        )
     shrinkage: float | Tensor = decay if traits.decay == "fixed" else group["lr"] * decay
     return shrinkage.reshape(()) if isinstance(shrinkage, Tensor) else shrinkage  # a rate may have one dimension
 

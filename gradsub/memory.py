@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from torch import nn
+from torch import Tensor, nn
 
 from gradsub._layout import Layout
 from gradsub.null_space import NullSpace
@@ -125,11 +125,13 @@ class MethodBytes:
 
     Attributes:
         weights: of all parameters, adapters included.
-        gradients: from the backward passes to the step, as far as they are whole.
+        gradients: from the backward passes to the step, as far as they are whole: of parameters without subspaces for
+            every task, and in steps that refresh layers that are not sketched those layers'.
         bases: of the subspaces.
         moments: of the base optimizer.
         bookkeeping: counts and gates.
-        protection: on the device.
+        protection: on the device; that of norms and biases always is.
+        master: float32 copies of the decomposed weights.
         joint: copies of each task's bases side by side, which are no state: they are made when a pass needs them.
         captured: projected gradients, from the backward passes to the step.
         sketches: in steps that refresh all layers, which take turns.
@@ -142,6 +144,7 @@ class MethodBytes:
     moments: int = 0
     bookkeeping: int = 0
     protection: int = 0
+    master: int = 0
     joint: int = 0
     captured: int = 0
     sketches: int = 0
@@ -150,7 +153,7 @@ class MethodBytes:
     @property
     def state(self) -> int:
         """On the device between refreshes, as in a checkpoint, besides the weights."""
-        return self.bases + self.moments + self.bookkeeping + self.protection
+        return self.bases + self.moments + self.bookkeeping + self.protection + self.master
 
     @property
     def device(self) -> int:
@@ -186,6 +189,7 @@ def model_bytes(
     refresh: str = "auto",
     protection: str = "host",
     inputs: Mapping[str, str] | None = None,
+    master_weights: bool = False,
 ) -> ModelBytes:
     """What training a model takes, before it is spent: AdamW, LoRA of the same rank, gradsub, and with a null space.
 
@@ -205,6 +209,7 @@ def model_bytes(
         protection: ``"host"`` or ``"device"``: where protected directions lie between refreshes.
         inputs: layer -> any name of its input; layers with the same one have one set of directions. None: with a
             `NullSpace` those whose statistics are shared, else each layer has its own.
+        master_weights: as of `GemsOptimizer`.
 
     Example:
         >>> import torch
@@ -243,6 +248,9 @@ def model_bytes(
     plain = [parameter for parameter in trained if parameter not in decomposed]
     own, steps = adamw([p.numel() for p in plain], [p.itemsize for p in plain])
     shares = _shares(null_space, layers)
+    wholes = [max(1, tasks) * layer.parameter.numel() * layer.dtype.itemsize for layer in layers if not layer.sketched]
+    vectors = sum(_of_vector(null_space, layout.name(p), p) for p in plain if p.ndim == 1)
+    masters = [layer for layer in layers if master_weights and layer.parameter.dtype != layer.dtype]
     for name in ("gradsub", "gradsub, null space") if null_space is not None else ("gradsub",):
         each = {
             layer.name: _bytes_of(
@@ -254,11 +262,13 @@ def model_bytes(
         kept = [each[layer] for layer in owners.values()]
         found[name] = MethodBytes(
             weights,
-            tasks * sum(p.numel() * p.itemsize for p in plain),
+            max(1, tasks) * sum(p.numel() * p.itemsize for p in plain) + sum(wholes),
             bases=sum(b.bases for b in each.values()),
             moments=sum(b.moments for b in each.values()) + own,
             bookkeeping=sum(b.bookkeeping for b in each.values()) + steps,
-            protection=sum(b.protection for b in kept) if protection == "device" else 0,
+            protection=(sum(b.protection for b in kept) if protection == "device" else 0)
+            + (vectors if "," in name else 0),
+            master=sum(layer.parameter.numel() * layer.dtype.itemsize for layer in masters),
             joint=sum(b.joint for b in each.values()),
             captured=sum(b.captured for b in each.values()),
             sketches=sum(b.sketches for b in each.values()),
@@ -284,6 +294,15 @@ def _bytes_of(
         itemsize=layer.dtype.itemsize,
         protection=protection,
     )
+
+
+def _of_vector(null_space: NullSpace | Mapping[str, float] | None, name: str, parameter: Tensor) -> int:
+    """K (d x k) of a norm's weight or a bias, in float32 at least."""
+    name = name.removesuffix(".weight")
+    if not isinstance(null_space, NullSpace) or name not in null_space:
+        return 0
+    size = parameter.numel() * max(4, parameter.itemsize)
+    return size * round(null_space.protected_fraction(name) * parameter.numel())
 
 
 def _shares(null_space: NullSpace | Mapping[str, float] | None, layers: list[Layer]) -> Mapping[str, float]:

@@ -34,9 +34,9 @@ from gradsub._summarising import summarise
 from gradsub.capture import MIXED, Gathered, MixedRows, Part, scaler_reading, scaler_stepping
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
-from gradsub.inner import Inner, check_wrappable
+from gradsub.inner import Inner, check_wrappable, decoupled_shrinkage
 from gradsub.layers import ALL_LINEAR
-from gradsub.linalg._arithmetic import widest
+from gradsub.linalg._arithmetic import full_precision, widest
 from gradsub.null_space import NullSpace
 from gradsub.report import Report
 from gradsub.subspace import Layer, SubspaceBank
@@ -48,9 +48,13 @@ __all__ = ["GemsOptimizer", "NonFiniteError"]
 
 @contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """Outside of inference mode: what is made in it can never be written to again, and every step does."""
+    """In full precision, and outside of inference mode: what is made there can never be written to again."""
     grad = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.set_grad_enabled(grad):  # the former switches gradients on
+    with (
+        full_precision(),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(grad),
+    ):  # they switch gradients off and on
         yield
 
 
@@ -241,7 +245,7 @@ class GemsOptimizer(Optimizer):
         self._said = Said(self._layout, null_space, model, target_modules)
         self._skipped = 0
         self._placed: dict[Tensor, Any] = {}
-        self._adopted: list[list[Tensor]] = []
+        self._adopted: list[tuple[list[Tensor], dict[str, Any]]] = []
         self._measured: Measurements | None = None
         self._known = LastKnown()
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
@@ -440,29 +444,31 @@ class GemsOptimizer(Optimizer):
                 result = closure()
         # For schedulers that were built on the base optimizer: they ask whether it has stepped before them.
         self._inner.base._opt_called = True  # type: ignore[attr-defined]
-        self._inner.check_options(self.param_groups)
-        self._follow_conversions()
-        self._intake.check_dense()
-        self._intake.say_missed()
-        if not self._unscaled():
-            return result
-        self._intake.reduce(merge=self._stepper.sums)
-        gathered = self._stepper.gather(self._intake.gradients, self._intake.rounding)
-        if not self._finite(gathered):
-            return result
-        try:
-            self._measured = self._stepper.take(
-                self.param_groups,
-                gathered,
-                self._intake.gradients,
-                self._intake.samples,
-                self._intake.mixed_samples,
-                self._intake.losses,
-                self._intake.rounding,
-            )
-            self._known.see(self._measured)
-        finally:
-            self._intake.clear()
+        # A lifted step is out of K as far as its product is exact: in bfloat16 or TF32 it would leak a thousandth.
+        with full_precision():
+            self._inner.check_options(self.param_groups)
+            self._follow_conversions()
+            self._intake.check_dense()
+            self._intake.say_missed()
+            if not self._unscaled():
+                return result
+            self._intake.reduce(merge=self._stepper.sums)
+            gathered = self._stepper.gather(self._intake.gradients, self._intake.rounding)
+            if not self._finite(gathered):
+                return result
+            try:
+                self._measured = self._stepper.take(
+                    self.param_groups,
+                    gathered,
+                    self._intake.gradients,
+                    self._intake.samples,
+                    self._intake.mixed_samples,
+                    self._intake.losses,
+                    self._intake.rounding,
+                )
+                self._known.see(self._measured)
+            finally:
+                self._intake.clear()
         return result
 
     def clip_grad_norm_(self, max_norm: float) -> dict[str, Tensor]:
@@ -486,7 +492,7 @@ class GemsOptimizer(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} must be positive")
         self._intake.check_closed("clip_grad_norm_()")
-        with torch.no_grad():
+        with full_precision():
             self._intake.settle()
             self._intake.reduce(merge=False)
             names = {**dict(enumerate(self.tasks)), MIXED: "shared"}
@@ -501,7 +507,7 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: the ranks start from different weights.
         """
-        with torch.no_grad():
+        with full_precision():
             self._intake.settle()
             self._intake.reduce(merge=False)  # clipping may follow, and is by task
 
@@ -602,7 +608,7 @@ class GemsOptimizer(Optimizer):
         groups, adopted = self.param_groups, self._adopted
         if len(groups) != len(adopted) or not all(
             len(group["params"]) == len(held) and all(map(is_, group["params"], held))
-            for group, held in zip(groups, adopted, strict=True)
+            for group, (held, _) in zip(groups, adopted, strict=True)
         ):
             raise RuntimeError(
                 "optimizer.param_groups holds other parameters than the optimizer was built with, and subspaces, "
@@ -610,6 +616,13 @@ class GemsOptimizer(Optimizer):
                 "optimizer.add_param_group(), and to replace or remove some call optimizer.close() and build a new "
                 "optimizer"
             )
+        for position, (group, (_, fixed)) in enumerate(zip(groups, adopted, strict=True)):
+            edited = {key: group[key] for key, value in fixed.items() if group[key] != value}
+            if edited:
+                raise RuntimeError(
+                    f"param_groups[{position}] has {edited} now, it was built with {fixed}: bases have that many "
+                    "columns from the first step to the last. Put it back; for other ranks build a new optimizer"
+                )
         state = self.state
         if state is not self._blocks.state or not all("basis" in state.get(p, ()) for p in self._blocks.layers):
             raise RuntimeError(
@@ -651,6 +664,8 @@ class GemsOptimizer(Optimizer):
                 f"have one size; those of {type(base).__name__} {odd}: leave lr_scale out (a gradient step bears the "
                 "same rate in a subspace), or wrap torch.optim.AdamW, or Muon with adjust_lr_fn='match_rms_adamw'"
             )
+        if layers:
+            decoupled_shrinkage(traits, group)  # which says what it lacks before anything is changed
         sharded = next((layer.name for layer in layers if layer.splits_coordinates), None)
         if sharded is not None and not probes.rows_are_independent(*known):
             raise ValueError(
@@ -682,7 +697,7 @@ class GemsOptimizer(Optimizer):
                 self._intake.fused.adopt(layer, *found)
         self._blocks.show()
         self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
-        self._adopted.append(list(group["params"]))
+        self._adopted.append((list(group["params"]), {key: group[key] for key in ("rank", "task_rank", "subspace")}))
 
     @torch.no_grad()
     def _follow_conversions(self) -> None:
@@ -865,7 +880,8 @@ class GemsOptimizer(Optimizer):
         """
         if self._measured is None:
             return Report([])
-        return make_report(self._bank, self.tasks, self._measured, self._known, angles, leak)
+        with full_precision():
+            return make_report(self._bank, self.tasks, self._measured, self._known, angles, leak)
 
     def summary(self) -> Summary:
         """What is trained how, before training and at any time: subspaces and ranks, protection, memory, and what is

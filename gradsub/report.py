@@ -127,7 +127,7 @@ class Report:
         found.update(self._means("gate", lambda layer: layer.gates))
         found.update(self._means("overlap", lambda layer: layer.overlaps))
         found.update(self._means("", lambda layer: {"protected": layer.protected_fraction}))
-        leaks = [layer.leak for layer in self.layers if layer.leak is not None]
+        leaks = [layer.leak for layer in self.layers if layer.leak is not None and layer.leak == layer.leak]
         found["leak"] = max(leaks) if leaks else math.nan
         return {name: value for name, value in found.items() if math.isfinite(value)}
 

@@ -107,7 +107,8 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
             torch._foreach_lerp_(weights, updates, once)
             continue
         if any(decays):
-            kept = (1 - shrink).reshape(()) if isinstance(shrink, Tensor) else 1 - shrink
+            # A rate on the CPU goes along: torch's operations on lists take a factor of the same device alone.
+            kept = (1 - shrink).to(weights[0].device) if isinstance(shrink, Tensor) else 1 - shrink
             torch._foreach_mul_(list(compress(weights, decays)), kept)
         torch._foreach_add_(weights, updates)
 

@@ -230,3 +230,33 @@ def test_a_layer_holds_what_the_formula_says(protected, anchor, side, device):
 def test_more_directions_than_there_are():
     with pytest.raises(ValueError, match="protected=25 must be a number of directions from 0 to 24"):
         layer_bytes(24, 24, rank=4, protected=25)
+
+
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+def test_a_step_holds_what_the_table_says(refresh):
+    model = Block()
+    optimizer = GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=TASKS, rank=4, model=model, refresh=refresh)
+    said = model_bytes(model, rank=4, refresh=refresh).methods["gradsub"]
+    assert said.joint + said.captured + said.sketches + said.gradients == optimizer.summary().transient
+
+
+def test_protected_vectors_and_masters_stay_on_the_device(device):
+    model = Block().to(device, torch.bfloat16)
+    batches = [torch.randn(40, 30, WIDTH).to(model.norm.weight)]
+    null_space = NullSpace(energy=0.5).collect(model, batches)
+    null_space.collect_gradients(model, batches, lambda model, batch: model(batch).float().square().sum())
+    optimizer = GemsOptimizer(
+        torch.optim.AdamW(model.parameters()),
+        tasks=TASKS,
+        rank=4,
+        model=model,
+        null_space=null_space,
+        master_weights=True,
+    )
+    train(model, optimizer)
+    said = model_bytes(model, rank=4, null_space=null_space, master_weights=True).methods["gradsub, null space"]
+    assert said.master == sum(4 * layer.weight.numel() for layer in model.layers.values())
+    assert said.protection == sum(
+        optimizer.state[v]["protected"].numel() * 4 for v in (model.norm.weight, model.norm.bias)
+    )
+    assert said.state == optimizer.summary().state

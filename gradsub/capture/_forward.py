@@ -40,7 +40,7 @@ class Slot:
         segments: the tasks' parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
-        computed_in: the format of the last forward pass, if there was one in this step.
+        computed_in: the format of the last forward pass, for what is left in the probes.
     """
 
     layer: Layer
@@ -84,6 +84,7 @@ class Slot:
         if tray.opened and tray.block is self.layer.block:
             tray.add(self.layer.row, left, right)
         else:
+            self.computed_in = left.dtype
             hand_over(Wish.THIS_LEAF, self.probes[tray.task][0], torch.mm(left, right))
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:

@@ -165,16 +165,19 @@ class FusedCapture:
 
     def close(self) -> None:
         """Forward and backward passes belong to no task any more; what they left is delivered."""
-        self._collect()
-        for member in self._members:
-            slot = member.slot
-            slot.tasks, slot.tray, slot.segments, slot.whole, slot.layouts = (), None, None, False, ()
-        self._parts = []
+        try:
+            self._collect()
+        finally:
+            for member in self._members:
+                slot = member.slot
+                slot.tasks, slot.tray, slot.segments, slot.whole, slot.layouts = (), None, None, False, ()
+            self._parts = []
 
     def _collect(self) -> None:
         """Deliver what backward passes have left."""
         shares = {part.task: part.share for part in self._parts}
-        formats = {member.slot.computed_in for member in self._members}
+        left = self._left_in_probes()
+        formats = {slot.computed_in for slot, _ in left}
         for tray in self._trays.values():
             tray.opened = False
             formats |= tray.formats
@@ -185,7 +188,6 @@ class FusedCapture:
                     layers[row].parameter: Captured(None, each) for row, each in zip(arrived, gradients, strict=True)
                 }
                 self._generic.deliver(tray.task, found)
-        left = self._left_in_probes()
         for task, share in shares.items():  # without what strayed
             slots = [slot for slot, whose in left if whose == task]
             self._generic.deliver(task, _captured(slots, task, share))
@@ -214,7 +216,8 @@ class FusedCapture:
         for rack in self._racks.values():
             rack.clear()
         for member in self._members:
-            member.slot.computed_in = None
+            if not self._parts:  # or a backward pass may follow whose forward pass was before
+                member.slot.computed_in = None
         for slot, task in self._left_in_probes():
             for probe in slot.probes[task]:
                 probe.grad = None

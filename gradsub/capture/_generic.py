@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture._captured import Captured, squared_norm
+from gradsub.linalg._arithmetic import without_autocast
 from gradsub.subspace import Layer, SubspaceBank
 
 # In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
@@ -225,7 +226,8 @@ class GenericCapture:
         layer = self.layers.get(parameter)
         if layer is None:
             return Captured(full=gradient)
-        with torch.no_grad():
+        # Of a backward pass inside of autocast, which would round what is exact.
+        with torch.no_grad(), without_autocast(gradient.device):
             gradient = layer.matrix(gradient)
             self.rounding = max(self.rounding, torch.finfo(gradient.dtype).eps)
             full, sketch = self._bank.demand(layer, task)

@@ -174,7 +174,6 @@ class _Ordinary(torch.autograd.function._SingleLevelFunction):
 def ordinary_linear(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Any, tray: Tray) -> Tensor:
     """`projecting_linear` for one task to which all rows belong; ``x`` and ``bias`` are `cast` already."""
     dtype = x.dtype
-    tray.formats.add(dtype)
     basis = tray.bases(dtype)[slot.layer.row]
     return _Ordinary.apply(x, weight, tray.witness, bias, basis, slot, tray)  # type: ignore[no-any-return, attr-defined]
 

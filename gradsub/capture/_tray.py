@@ -56,7 +56,7 @@ class Tray:
         block: L layers.
         task: its index.
         opened: whether the task is, and backward passes may leave something.
-        formats: those in which forward passes were computed.
+        formats: those of the factors that have come in.
         witness: a leaf that is part of every graph and receives nothing: where a backward pass would execute it, the
             pass accumulates into all leaves.
     """
@@ -83,8 +83,10 @@ class Tray:
         rows = self._rows or self._begin()
         place = rows[row]
         if left.dtype is not right.dtype:  # forward and backward pass, one of them under autocast
+            self.formats |= {left.dtype, right.dtype}
             wide = torch.promote_types(left.dtype, right.dtype)
             left, right = left.to(wide), right.to(wide)
+        self.formats.add(left.dtype)
         alike = left.dtype is place.dtype
         if row not in self._arrived:
             if alike:

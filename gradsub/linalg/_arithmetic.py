@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +10,12 @@ from torch import Tensor
 
 
 @contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute every fp32 product in fp32: under autocast or TF32 a basis is orthonormal to 1e-3 only."""
+def full_precision(device: torch.device | None = None) -> Iterator[None]:
+    """Compute every fp32 product in fp32: under autocast or TF32 a basis is orthonormal to 1e-3 only.
+
+    Args:
+        device: where; None: on the CPU and on the accelerator.
+    """
     backends = _backends_with_precision()
     found = [backend.fp32_precision for backend in backends]
     found_globally = None if backends else torch.get_float32_matmul_precision()
@@ -20,13 +24,28 @@ def full_precision(device: torch.device) -> Iterator[None]:
             backend.fp32_precision = "ieee"
         if found_globally is not None:
             torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), without_autocast(device):
             yield
     finally:
         for backend, precision in zip(backends, found, strict=True):
             backend.fp32_precision = precision
         if found_globally is not None:
             torch.set_float32_matmul_precision(found_globally)
+
+
+@contextmanager
+def without_autocast(device: torch.device | None = None) -> Iterator[None]:
+    """Compute in the formats of the factors; ``device`` as of `full_precision`."""
+    kinds = _KINDS if device is None else (device.type,)
+    with ExitStack() as stack:
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+_ACCELERATOR = torch.accelerator.current_accelerator()
+_KINDS = ("cpu",) if _ACCELERATOR is None else ("cpu", _ACCELERATOR.type)
 
 
 def _backends_with_precision() -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsub.null_space._streams import Streams
+from gradsub.null_space._streams import Streams, fits
 
 Observe = Callable[[str, Tensor], None]
 Side = str
@@ -28,14 +28,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _rows(features: Tensor, mask: Tensor | None) -> tuple[Tensor, bool]:
-    """Features as (N, d) without the positions that ``mask`` calls padding, and whether it could be applied.
-
-    Some models flatten batch and tokens before a layer: the mask is flattened likewise.
-    """
+    """Features as (N, d) without the positions that ``mask`` calls padding, and whether it could be applied."""
     rows = features.reshape(-1, features.shape[-1])
     if mask is None:
         return rows, True
-    if features.shape[:-1] != mask.shape and (features.ndim != 2 or features.shape[0] != mask.numel()):
+    if not fits(mask, features):
         return rows, bool(mask.all())
     return rows[mask.flatten().to(features.device)], True
 
@@ -72,25 +69,22 @@ def observe_features(
 ) -> int:
     """Run ``batches`` through ``model`` and hand every layer's features to ``observe(name, (N, d))``; how many ran."""
     streams = Streams(None)
-    warned = False
+    one_stack = getattr(getattr(model, "config", None), "is_encoder_decoder", None) is False
+    warned: set[str] = set()
     handles = []
     # Query, key and value projections receive the very same tensor: they are handed the very same rows, so that the
     # observer can reuse what it computed.
     latest: tuple[Tensor, int, Tensor] | None = None
 
     def rows_of(name: str, source: Tensor) -> Tensor:
-        nonlocal latest, warned
+        nonlocal latest
         version = _version_of(source)
         if latest is None or latest[0] is not source or latest[1] != version:
-            mask, missing = streams.mask(source)
+            mask, doubt = streams.mask(source)
             rows, masked = _rows(source, mask)
-            if missing and not warned:
-                warned = True
-                warnings.warn(
-                    f"the batch is padded, but has no decoder_attention_mask: the decoder's padding counts as data in "
-                    f"{name!r} and others; pass that mask (batch x tokens), or batches without padding",
-                    stacklevel=2,
-                )
+            if doubt is not None and doubt not in warned:
+                warned.add(doubt)
+                warnings.warn(doubt.format(name=name), stacklevel=2)
             if not masked:
                 warnings.warn(
                     f"attention_mask {tuple(mask.shape) if mask is not None else ()} does not fit the features "
@@ -114,7 +108,7 @@ def observe_features(
             handles.append(module.register_forward_hook(watch(name), with_kwargs=True))
         with torch.no_grad(), evaluating(model), eager():
             for batch in batches:
-                streams, latest = Streams(batch), None
+                streams, latest = Streams(batch, one_stack), None
                 with streams.watching():
                     call(model, streams.batch)
                 count += 1

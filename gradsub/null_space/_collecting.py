@@ -29,8 +29,14 @@ def gathered(
 ) -> None:
     """Let ``collect`` add what batches show to the content, on every rank with its part, which ends with all of it."""
     if ranks.size == 1:
-        if not collect(content, ((batch, True) for batch in batches)):
-            raise ValueError(_NO_BATCH)
+        before = set(content.shared.by_name)
+        try:
+            if not collect(content, ((batch, True) for batch in batches)):
+                raise ValueError(_NO_BATCH)
+        except BaseException:
+            # Or the same batches would count twice when they are collected again.
+            content.shared.drop(set(content.shared.by_name) - before)
+            raise
         return
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     deal = Deal(ranks, batches, device) if shard else None

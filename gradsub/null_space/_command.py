@@ -78,6 +78,8 @@ def _collect(chosen: argparse.Namespace) -> None:
         raise ValueError("--statistics are not kept with --layers-at-once: leave one of them out")
     if not chosen.out.absolute().parent.is_dir():
         raise ValueError(f"--out {str(chosen.out)!r}: there is no folder {str(chosen.out.absolute().parent)!r}")
+    if chosen.out.is_dir():
+        raise ValueError(f"--out {str(chosen.out)!r} is a folder: name a file in it")
     settings = {
         "side": chosen.side,
         "energy": chosen.energy,
@@ -96,7 +98,7 @@ def _collect(chosen: argparse.Namespace) -> None:
     print(f"{tokens} tokens to fit on, {len(held_out) * len(held_out[0])} held out", flush=True)
 
     def add(into: NullSpace, some: Sequence[Tensor], what: str, **options: Any) -> NullSpace:
-        batches = _Batches(model, some, chosen.batch, chosen.device, what)
+        batches = _Batches(model, tokenizer, some, chosen.batch, chosen.device, what)
         return into.collect(model, batches, chosen.target_modules, normalize=normalize, **options)
 
     if chosen.layers_at_once is not None:
@@ -104,7 +106,7 @@ def _collect(chosen: argparse.Namespace) -> None:
         shares, names = {}, list(null_space)
         for start in range(0, len(names), chosen.layers_at_once):
             others = NullSpace(chosen.side)
-            batches = _Batches(model, held_out, chosen.batch, chosen.device, "held-out text")
+            batches = _Batches(model, tokenizer, held_out, chosen.batch, chosen.device, "held-out text")
             others.collect(model, batches, names[start:][: chosen.layers_at_once], normalize=normalize)
             shares.update(null_space.residual_energy(others))
         _say([(tokens, sum(shares.values()) / len(shares))], shares)
@@ -176,12 +178,22 @@ class Trend:
 
 
 class _Batches:
-    """Keyword arguments of the model, ``size`` windows at a time, with a progress bar where tqdm is installed."""
+    """Keyword arguments of the model, ``size`` windows at a time, with a progress bar where tqdm is installed.
 
-    def __init__(self, model: Any, windows: Sequence[Tensor], size: int, device: str, what: str) -> None:
+    Each window stands in what the tokenizer puts around every input; of an encoder-decoder the encoder's half.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, windows: Sequence[Tensor], size: int, device: str, what: str
+    ) -> None:
         self._windows, self._size, self._device, self._what = windows, size, device, what
+        self._around = _around(tokenizer)
         config = model.config
-        self._start = config.decoder_start_token_id if getattr(config, "is_encoder_decoder", False) else None
+        self._start = None
+        if getattr(config, "is_encoder_decoder", False):
+            self._start = config.decoder_start_token_id
+            if self._start is None:
+                raise ValueError("--model says in its config of no decoder_start_token_id: set it there")
 
     def __iter__(self) -> Any:
         starts: Iterable[int] = range(0, len(self._windows), self._size)
@@ -194,11 +206,15 @@ class _Batches:
         for start in starts:
             ids = torch.stack(list(self._windows[start : start + self._size])).to(self._device)
             if self._start is None:
-                yield {"input_ids": ids}
+                yield {"input_ids": self._whole(ids)}
             else:  # the decoder goes on where the encoder's half ends
                 source, target = ids.tensor_split(2, dim=1)
                 shifted = torch.cat([torch.full_like(target[:, :1], self._start), target[:, :-1]], dim=1)
-                yield {"input_ids": source, "decoder_input_ids": shifted}
+                yield {"input_ids": self._whole(source), "decoder_input_ids": shifted}
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        before, after = (end.to(ids.device).expand(len(ids), -1) for end in self._around)
+        return torch.cat([before, ids, after], dim=1)
 
 
 def _read(path: Path) -> str:
@@ -230,6 +246,19 @@ def _windows(tokenizer: Any, text: str, length: int, tokens: int | None) -> list
     # Neighbours come in different stages, so that the trend shows the amount of text and not its subject.
     order = torch.randperm(count, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu").tolist()
     return [found[index * len(found) // count] for index in order]
+
+
+def _around(tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """The special tokens before and after every input, such as that of the beginning of a text.
+
+    Directions that were fitted without them would leave the features of a token that all inputs begin with free.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    special = tokenizer("a")["input_ids"]
+    start = next((at for at in range(len(special)) if plain and special[at : at + len(plain)] == plain), None)
+    ends = ([], []) if start is None else (special[:start], special[start + len(plain) :])
+    before, after = (torch.tensor(end, dtype=torch.int64, device="cpu") for end in ends)
+    return before, after
 
 
 def _load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:

@@ -23,6 +23,10 @@ class Criterion:
     max_rank: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("energy", "threshold"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, float(value))  # numpy's numbers could not be written into a file
         if self.energy is not None and self.threshold is not None:
             raise ValueError(
                 f"energy={self.energy} and threshold={self.threshold} exclude each other: pass one of them"

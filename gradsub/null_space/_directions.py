@@ -76,7 +76,9 @@ class Directions:
         if self.stored is not None:
             return self.stored
         held = self.protection.held
-        return torch.cat([self.protection.eigenvalues[None].to(held), held.mT])
+        # Squares of large features leave the range of the columns' float32: nothing is decided by how large they are.
+        values = self.protection.eigenvalues.clamp_max(torch.finfo(held.dtype).max)
+        return torch.cat([values[None].to(held), held.mT])
 
     @property
     def shape(self) -> tuple[int, int]:

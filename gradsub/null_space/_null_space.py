@@ -131,15 +131,18 @@ class NullSpace:
         """Add what ``batches`` show of every targeted layer, in one pass for all layers; call again to add more.
 
         The model runs in evaluation mode without gradients, uncompiled, and every module's mode is restored. A layer
-        that saw no features is named by a warning. On several ranks each
+        that saw no features is named by a warning. If anything fails, layers that are new here are left out again;
+        one that had features before keeps those that reached it. On several ranks each
         runs its part of the batches, and every rank ends with the statistics of all, the same bits everywhere:
-        covariances add exactly, sketches merge within their bound.
+        covariances add exactly, sketches merge within their bound; if anything fails, nothing is added.
 
         Args:
             model: the model whose layers are protected; layers are named as in ``model.named_modules()``.
             batches: each is a tensor (``model(batch)``), a tuple (``model(*batch)``) or a mapping (``model(**batch)``).
                 A mapping's ``attention_mask`` (batch x tokens) keeps padding out of the statistics; of an encoder and
-                a decoder, that of the encoder's positions, and ``decoder_attention_mask`` that of the decoder's.
+                a decoder, that of the encoder's positions, and ``decoder_attention_mask`` that of the decoder's. It is
+                applied wherever features have its shape: pass batches without padding where positions of that number
+                come in another order, as in a model that computes (tokens x batch) on as many tokens as rows.
             target_modules: ``"all-linear"``, a regular expression, or names; see `gradsub.layers.select_layers`.
             normalize: divide every token's features by their norm, so that all tokens count the same. Language models
                 have layers where few tokens are thousands of times as large as the others (massive activations, arXiv
@@ -407,13 +410,15 @@ class NullSpace:
 
         Args:
             held_out: another null space, of the same side, collected alike on text that this one has not seen; its own
-                criterion does not matter. Where its statistics are sketches, the result is an upper bound.
+                criterion does not matter, but ``normalize`` has to be the same, whose default a ``threshold`` decides.
+                Where its statistics are sketches, the result is an upper bound.
 
         Returns:
             layer -> share, for the layers that both know, in the order of this one. 0 where C is 0.
 
         Raises:
-            ValueError: the sides differ, no layer is in both, or a layer's features have another width.
+            ValueError: the sides differ, no layer is in both, or a layer's features have another width or another
+                ``normalize``.
 
         Example:
             >>> import torch

@@ -77,7 +77,8 @@ def protect(statistics: Statistics, criterion: Criterion) -> tuple[Protection, S
         held = _polished(vectors[:, count:]) if known == dimension else complement_of(leading(spectrum, count))
     eigenvalues = values.new_zeros(dimension)
     eigenvalues[:known] = values
-    part = float(values[:count].sum())
+    # Rounding of the sums may make the part larger than the whole.
+    part = min(float(values[:count].sum()), spectrum.energy)
     return Protection(
         held=held,
         count=count,
@@ -113,7 +114,8 @@ def extend(spectrum: Spectrum, criterion: Criterion, kept: Tensor) -> Tensor:
 
     The leading eigenvectors of what ``kept`` leaves of the covariance, (I - K K^T) C (I - K K^T), are added.
     """
-    K = kept.to(torch.promote_types(spectrum.vectors.dtype, spectrum.eigenvalues.dtype))
+    # Statistics and what is protected may lie on two devices: collected on the GPU, kept in the host's memory.
+    K = kept.to(spectrum.vectors.device, torch.promote_types(spectrum.vectors.dtype, spectrum.eigenvalues.dtype))
     roots = spectrum.vectors * spectrum.eigenvalues.sqrt()
     left = roots - K @ (K.mT @ roots)
     vectors, values, _ = torch.linalg.svd(left, full_matrices=False)

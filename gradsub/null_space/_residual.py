@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from gradsub.layers import some
 from gradsub.null_space._content import Content
 from gradsub.null_space._statistics import Statistics
 
@@ -8,12 +9,20 @@ def residual_shares(content: Content, held_out: Content) -> dict[str, float]:
     """The share of each layer's energy in ``held_out`` that ``content`` leaves unprotected, for layers that both know.
 
     Raises:
-        ValueError: no layer is in both, or a layer's features have another width.
+        ValueError: no layer is in both, or a layer's features have another width or another ``normalize``.
     """
     known, others = content.shared.by_name, held_out.shared.by_name
     names = [name for name in known if name in others]
     if not names:
         raise ValueError(f"held_out knows {sorted(others)}, none of the layers here: {sorted(known)}")
+    told = {name: (content.shared.normalized.get(name), held_out.shared.normalized.get(name)) for name in names}
+    uneven = [name for name, pair in told.items() if None not in pair and pair[0] is not pair[1]]
+    if uneven:
+        here = told[uneven[0]][0]
+        raise ValueError(
+            f"held_out has features of {some(uneven)} with normalize={not here}, here they are with normalize={here}: "
+            f"collect it with normalize={here}"
+        )
     shares: dict[tuple[int, int], float] = {}  # layers that share their statistics are looked at once
     keys = {name: (id(known[name]), id(others[name])) for name in names}
     for name, key in keys.items():

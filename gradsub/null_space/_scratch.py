@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -19,7 +20,9 @@ class Scratch:
     """
 
     def __init__(self, beside: str | os.PathLike[str]) -> None:
-        self._target = Path(os.path.realpath(beside))
+        self._target = Path(os.path.realpath(beside))  # a link stays one
+        if self._target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder: name a file in it", os.fspath(beside))
         self._made: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
 

@@ -9,7 +9,21 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_UNSEEN = (
+    "the batch is padded, but of the features of {name!r} and others it cannot be told what they are computed from (by "
+    "a kernel of its own, as Liger's?): padding counts as data there; collect without such kernels, or pass batches "
+    "without padding"
+)
+_NO_DECODER_MASK = (
+    "the batch is padded, but has no decoder_attention_mask: the decoder's padding counts as data in {name!r} and "
+    "others; pass that mask (batch x tokens), or batches without padding"
+)
 _MASKS: Final = {"attention_mask": "tokens", "decoder_attention_mask": "targets"}
+
+
+def fits(mask: Tensor, features: Tensor) -> bool:
+    """Whether the mask has the features' positions; some models flatten batch and tokens before a layer."""
+    return features.shape[:-1] == mask.shape or (features.ndim == 2 and features.shape[0] == mask.numel())
 
 
 class Streams:
@@ -23,10 +37,13 @@ class Streams:
     Args:
         batch: what the model is called with. The keys of a mapping are those of transformers: ``attention_mask`` and
             ``decoder_attention_mask`` (batch x tokens), ``decoder_...`` and ``labels`` for the decoder's inputs.
+        one_stack: whether the model says that it has no decoder beside an encoder: no feature is made of ``labels``
+            then, and nothing has to be followed on their account.
     """
 
-    def __init__(self, batch: Any) -> None:
+    def __init__(self, batch: Any, one_stack: bool = False) -> None:
         self.batch = batch
+        self._one_stack = one_stack
         self._masks: dict[str, Tensor] = {}
         self._traced: _Traced | None = None
         self._padded = False
@@ -34,7 +51,7 @@ class Streams:
             return
         masks = {stream: batch.get(key) for key, stream in _MASKS.items()}
         self._masks = {s: mask.bool() for s, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
-        labels = batch.get("labels")
+        labels = None if one_stack else batch.get("labels")
         self._padded = any(not bool(mask.all()) for mask in self._masks.values()) or (
             isinstance(labels, Tensor) and not labels.is_floating_point() and bool((labels < 0).any())
         )
@@ -49,14 +66,17 @@ class Streams:
         """The context in which the model has to run."""
         return nullcontext() if self._traced is None else self._traced
 
-    def mask(self, features: Tensor) -> tuple[Tensor | None, bool]:
-        """True at the positions that are no padding, or None if none are; and whether a mask is missing."""
+    def mask(self, features: Tensor) -> tuple[Tensor | None, str | None]:
+        """True at the positions that are no padding, or None if none are; and why padding may count, if it may."""
         if self._traced is None:
-            return self._masks.get("tokens"), False
+            return self._masks.get("tokens"), None
         streams = self._traced.of(features)
+        if not streams:
+            # A kernel that is no operation of torch has written them into memory that was made from nothing.
+            return None, _UNSEEN if any(fits(mask, features) for mask in self._masks.values()) else None
         stream = "targets" if "targets" in streams else "tokens"
         missing = self._padded and stream == "targets" and stream not in self._masks
-        return (self._masks.get(stream) if stream in streams else None), missing
+        return (self._masks.get(stream) if stream in streams else None), _NO_DECODER_MASK if missing else None
 
     def _inputs(self, batch: Mapping[Any, Any]) -> Iterable[tuple[str, Tensor]]:
         for key, value in batch.items():
@@ -64,7 +84,9 @@ class Streams:
                 yield from ((str(key), leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
     def _of(self, key: str, value: Tensor) -> str:
-        if key == "labels" or key.startswith("decoder_"):
+        if key == "labels":
+            return "tokens" if self._one_stack else "targets"
+        if key.startswith("decoder_"):
             return "targets"
         mask = self._masks.get("tokens")
         return "tokens" if mask is None or value.shape[:2] == mask.shape else "other"

@@ -238,3 +238,29 @@ def test_normalizing_knows_any_size_and_leaves_a_token_of_zeros_alone(model, dev
     null_space = NullSpace(energy=1.0).collect(model, [x], target_modules=["query"])
     assert null_space.basis("query").abs().argmax() == 3
     assert float(null_space.eigenvalues("query")[0]) == pytest.approx(1 / (2 * TOKENS))
+
+
+@pytest.mark.parametrize("broken", ["a stream that ends", "NaN"])
+def test_what_failed_half_way_can_be_collected_again(broken):
+    model = Model()
+    batches = [torch.randn(2, TOKENS, WIDTH) for _ in range(3)]
+    before = NullSpace().collect(model, batches[:1], ["query"])
+
+    def failing():
+        yield batches[0]
+        if broken == "NaN":
+            yield batches[1] * torch.nan
+        raise OSError("the stream ended")
+
+    with pytest.raises((OSError, ValueError), match="ended" if broken != "NaN" else "NaN"):
+        before.collect(model, failing())
+    assert list(before) == ["query"]
+    before.collect(model, batches, ["value", "up"])
+    assert before.tokens("up") == sum(batch.shape[:-1].numel() for batch in batches)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    model, ran = Model(), []
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        NullSpace().collect(model, (ran.append(1) or torch.randn(2, WIDTH) for _ in range(1)), out=tmp_path)
+    assert not ran

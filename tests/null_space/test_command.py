@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import shutil
 import subprocess
 import sys
 import warnings
@@ -19,7 +20,7 @@ from gradsub.null_space._command import Trend, main
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
 
@@ -191,3 +192,30 @@ def test_fresh_text_that_leaves_no_more_than_the_other_is_enough(shares):
     trend = Trend.of([(1000 * 2**j, share) for j, share in enumerate(shares)], 0.03)
     assert trend.enough() == 1000 * 2 ** (len(shares) - 1)
     assert "are enough" in trend.sentence()
+
+
+def test_every_window_begins_as_every_input_does(tmp_path, llama, monkeypatch):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(llama)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    shutil.copytree(llama, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    seen: list[torch.Tensor] = []
+    collect = NullSpace.collect
+
+    def watched(self: NullSpace, model: Any, batches: Any, *args: Any, **options: Any) -> NullSpace:
+        seen.extend(batch["input_ids"] for batch in batches)
+        return collect(self, model, batches, *args, **options)
+
+    monkeypatch.setattr(NullSpace, "collect", watched)
+    assert run(str(tmp_path / "model"), written(tmp_path / "text.txt"), tmp_path / "null.safetensors") == 0
+    assert {ids.shape[1] for ids in seen} == {17}
+    assert all(bool((ids[:, 0] == tokenizer.bos_token_id).all()) for ids in seen)
+    assert not any(bool((ids[:, 1:] == tokenizer.bos_token_id).any()) for ids in seen)
+
+
+def test_a_folder_to_write_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    assert run("no such model", written(tmp_path / "text.txt"), tmp_path) == 1
+    assert "is a folder: name a file in it" in capsys.readouterr().err

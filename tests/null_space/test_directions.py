@@ -7,6 +7,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -213,3 +214,12 @@ def test_columns_that_are_a_little_off_are_refused_too(tmp_path, energy):
         save_file({"layer": off}, path, metadata)
         with pytest.raises(ValueError, match=r"'layer'.*orthonormal"):
             NullSpace.load(path)
+
+
+def test_numbers_of_numpy_and_large_features_survive_a_file(tmp_path):
+    null_space = NullSpace(energy=np.float32(0.9))
+    null_space.update("layer", 1e21 * torch.randn(400, 260, generator=torch.Generator().manual_seed(0)))
+    null_space.save(tmp_path / "null.safetensors", statistics=False)
+    loaded = NullSpace.load(tmp_path / "null.safetensors")
+    assert loaded.criterion.energy == null_space.criterion.energy
+    torch.testing.assert_close(loaded.complement("layer"), null_space.complement("layer"))

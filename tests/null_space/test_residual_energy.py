@@ -93,3 +93,13 @@ def test_nothing_leaks_where_there_is_nothing():
 def test_what_does_not_fit_is_named(held_out, message):
     with pytest.raises(ValueError, match=message):
         space(features(9, 4, 1)).residual_energy(held_out())
+
+
+def test_features_of_another_scale_are_refused():
+    layer = torch.nn.Linear(6, 2)
+    by_energy = NullSpace().collect(layer, [features(20, 6, 1).float()])
+    by_threshold = NullSpace(threshold=1e-3).collect(layer, [features(20, 6, 2).float()])
+    with pytest.raises(ValueError, match="with normalize=True, here they are with normalize=False"):
+        by_threshold.residual_energy(by_energy)
+    again = NullSpace().collect(layer, [features(20, 6, 2).float()], normalize=False)
+    assert 0.0 <= by_threshold.residual_energy(again)[""] <= 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -248,3 +249,33 @@ def test_if_no_layer_saw_anything_it_is_an_error(device, why):
     batch = {key: value.to(device) for key, value in batch.items()}
     with pytest.raises(ValueError, match=r"none of the targeted layers \(layer\) saw any features"):
         NullSpace().collect(Around().to(device), [batch])
+
+
+class Kernel(torch.autograd.Function):
+    """Writes into memory made from nothing, where no operation of torch is seen, as a hand-written kernel does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        made = torch.empty(x.shape)
+        made.numpy()[:] = x.numpy()
+        return made
+
+
+class OneStack(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(60, 16), nn.Linear(16, 16)
+        self.config = config
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        return self.layer(Kernel.apply(self.embedding(input_ids)))
+
+
+def test_labels_are_no_stream_where_there_is_no_decoder_beside_an_encoder():
+    mask = SOURCE.bool()
+    ids = torch.randint(1, 60, (2, 8))
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~mask, -100)}
+    told = OneStack(SimpleNamespace(is_encoder_decoder=False))
+    assert tokens_of(NullSpace().collect(told, [batch])) == {"layer": int(mask.sum())}
+    with pytest.warns(UserWarning, match="of the features of 'layer' and others it cannot be told"):
+        NullSpace().collect(OneStack(None), [batch, batch])

@@ -186,3 +186,15 @@ def test_a_layer_never_seen_lists_those_that_were():
     for ask in (null_space.basis, null_space.eigenvalues, null_space.protected_fraction):
         with pytest.raises(KeyError, match=r"'key'; there are \['query'\]"):
             ask("key")
+
+
+def test_what_is_kept_may_lie_on_another_device(device):
+    data = features(40, 8, 8).float()
+    null_space = NullSpace(energy=0.8)
+    null_space.update("layer", data[:20].to(device))
+    kept = null_space.basis("layer").cpu()
+    null_space.update("layer", data[20:].to(device))
+    found = null_space.extended("layer", kept)
+    assert found.device == kept.device
+    torch.testing.assert_close(found[:, : kept.shape[1]], kept)
+    torch.testing.assert_close(found.mT @ found, torch.eye(found.shape[1]), atol=1e-5, rtol=0)

@@ -169,3 +169,12 @@ def test_the_default_gates_of_a_run_sum_to_one(device, count):
     for layer in optimizer.report().layers:
         assert sum(layer.gates.values()) == pytest.approx(1.0, abs=1e-6)
         assert min(layer.gates.values()) > 0
+
+
+@pytest.mark.parametrize("loss", [torch.inf, -torch.inf, 1e38])
+def test_losses_beyond_the_range_are_shares_too(loss):
+    one = torch.ones(1, 3)
+    inputs = GateInputs(torch.tensor([loss, loss, 1.0]), one, torch.ones(3), one.bool())
+    gates = heuristic_gate(inputs)
+    torch.testing.assert_close(gates.sum(-1), torch.ones(1))
+    torch.testing.assert_close(gates[:, 0], gates[:, 1])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from gradsub import GemsOptimizer
+from gradsub import GemsOptimizer, NullSpace
 from tests.optimizer.toys import gems, loss_of, mlp, noise, same, train, weights_of
 
 CAPTURES = ("generic", "fused")
@@ -752,3 +752,18 @@ def test_replicas_of_data_parallelism_run_their_own_weights() -> None:
     replica = model[0]._replicate_for_data_parallel()
     replica.weight, replica.bias = model[0].weight.detach() * 0, model[0].bias.detach() * 0
     assert not replica(noise(2, model[0].in_features, key=(2,))).any()
+
+
+@pytest.mark.filterwarnings("ignore:null_space protects all 8 directions:UserWarning")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_layer_of_which_all_is_protected_hides_no_leak(order):
+    layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+    null_space = NullSpace(energy=1.0)
+    null_space.update(str(order[0]), torch.eye(8))
+    null_space.update(str(order[1]), torch.eye(8)[:3])
+    base = torch.optim.AdamW(layers.parameters())
+    optimizer = GemsOptimizer(base, tasks=("a",), rank=2, model=layers, null_space=null_space)
+    with optimizer.task("a"):
+        layers[1](layers[0](torch.randn(5, 8))).square().mean().backward()
+    optimizer.step()
+    assert 0.0 <= optimizer.report(leak=True).scalars()["leak"] < 1e-6

@@ -128,6 +128,18 @@ def test_rows_that_are_named_after_the_optimizer_was_built_rest_as_well(device):
         assert (embedding.detach() != start).any(1).nonzero().flatten().tolist() == list(new)
 
 
+def test_rows_train_that_are_named_after_the_embedding_was_frozen(device):
+    model, text = llama().to(device), general_text(device)
+    null_space = spanned(model, text)
+    assert "model.embed_tokens.weight" in freeze_unprotected(model, null_space)
+    assert freeze_unprotected(model, null_space, new_tokens=NEW) == []
+    start = model.model.embed_tokens.weight.detach().clone()
+    optimizer, said = wrapped(model, null_space)
+    assert said == []
+    train(model, optimizer, 1)
+    assert (model.model.embed_tokens.weight.detach() != start).any(1).nonzero().flatten().tolist() == list(NEW)
+
+
 def test_what_a_null_space_is_merged_into_remembers_the_rows_as_well(device):
     model, text = llama().to(device), general_text(device)
     null_space = spanned(model, text)
