@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -136,9 +137,10 @@ class Blocks:
                 block.show(self.state)
             show_block(self.state, block, self._tasks, self._inner)
 
-    def unshown(self) -> dict[Tensor, dict[str, Any]]:
+    def unshown(self) -> defaultdict[Tensor, dict[str, Any]]:
         """The parameters' states without what they show of the blocks: a pickle of each view would hold its stack."""
-        found = {parameter: dict(state) for parameter, state in self.state.items()}
+        found: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)  # as torch's, which makes those that are new
+        found.update((parameter, dict(state)) for parameter, state in self.state.items())
         for block in self.all:
             for layer in block.layers:
                 mine = found[layer.parameter]

@@ -716,6 +716,7 @@ class GemsOptimizer(Optimizer):
         }
         if not changed:
             return
+        self._intake.forget_skipped()
         if self._intake.gradients:
             first, (dtype, device, _) = next(iter(changed.items()))
             raise RuntimeError(
@@ -751,6 +752,7 @@ class GemsOptimizer(Optimizer):
                 or unknown keys, counts and bases that cannot be); nothing was loaded.
             RuntimeError: gradients were captured and not stepped: step or ``zero_grad()`` first.
         """
+        self._intake.forget_skipped()
         if self._intake.gradients:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
         self._follow_conversions()
@@ -814,6 +816,8 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: gradients were captured and not stepped; they are in no checkpoint.
         """
+        if "_intake" in self.__dict__:
+            self._intake.forget_skipped()
         if "_intake" in self.__dict__ and self._intake.gradients:
             raise RuntimeError(
                 "state_dict between backward and step would lose gradients: call step() or zero_grad() first"

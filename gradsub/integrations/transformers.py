@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class GemsTrainerMixin:
         ...     pass
         >>> gems = {"tasks": ("search", "rec"), "rank": 8}  # MyTrainer(model, args, train_dataset=..., gems=gems)
 
-    Source: ``transformers.Trainer``, of which it overrides public methods only.
+    Source: ``transformers.Trainer``, of which it overrides public methods, and the one that saves the optimizer.
     """
 
     def __init__(
@@ -122,10 +123,21 @@ class GemsTrainerMixin:
                 )
         # The optimizer weighs the processes by their samples: each one's loss is a mean over its own.
         self._equal_ranks = not getattr(me.args, "average_tokens_across_devices", True)
-        me.args.average_tokens_across_devices = False
-        for callback in me.callback_handler.callbacks:
-            if isinstance(callback, GemsReportCallback) and callback.trainer is None:
-                callback.trainer = me
+        me.add_callback(_AtTheStart(me))
+
+    @contextmanager
+    def _own_mean(self) -> Iterator[None]:
+        """In here the Trainer weighs no process by its tokens. The arguments are the user's, for other Trainers too."""
+        arguments = cast(Any, self).args
+        before = getattr(arguments, "average_tokens_across_devices", None)
+        if before is None:
+            yield
+            return
+        arguments.average_tokens_across_devices = False
+        try:
+            yield
+        finally:
+            arguments.average_tokens_across_devices = before
 
     # --- the optimizer -----------------------------------------------------------------------------------------------
 
@@ -177,6 +189,11 @@ class GemsTrainerMixin:
             return torch.zeros((), dtype=torch.float32, device=me.args.device)
         return torch.stack([norm.to(norms[0]) for norm in norms]).amax()
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Also between backward and step, as when a job is to end: what was captured is of a step to come."""
+        with self.gems._intake.put_aside():
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -195,13 +212,18 @@ class GemsTrainerMixin:
     def _collating(self, train: bool) -> Iterator[None]:
         """A data loader that is made in here keeps the tasks, or leaves them out."""
         me: Any = self
-        own = me.data_collator
+        # Some Trainers, such as axolotl's, have another one for evaluation.
+        names = [name for name in ("data_collator", "eval_data_collator") if getattr(me, name, None) is not None]
+        own = {name: getattr(me, name) for name in names}
         count = (self._count_samples or partial(count_labels, shifted=self._shifted)) if train else None
-        me.data_collator = TaskCollator(own, self._task_column, count, self._travelling() if train else None)
+        travelling = self._travelling() if train else None
+        for name in names:
+            setattr(me, name, TaskCollator(own[name], self._task_column, count, travelling))
         try:
             yield
         finally:
-            me.data_collator = own
+            for name in names:
+                setattr(me, name, own[name])
 
     def _travelling(self) -> Sequence[str] | None:
         """The tasks' names if batches are read by one process for all, which sends tensors alone; else None."""
@@ -234,7 +256,8 @@ class GemsTrainerMixin:
 
     def get_batch_samples(self, *arguments: Any, **options: Any) -> tuple[list[Any], Any]:
         """The batches of a step, each with its part in it in the place of the rows' tasks."""
-        batches, items = super().get_batch_samples(*arguments, **options)  # type: ignore[misc]
+        with self._own_mean():
+            batches, items = super().get_batch_samples(*arguments, **options)  # type: ignore[misc]
         self._account(batches, items)
         return batches, items
 
@@ -265,7 +288,8 @@ class GemsTrainerMixin:
             self._account([inputs], arguments[0] if arguments else options.get("num_items_in_batch"))
         batch: Batch | None = inputs.pop(self._task_column, None)
         wrapper = data_parallel(model)
-        with nullcontext() if wrapper is None else wrapper.no_sync(), self._block(model, inputs, batch):
+        synchronized = nullcontext() if wrapper is None else wrapper.no_sync()
+        with self._own_mean(), synchronized, self._block(model, inputs, batch):
             return super().training_step(model, inputs, *arguments, **options)  # type: ignore[misc, no-any-return]
 
     @contextmanager
@@ -310,14 +334,14 @@ class GemsTrainerMixin:
         if self._heard is None or self._heard[0] is not model:
             if self._heard is not None:
                 self._heard[1].remove()
-            self._heard = model, model.register_forward_hook(self._hear)
+            self._heard = model, model.register_forward_hook(_Ear(self))
         self._listener = partial(self._tell, rows, labels, batch)
         try:
             yield
         finally:
             self._listener = None
 
-    def _hear(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _hear(self, outputs: Any) -> None:
         listener, self._listener = self._listener, None
         if listener is not None:
             listener(outputs)
@@ -341,6 +365,47 @@ class GemsTrainerMixin:
         scaler = getattr(me.accelerator, "scaler", None)
         means = means if scaler is None else scaler.scale(means)
         rows.tell({self.gems.tasks[task]: mean for task, mean in zip(present, means.unbind(), strict=True)})
+
+
+class _Ear:
+    """A forward hook of a model that outlives its Trainer, which a copy or a pickle of the model does not take along."""
+
+    def __init__(self, trainer: GemsTrainerMixin) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        trainer = self._trainer()
+        if trainer is not None:
+            trainer._hear(outputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Deaf, ()
+
+
+class _Deaf:
+    """What an `_Ear` is in a copy."""
+
+    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        return None
+
+
+class _AtTheStart(TrainerCallback):
+    """Each training, and each attempt of ``auto_find_batch_size``, begins with nothing captured and its own callbacks.
+
+    What an attempt left that was interrupted between backward and step is of no step of the next one.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        trainer = self._trainer()
+        if trainer is None:
+            return
+        trainer.gems.zero_grad()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, GemsReportCallback):
+                callback.begin(trainer)
 
 
 class GemsFactory:
@@ -397,6 +462,12 @@ class GemsReportCallback(TrainerCallback):
         self.trainer = trainer
         self.prefix = prefix
         self.leak = leak
+        self._given = trainer is not None
+
+    def begin(self, trainer: Any) -> None:
+        """Log to this Trainer, which begins to train, unless another one was given."""
+        if not self._given:
+            self.trainer = trainer
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
         """Log the report beside the Trainer's loss.

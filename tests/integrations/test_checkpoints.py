@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from examples.recipes.problem import build_model
 from gradsub.integrations import GemsReportCallback
@@ -116,3 +120,95 @@ def test_a_report_is_logged_as_flat_scalars(tmp_path: Path) -> None:
     lost = GemsReportCallback()
     with pytest.raises(ValueError, match="GemsReportCallback has no Trainer"):
         lost.on_log(None, None, None, logs={"loss": 1.0})
+
+
+class Once(TrainerCallback):
+    """Does something in the middle of the first step, once."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        self.act: Callable[[], None] | None = act
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        act, self.act = self.act, None
+        if act is not None:
+            act()
+
+
+def half_a_step(tmp_path: Path, callback: TrainerCallback | None) -> Remembering:
+    options = arguments(
+        tmp_path, gradient_accumulation_steps=2, max_steps=1, train_sampling_strategy="sequential", learning_rate=0.1
+    )
+    callbacks = None if callback is None else [callback]
+    return Remembering(build_model(), options, train_dataset=Ragged(), gems=GEMS, callbacks=callbacks)
+
+
+def test_what_an_interrupted_step_has_captured_is_of_no_later_training(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    trainer, undisturbed = half_a_step(tmp_path, Once(interrupt)), half_a_step(tmp_path, None)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    undisturbed.train()
+    assert distance(trainer.model, undisturbed.model) == 0
+
+
+def test_a_checkpoint_in_the_middle_of_a_step_is_that_of_the_last_one(tmp_path: Path) -> None:
+    saved: list[dict[str, Any]] = []
+
+    def save() -> None:
+        trainer._save_checkpoint(trainer.model, trial=None)
+        path = next(tmp_path.glob("checkpoint-*/optimizer.pt"))
+        saved.append(torch.load(path, weights_only=True))
+
+    trainer, undisturbed = half_a_step(tmp_path, Once(save)), half_a_step(tmp_path, None)
+    trainer.train()
+    undisturbed.train()
+    assert distance(trainer.model, undisturbed.model) == 0
+    assert {float(state["step"]) for state in saved[0]["state"].values() if "basis" in state} == {0.0}
+
+
+def test_a_step_that_the_loss_scale_has_left_out_can_be_saved(tmp_path: Path) -> None:
+    kind = type("Overflowing", (Scaled,), {"scale": 2.0**10, "overflow_at": 2})
+    options = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, logging_nan_inf_filter=False)
+    trainer = kind(build_model(), options, train_dataset=Ragged(), gems=GEMS)
+    trainer.train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+
+
+def test_a_trained_model_can_be_copied_and_saved_without_its_trainer(tmp_path: Path) -> None:
+    trainer = Remembering(build_model(), arguments(tmp_path), train_dataset=Ragged(), gems=GEMS)
+    trainer.lock = threading.Lock()  # of a data set, or a logger
+    trainer.train()
+    twin = copy.deepcopy(trainer.model)
+    assert distance(trainer.model, twin) == 0
+    torch.save(trainer.model, tmp_path / "model.pt")
+    rows = {"input_ids": torch.arange(6)[None]}
+    torch.testing.assert_close(twin(**rows).logits, trainer.model(**rows).logits)
+
+
+def test_a_callback_logs_to_the_trainer_that_trains(tmp_path: Path) -> None:
+    callback = GemsReportCallback()
+    trainers = [
+        Remembering(
+            build_model(), arguments(tmp_path, max_steps=1), train_dataset=Ragged(), gems=GEMS, callbacks=[callback]
+        )
+        for _ in range(2)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    found = [sum("gems/gate/search" in entry for entry in t.state.log_history) for t in trainers]
+    assert found == [1, 1]
+
+
+def test_arguments_stay_the_users(tmp_path: Path) -> None:
+    options = arguments(tmp_path)
+    assert options.average_tokens_across_devices
+    first, second = (Remembering(build_model(), options, train_dataset=Ragged(), gems=GEMS) for _ in range(2))
+    first.train()
+    second.train()
+    assert options.average_tokens_across_devices
+    assert distance(first.model, second.model) == 0
+    assert not first._equal_ranks
+    assert not second._equal_ranks
