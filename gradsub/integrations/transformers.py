@@ -368,7 +368,7 @@ class GemsTrainerMixin:
 
 
 class _Ear:
-    """A forward hook of a model that outlives its Trainer, which a copy or a pickle of the model does not take along."""
+    """A forward hook of a model that outlives its Trainer; copies and pickles of the model do not take it along."""
 
     def __init__(self, trainer: GemsTrainerMixin) -> None:
         self._trainer = weakref.ref(trainer)

@@ -183,3 +183,12 @@ def test_the_collator_hides_the_tasks_and_keeps_them() -> None:
     assert "task" not in TaskCollator(collate, "task", None)(rows)
     with pytest.raises(ValueError, match="1 of 2 rows of a batch have no column 'task'"):
         TaskCollator(collate, "task", None)([{"x": 1}, {"x": 2, "task": 0}])
+
+
+def test_a_task_without_labels_has_a_share_that_can_be_divided_by() -> None:
+    rows = [["a", 5.0], ["b", 0.0], ["b", 0.0], ["a", 3.0]]
+    (batch,) = account([rows], ("a", "b"), "task", True, False)
+    assert batch is not None
+    assert batch.shares[0] == pytest.approx(1.0, abs=1e-6)
+    assert batch.shares[1] == pytest.approx(0.05)
+    assert batch.samples[1] / batch.samples[0] < 1e-6  # it weighs nothing in what the tasks share

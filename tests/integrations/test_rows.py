@@ -152,3 +152,40 @@ def test_what_replaces_the_parameters_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(type(options), "n_gpu", property(lambda self: 2))
     with pytest.raises(ValueError, match="2 GPUs in one process"):
         Remembering(build_model(), options, train_dataset=Ragged(), gems=GEMS)
+
+
+def test_a_column_of_another_meaning_does_not_matter_to_one_task(tmp_path: Path) -> None:
+    one = {**GEMS, "tasks": ("both",)}
+    trainer = train(tmp_path, Streamed(Ragged(32)), one, max_steps=2)
+    assert distance(trainer.model, build_model()) > 1e-3
+
+
+def test_rows_with_none_in_the_column(tmp_path: Path) -> None:
+    def rows() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(_rows("task")):
+            yield {**row, "task": None if number == 2 else row["task"]}
+
+    with pytest.raises(ValueError, match="1 of 4 rows of a batch have None in the column 'task': give each row one of"):
+        train(tmp_path, list(rows()), max_steps=1, train_sampling_strategy="sequential")
+
+
+def test_a_collator_for_evaluation_alone_sees_no_tasks(tmp_path: Path) -> None:
+    class Two(Remembering):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.eval_data_collator = self.data_collator
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            return super().get_eval_dataloader(eval_dataset)
+
+        def _get_dataloader(self, *arguments: Any, is_training: bool = False, **options: Any) -> Any:
+            kept = self.data_collator
+            if not is_training:
+                self.data_collator = self.eval_data_collator
+            try:
+                return super()._get_dataloader(*arguments, is_training=is_training, **options)
+            finally:
+                self.data_collator = kept
+
+    trainer = Two(build_model(), arguments(tmp_path), train_dataset=Ragged(), eval_dataset=Ragged(8), gems=GEMS)
+    assert trainer.evaluate()["eval_loss"] > 0

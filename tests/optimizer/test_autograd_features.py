@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradsub import GemsOptimizer
 
-from .toys import TASKS, gems, loss_of, mlp, same, train
+from .toys import TASKS, gems, leak, loss_of, mlp, null_space_of, same, tensors_in, train, weights_of
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -147,3 +148,90 @@ def test_retained_graphs_and_second_derivatives_inside_a_task(device):
         slope.square().sum().backward()
     optimizer.step()
     assert not torch.equal(before[0], model[0].weight)
+
+
+@pytest.mark.parametrize("capture", ["generic", "fused"])
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+@pytest.mark.parametrize("where", ["backward", "step", "both"])
+def test_what_runs_inside_of_autocast_is_what_runs_outside(device, where, refresh, capture):
+    found = []
+    for wanted in ("", where):
+        model = mlp((12, 16, 8), device=device)
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        options = {"capture": capture, "refresh": refresh, "null_space": null_space_of(model), "free": True}
+        optimizer = gems(model, base=base, **options)
+        autocast = partial(torch.autocast, device.type, torch.bfloat16)
+        for step in range(4):
+            for task, name in enumerate(TASKS):
+                with optimizer.task(name):
+                    with autocast():
+                        loss = loss_of(model, step, task)
+                    with autocast(enabled=wanted in ("backward", "both")):
+                        loss.backward()
+            with autocast(enabled=wanted in ("step", "both")):
+                optimizer.clip_grad_norm_(1.0)
+                optimizer.step()
+            optimizer.zero_grad()
+        found.append([*weights_of(model), *tensors_in(optimizer.state_dict())])
+    assert same(*found)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_products_of_lower_precision_do_not_leak(device, precision):
+    """What a user allows his matrix products: none of it in a step, of which a thousandth would be in K."""
+    model = mlp((12, 16, 8), device=device)
+    null_space = null_space_of(model)
+    before = {name: model.get_submodule(name).weight.detach().clone() for name in null_space}
+    optimizer = gems(model, base=torch.optim.AdamW(model.parameters(), lr=1e-2), null_space=null_space)
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    earlier = [backend.fp32_precision for backend in backends]
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        torch.backends.mkldnn.matmul.fp32_precision = precision
+        train(model, optimizer, 10)
+    finally:
+        for backend, was in zip(backends, earlier, strict=True):
+            backend.fp32_precision = was
+    for name, old in before.items():
+        change = model.get_submodule(name).weight.detach() - old
+        assert float(change.norm()) > 1e-2
+        assert leak(change, null_space.basis(name), "input") < 1e-6
+
+
+@pytest.mark.parametrize("capture", ["generic", "fused"])
+def test_zero_grad_between_forward_and_backward_forgets_no_format(device, capture):
+    """Rounding is dropped by the format of the passes that left the gradients, wherever they were cleared."""
+    found = []
+    for cleared in (False, True):
+        model = mlp((12, 16, 8), device=device)
+        optimizer = gems(model, capture=capture)
+        for step in range(3):
+            for task, name in enumerate(TASKS):
+                with optimizer.task(name):
+                    with torch.autocast(device.type, torch.bfloat16):
+                        loss = loss_of(model, step, task)
+                    if cleared and task == 0:
+                        optimizer.zero_grad()
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(weights_of(model))
+    assert same(*found)
+
+
+def test_a_forward_pass_of_no_task_says_nothing_of_the_formats(device):
+    found = []
+    for passes in (0, 1):
+        model = mlp((12, 16, 8), device=device)
+        optimizer = gems(model, capture="fused")
+        for step in range(3):
+            for task, name in enumerate(TASKS):
+                with optimizer.task(name):
+                    loss_of(model, step, task).backward()
+            for _ in range(passes):
+                with torch.autocast(device.type, torch.bfloat16):
+                    loss_of(model, step, 0)
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(weights_of(model))
+    assert same(*found)

@@ -218,3 +218,27 @@ def test_a_failed_forward_closes_its_task(device):
         loss_of(model, 0, 0).backward()
     optimizer.step()
     assert optimizer.report().layers[0].gates == {"search": 1.0}
+
+
+def test_a_task_that_could_not_be_opened_is_closed(device, monkeypatch):
+    """Out of memory while the bases are laid side by side: the batch can be left out, and training goes on."""
+    model, twin = mlp(device=device), mlp(device=device)
+    options = {"capture": "fused", "update_proj_gap": 1}
+    optimizer, undisturbed = gems(model, **options), gems(twin, **options)
+    train(model, optimizer, 1)
+    train(twin, undisturbed, 1)
+    outside = torch.ones_like(model[0].weight)
+    model[0].weight.grad = outside
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(optimizer._intake.fused), "_open_block", full)
+        with pytest.raises(torch.OutOfMemoryError), optimizer.task("search"):
+            pytest.fail("it was opened")
+    assert model[0].weight.grad is outside
+    model[0].weight.grad = None
+    train(model, optimizer, 2, start=1)
+    train(twin, undisturbed, 2, start=1)
+    assert same(model.parameters(), twin.parameters())

@@ -111,3 +111,15 @@ def test_a_copy_keeps_the_name_of_what_it_is(device):
     assert isinstance(twin, GemsOptimizer)
     assert twin.tasks == TASKS
     assert repr(twin) == repr(gems(mlp(device=device)))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copy_takes_up_a_parameter_that_was_frozen(device, way):
+    model = mlp(device=device)
+    model[0].bias.requires_grad_(False)
+    pair = model, gems(model)
+    model, optimizer = copy.deepcopy(pair) if way == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    model[0].bias.requires_grad_(True)
+    start = model[0].bias.detach().clone()
+    train(model, optimizer, 1)
+    assert bool((model[0].bias.detach() != start).all())

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from gradsub import GemsOptimizer
 
-from .toys import TASKS, gems, leak, loss_of, mlp, noise, null_space_of, tensors_in, train
+from .toys import TASKS, gems, leak, loss_of, mlp, noise, null_space_of, tensors_in, train, weights_of
 
 Make = Callable[[Iterable[Any]], Optimizer]
 
@@ -223,3 +223,29 @@ def test_fixed_decay_does_not_depend_on_the_learning_rate():
         (weight * 0).sum().backward()
     optimizer.step()
     torch.testing.assert_close(weight.detach(), torch.full((6, 5), 0.9))
+
+
+class Proportional(torch.optim.Optimizer):
+    """Against the sign of the gradient; in some groups as far as the parameter is large."""
+
+    def __init__(self, params, lr=1e-2, relative=False):
+        super().__init__(params, {"lr": lr, "relative": relative})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    size = p.square().mean().sqrt().clamp_min(1e-3) if group["relative"] else 1.0
+                    p.sub_(p.grad.sign() * group["lr"] * size)
+
+
+def test_groups_with_relative_steps_beside_others(device):
+    model = mlp((12, 16, 16, 8), bias=False, device=device)
+    first, second, third = (model[place].weight for place in (0, 2, 4))
+    base = Proportional([{"params": [first, second]}, {"params": [third], "relative": True}])
+    before = weights_of(model)
+    train(model, gems(model, base=base, rank=4), 2)
+    moved = [float((new - old).norm() / new.numel() ** 0.5) for new, old in zip(weights_of(model), before, strict=True)]
+    assert all(moved)
+    assert moved[2] < 0.5 * min(moved[:2])  # its weights are less than half as large as 1

@@ -232,3 +232,25 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
         assert len(optimizer.param_groups) == 1
     assert same(before, tensors_in(optimizer.state_dict()))
     train(model, optimizer, 1, start=2)
+
+
+@pytest.mark.parametrize("option", ["rank", "task_rank", "subspace"])
+def test_ranks_that_were_edited(option):
+    model = mlp()
+    optimizer = gems(model)
+    train(model, optimizer, 1)
+    before = optimizer.param_groups[0][option]
+    optimizer.param_groups[0][option] = False if option == "subspace" else 3
+    with pytest.raises(RuntimeError, match=rf"param_groups\[0\] has .*{option}.* Put it back"):
+        train(model, optimizer, 1)
+    optimizer.param_groups[0][option] = before
+    train(model, optimizer, 1)
+
+
+def test_decay_without_a_rate():
+    transformers = pytest.importorskip("transformers")
+    model = mlp()
+    base = transformers.optimization.Adafactor(model.parameters(), weight_decay=0.01)
+    with pytest.raises(ValueError, match=r"weight_decay=0.01 takes a share .* but lr=None"):
+        gems(model, base=base)
+    train(model, gems(model, base=transformers.optimization.Adafactor(model.parameters())), 2)
