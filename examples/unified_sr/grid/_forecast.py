@@ -25,9 +25,9 @@ from ._process import execute
 
 PROBE = {
     "training": {"steps": 3, "epochs": None, "early_stop": None},
-    "evaluation": {"users": 16, "perplexity_tokens": 16},
+    "evaluation": {"users": 16, "perplexity_tokens": 16, "multiple_choice": None},
 }
-"""The settings of a probe: little of everything. What perplexity takes is left out of its estimate."""
+"""The settings of a probe: little of everything. What perplexity and questions take is left out of its estimate."""
 
 
 @dataclass
