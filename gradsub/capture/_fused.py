@@ -177,7 +177,9 @@ class FusedCapture:
         """Deliver what backward passes have left."""
         shares = {part.task: part.share for part in self._parts}
         left = self._left_in_probes()
+        # Of whole gradients, which the generic capture takes, the format of the forward pass is known here alone.
         formats = {slot.computed_in for slot, _ in left}
+        formats |= {member.slot.computed_in for member in self._members if member.slot.whole}
         for tray in self._trays.values():
             tray.opened = False
             formats |= tray.formats
