@@ -34,6 +34,9 @@ def resolve(
 ) -> Settings[Any]:
     """Merge all sources of settings; later ones win: defaults, file, the file's section of the method, pairs, flags.
 
+    Where another method is asked for than the file's, what defines it (``Method.defining``) wins over what the file
+    says outside of its sections for methods, which may be the whole configuration of that other one.
+
     Args:
         file: a YAML file with sections of settings. Under ``methods:`` it may hold the like for each method's name, of
             which only the chosen method's applies (all are checked). Before it comes that of the method of which it is
@@ -57,7 +60,8 @@ def resolve(
             build_settings(name, section)
         except ValueError as error:
             raise ValueError(f"{error} ({file}, section {SECTIONS}.{name})") from error
-    return build_settings(method.name, {**shared, **section_of(method, own), **set_values, **given})
+    defining = method.defining if method.name != shared.get(METHOD, DEFAULT_METHOD) else {}
+    return build_settings(method.name, {**shared, **defining, **section_of(method, own), **set_values, **given})
 
 
 def beside(
@@ -65,9 +69,9 @@ def beside(
 ) -> dict[str, tuple[Settings[Any], str]]:
     """Return the methods that a file wants run for comparison with its own: name -> settings and a sentence about them.
 
-    They have the file's shared settings and, over these, the pairs and flags, as far as they know them. Their own
-    sections win over all: a rate given for the file's method is not theirs. There are none where another method
-    than the file's is asked for.
+    They have the file's shared settings and, over these, the pairs and flags, as far as they know them. What defines
+    them and their own sections win over all: a rate given for the file's method is not theirs. There are none where
+    another method than the file's is asked for.
 
     Args:
         file: as of `resolve`.
@@ -90,7 +94,7 @@ def beside(
         method = method_named(name)
         known = known_settings(method.settings)
         common = {key: value for key, value in {**shared, **given}.items() if key in known}
-        found[name] = build_settings(name, {**common, **section_of(method, own)}), text
+        found[name] = build_settings(name, {**common, **method.defining, **section_of(method, own)}), text
     return found
 
 

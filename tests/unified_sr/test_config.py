@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from examples.unified_sr import settings as settings_module
 from examples.unified_sr.checking import build_settings, changed
-from examples.unified_sr.config import differences, read_config, resolve, to_yaml
+from examples.unified_sr.config import beside, differences, read_config, resolve, to_yaml
 from examples.unified_sr.methods import METHODS
 from examples.unified_sr.settings import flatten, known_settings
 
@@ -55,6 +56,39 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert (training.steps, training.lr, training.batch_size, settings.method.rank) == (5, 0.02, 4, 7)
     assert resolve(file=file, flags={"method.name": "adamw"}).training.lr == 0.5
     assert resolve(file=file, flags={"method.name": "lora"}).training.lr == 0.01
+
+
+@pytest.mark.parametrize("variant", [name for name, method in METHODS.items() if method.defining])
+def test_what_defines_a_method_holds_over_the_configuration_of_another(variant: str, tmp_path: Path) -> None:
+    method = METHODS[variant]
+    alike = [name for name, other in METHODS.items() if other.settings is method.settings and name != variant]
+    for original in alike:
+        file = tmp_path / f"{original}.yaml"
+        file.write_text(to_yaml(resolve(flags={"method.name": original, "training.steps": 7})), encoding="utf-8")
+        chosen = resolve(file=file, flags={"method.name": variant})
+        assert method.defining.items() <= flatten(chosen.model_dump()).items()
+        assert chosen.training.steps == 7, "all else is the file's"
+        for key in method.defining:
+            value = flatten(resolve(file=file).model_dump())[key]
+            pairs = [f"{key}={json.dumps(value)}"]
+            explicit = resolve(file=file, pairs=pairs, flags={"method.name": variant})
+            assert flatten(explicit.model_dump())[key] == value
+    own = tmp_path / "own.yaml"
+    for key in method.defining:
+        other = changed(resolve(flags={"method.name": variant}), {key: flatten(resolve().model_dump()).get(key)})
+        own.write_text(to_yaml(other), encoding="utf-8")
+        assert resolve(file=own) == resolve(file=own, flags={"method.name": variant}) == other
+
+
+def test_what_defines_a_method_holds_beside_another_and_its_section_over_it(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    text = "method: {name: gems, protect: true, gate: uniform}\nbeside: {gems-no-null: a, gems-no-task: b}\n"
+    section = "methods: {gems-no-task: {method: {task_subspaces: true}}}\n"
+    file.write_text(text + section, encoding="utf-8")
+    found = {name: settings for name, (settings, _) in beside(file, pairs=["method.protect=true"]).items()}
+    assert found["gems-no-null"].method.protect is False
+    assert found["gems-no-null"].method.gate == "uniform"
+    assert found["gems-no-task"].method.task_subspaces is True
 
 
 @pytest.mark.parametrize(("text", "value"), [("6e-4", 6e-4), ("1", 1.0), ("1.0e-3", 1e-3)])

@@ -6,6 +6,7 @@ import doctest
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -101,6 +102,21 @@ def test_settings_of_a_data_set_hold_for_its_runs_alone(tmp_path: Path) -> None:
     given_source = FILE.replace("shop: null", "shop: {source: there, settings: {}}")
     (job,) = list_jobs(read_grid(written(tmp_path, given_source)), ["shop/zero-shot/seed-1"])
     assert job.settings().data.source == "there"
+
+
+def test_what_defines_a_method_holds_over_what_all_share_but_not_over_its_own(tmp_path: Path) -> None:
+    text = """
+data: {films: {source: movielens-100k, settings: {method.task_subspaces: true}}}
+settings: {method: {protect: true}}
+methods: [gems-no-null, gems-no-task, {name: kept, method: gems-no-null, settings: {method.protect: true}}]
+"""
+    grid = read_grid(written(tmp_path, text))
+    found: dict[str, Any] = {job.entry.name: job.settings().method for job in list_jobs(grid)}
+    assert found["gems-no-null"].protect is False
+    assert found["gems-no-task"].task_subspaces is False
+    assert found["kept"].protect is True
+    (job,) = list_jobs(read_grid(tmp_path / "grid.yaml", pairs=["method.protect=true"]), ["gems-no-null"])
+    assert found["gems-no-null"] != job.settings().method, "nor over the command line"
 
 
 def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:

@@ -93,11 +93,13 @@ class Job:
         return build_settings(self.entry.method, values if chosen is None else {**values, "training.lr": chosen})
 
     def _given(self) -> dict[str, Any]:
-        """What the file and the command line say, later ones winning."""
+        """What the file and the command line say, later ones winning; what defines a method, over what all share."""
+        method = method_named(self.entry.method)
         return {
             **self.grid.settings,
             **self.grid.data[self.data].settings,
-            **section_of(method_named(self.entry.method), self.grid.sections),
+            **method.defining,
+            **section_of(method, self.grid.sections),
             **self.entry.settings,
             **(self.entry.select.settings if self.rate is not None else {}),
             **self.grid.overrides,

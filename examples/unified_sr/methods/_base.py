@@ -135,6 +135,12 @@ class Method:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     variant_of: str | None = None
 
+    @property
+    def defining(self) -> dict[str, Any]:
+        """Its defaults that no other method's settings replace: all of a variant, and those of ``method``."""
+        whole = self.variant_of is not None
+        return {key: value for key, value in self.defaults.items() if whole or key.startswith("method.")}
+
 
 def step_losses(found: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     """Return each task's loss from its detached shares of several passes, fetched from the device at once."""
