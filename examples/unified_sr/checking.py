@@ -16,6 +16,9 @@ from .settings import Section, Settings, flatten, known_settings, sections
 
 S = TypeVar("S", bound=Section)
 
+BEFORE = {"method.normalize": False}
+"""What was done before a setting was there, as far as its default is another one by now."""
+
 
 def build_settings(method: str, values: Mapping[str, Any]) -> Settings[Any]:
     """Return the settings of a method, all values checked.
@@ -44,6 +47,18 @@ def build_settings(method: str, values: Mapping[str, Any]) -> Settings[Any]:
 def changed(settings: Settings[Any], values: Mapping[str, Any]) -> Settings[Any]:
     """Return settings with other values, checked like all."""
     return build_settings(settings.method.name, {**flatten(settings.model_dump()), **flatten(values)})
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a run wrote, by ``section.key``, those added since being the default.
+
+    Of a method that is not known any more nothing is known to be added.
+    """
+    method = METHODS.get(settings.get("method.name", ""))
+    if method is None:
+        return dict(settings)
+    defaults = {key: field.default for key, field in known_settings(method.settings).items()} | defaults_of(method)
+    return {**defaults, **{key: value for key, value in BEFORE.items() if key in defaults}, **settings}
 
 
 def checked(owner: type[S], values: Mapping[str, Any], naming: str, whole: str = "") -> S:

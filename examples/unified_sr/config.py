@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from .checking import build_settings, unknown
+from .checking import build_settings, completed, unknown
 from .methods import Method, method_named
 from .settings import MethodSettings, Settings, flatten, known_settings, sections
 
@@ -115,14 +115,9 @@ def to_yaml(settings: Settings[Any]) -> str:
 def differences(old: Mapping[str, Any], new: Settings[Any]) -> list[str]:
     """Name each setting that two runs do not share, as ``section.key: old -> new``.
 
-    A setting that is None or False by default may be newer than the old run: absent there, it counts as that.
+    A setting may be newer than the old run: absent there, it counts as its default.
     """
-    current = flatten(new.model_dump())
-    known = known_settings(type(new.method))
-    old = {
-        **{key: field.default for key, field in known.items() if field.default is None or field.default is False},
-        **flatten(old),
-    }
+    current, old = flatten(new.model_dump()), completed(flatten(old))
     keys = [*current, *(key for key in old if key not in current)]
     absent = "(absent)"
     return [

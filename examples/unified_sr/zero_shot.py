@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .alone import alone
+from .checking import completed
 from .checkpoint import write_text_whole
 from .config import read_config
 from .evaluation import TaskResult
@@ -130,5 +131,5 @@ def evaluates_alike(path: str | Path, settings: Settings) -> bool:
     folder = RunFolder(path)
     if not folder.finished or not folder.read_json(METRICS)["zero_shot"]:
         return False
-    written = read_config(folder.file(CONFIG))
+    written = completed(read_config(folder.file(CONFIG)))
     return all(written.get(key) == value for key, value in _of_evaluation(settings).items())

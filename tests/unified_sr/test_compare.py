@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import yaml
 from run_files import BAD, FAIR, GOOD, QUERIES, write_grid, write_run
 
 from examples.unified_sr.cli import main
@@ -30,8 +31,9 @@ from examples.unified_sr.compare import (
     values_of,
 )
 from examples.unified_sr.compare._tables import DASH
+from examples.unified_sr.config import read_config
 from examples.unified_sr.metrics import query_metrics
-from examples.unified_sr.run_folder import DONE
+from examples.unified_sr.run_folder import CONFIG, DONE
 from examples.unified_sr.tables import gather, pack
 
 Frame = pd.DataFrame
@@ -81,6 +83,49 @@ def test_outside_a_grid_settings_tell_runs_apart(tmp_path: Path) -> None:
         write_run(tmp_path / f"run{number}", "gems", ranks={"rec": GOOD}, pairs=(rate,))
     write_run(tmp_path / "other", "adamw", ranks={"rec": GOOD})
     assert set(World(tmp_path).runs["group"]) == {"gems (method.energy=0.5)", "gems (method.energy=0.6)", "adamw"}
+
+
+def without(folder: Path, key: str) -> Path:
+    """The run as a revision would have left it that did not know a setting."""
+    settings = read_config(folder / CONFIG)
+    del settings[key]
+    (folder / CONFIG).write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_setting_that_one_run_lacks_tells_it_from_those_with_another_value(tmp_path: Path, packed: bool) -> None:
+    places = [tmp_path / name / "gems" / "seed-0" for name in ("old", "same", "new")]
+    write_run(places[0], "gems", ranks={"rec": BAD})
+    write_run(places[1].with_name("seed-1"), "gems", 1, ranks={"rec": BAD})
+    write_run(places[2], "gems", ranks={"rec": GOOD}, pairs=("model.format=sequence",))
+    without(places[0], "model.format")
+    folders = [place.parents[1] for place in places]
+    if packed:
+        for folder in folders:
+            pack([folder], folder)
+    runs = World(*folders).runs
+    assert runs.groupby("group").size().to_dict() == {
+        "gems (model.format=prompt)": 2,
+        "gems (model.format=sequence)": 1,
+    }
+
+
+def test_one_run_of_two_revisions_is_refused_and_replaced_in_packing(tmp_path: Path) -> None:
+    pack([without(write_run(tmp_path / "old", "gems", ranks={"rec": BAD}), "model.format")], tmp_path / "packed")
+    new = write_run(tmp_path / "new", "gems", ranks={"rec": GOOD})
+    with pytest.raises(ValueError, match="is given twice, with the same settings and seed; leave one out"):
+        World(tmp_path / "packed", new)
+    pack([new], tmp_path / "packed")
+    assert len(World(tmp_path / "packed").runs) == 1
+
+
+def test_a_setting_that_is_gone_tells_runs_apart(tmp_path: Path) -> None:
+    for name in ("with", "without"):
+        write_run(tmp_path / name, "gems", ranks={"rec": GOOD})
+    file = tmp_path / "with" / CONFIG
+    file.write_text(yaml.safe_dump({**read_config(file), "training.gone": 1}), encoding="utf-8")
+    assert World(tmp_path).runs["group"].nunique() == 2
 
 
 def test_rates_tell_runs_apart_too(tmp_path: Path) -> None:

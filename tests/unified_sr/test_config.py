@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from examples.unified_sr import settings as settings_module
-from examples.unified_sr.checking import build_settings, changed
+from examples.unified_sr.checking import BEFORE, build_settings, changed, completed
 from examples.unified_sr.config import beside, differences, read_config, resolve, to_yaml
 from examples.unified_sr.methods import METHODS
 from examples.unified_sr.settings import flatten, known_settings
@@ -178,19 +178,30 @@ def test_committed_configurations_are_valid(file: Path) -> None:
 def test_differences_name_changed_and_absent_settings() -> None:
     settings = resolve(pairs=["training.steps=7"])
     old = {**flatten(settings.model_dump()), "training.steps": 3, "training.gone": 1}
-    del old["seed"]
     assert differences(old, settings) == [
-        "seed: '(absent)' -> 0",
         "training.steps: 3 -> 7",
         "training.gone: 1 -> '(absent)'",
     ]
 
 
-def test_an_old_run_lacks_no_setting_that_is_off() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_setting_that_a_run_lacks_was_its_default(method: str) -> None:
+    settings = resolve(flags={"method.name": method})
+    whole = flatten(settings.model_dump())
+    for key in whole.keys() - {"method.name", *BEFORE}:
+        old = {other: value for other, value in whole.items() if other != key}
+        assert completed(old) == whole
+        assert differences(old, settings) == []
+    assert completed({"method.name": "of-another-revision"}) == {"method.name": "of-another-revision"}
+
+
+def test_what_an_old_run_lacks_is_told_where_it_was_not_the_default() -> None:
     settings = resolve(flags={"method.name": "gems"})
     old = flatten(settings.model_dump())
     del old["method.others_lr"], old["method.normalize"], old["method.protect_others"]
-    assert differences(old, settings) == []
+    assert differences(old, changed(settings, {"method.normalize": False})) == []
+    assert differences(old, settings) == ["method.normalize: False -> None"], "the default has changed since"
+    old["method.normalize"] = None
     own = {"method.train_others": True, "method.others_lr": 1e-4}
     assert differences({**old, "method.train_others": True}, changed(settings, own)) == [
         "method.others_lr: None -> 0.0001"

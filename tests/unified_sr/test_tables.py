@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from run_files import FAIR, GOOD, write_grid, write_run
@@ -222,10 +223,40 @@ def test_the_schema_is_written_down_and_holds(tmp_path: Path) -> None:
 def test_what_two_settings_differ_in() -> None:
     texts = [json.dumps({"seed": 0, "a": 1, "b": 2}), json.dumps({"seed": 1, "a": 1, "b": 3}), json.dumps({"a": 1})]
     assert difference(texts) == {"b": [2, 3, None]}
+    assert difference(texts[1:], absent=True) == {"b": [3, None]}
     assert evaluated_differently({"x": '{"evaluation.users": 3}', "y": '{"evaluation.users": 4}'}) == (
         "evaluation.users=3 in x, evaluation.users=4 in y"
     )
     assert evaluated_differently({"x": '{"training.lr": 3}', "y": '{"training.lr": 4}'}) is None
+
+
+def as_of_an_earlier_revision(tables: Tables, key: str) -> Tables:
+    """The tables as packed by a revision that did not know a setting: other settings, so other names."""
+
+    def renamed(table: pa.Table) -> pa.Table:
+        names = pa.array([f"{name}-old" for name in table["run"].to_pylist()], pa.string())
+        return table.set_column(table.schema.get_field_index("run"), "run", names)
+
+    texts = []
+    for text in tables.runs["settings"].to_pylist():
+        settings = json.loads(text)
+        del settings[key]
+        texts.append(json.dumps(settings))
+    runs = tables.runs.set_column(tables.runs.schema.get_field_index("settings"), "settings", pa.array(texts))
+    return Tables(renamed(runs), renamed(tables.steps), renamed(tables.queries))
+
+
+def test_files_of_an_earlier_revision_have_the_settings_and_names_of_today(tmp_path: Path) -> None:
+    tables = gather([write_grid(tmp_path / "runs")])
+    old = as_of_an_earlier_revision(tables, "model.format")
+    write_tables(tables, tmp_path / "new")
+    write_tables(old, tmp_path / "old")
+    assert contents(tmp_path / "old") != contents(tmp_path / "new")
+    write_tables(read_tables(tmp_path / "old"), tmp_path / "read")
+    assert contents(tmp_path / "read") == contents(tmp_path / "new")
+    write_tables(merged([tables, old]), tmp_path / "both")
+    with pytest.raises(ValueError, match=r"have the same settings and seed, but for settings that one of them lacks"):
+        read_tables(tmp_path / "both")
 
 
 def test_tables_without_a_run_can_be_merged_with_others(tmp_path: Path) -> None:

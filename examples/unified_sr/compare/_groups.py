@@ -30,7 +30,7 @@ def group_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     firsts = runs.drop_duplicates(["label", "same"])
     names = {}
     for label, members in firsts.groupby("label", sort=False):
-        varied = difference(list(members["same"]))
+        varied = difference(list(members["same"]), absent=True)
         for place, same in enumerate(members["same"]):
             own = ", ".join(f"{key}={values[place]}" for key, values in varied.items())
             names[label, same] = f"{label} ({own})" if len(members) > 1 else label

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 
 from ._rows import Rows
 from ._schema import COLUMNS, schema_of
+from ._settings import identity, setting_columns
 
 _ORDER = {"runs": ("run",), "steps": ("run", "step"), "queries": ("run", "task", "query")}
 
@@ -82,7 +85,7 @@ def merged(parts: Sequence[Tables], *, replace: bool = False) -> Tables:
 
 
 def read_tables(folder: str | Path) -> Tables:
-    """Read the files of a folder.
+    """Read the files of a folder, the runs with today's settings and named by them, whatever revision packed them.
 
     Raises:
         FileNotFoundError: naming a file that is not there.
@@ -97,7 +100,7 @@ def read_tables(folder: str | Path) -> Tables:
                 f"{Path(folder) / table}.parquet has {min(strange)}, which runs.parquet lacks: they are not of one "
                 "writing; remove the three files and pack the runs again"
             )
-    return tables
+    return _renewed(tables, folder)
 
 
 def write_tables(tables: Tables, folder: str | Path) -> list[Path]:
@@ -145,6 +148,35 @@ def _joined(table: str, parts: Sequence[pa.Table]) -> pa.Table:
     empty = [name for name in rows.column_names if rows[name].null_count == len(rows)]
     schema = schema_of(table, [name for name in rows.column_names if name not in empty])
     return rows.combine_chunks().select(schema.names).cast(schema).unify_dictionaries()
+
+
+def _renewed(tables: Tables, folder: str | Path) -> Tables:
+    names: dict[str, str] = {}
+    texts = []
+    for row in tables.runs.select(["run", "label", "settings"]).to_pylist():
+        columns = setting_columns(json.loads(row["settings"]))
+        texts.append(columns["settings"])
+        names[row["run"]] = identity({**columns, "label": row["label"]})
+    if all(old == new for old, new in names.items()):
+        return tables
+    if len(set(names.values())) < len(names):
+        first, second = next(
+            (one, other) for one, other in itertools.combinations(names, 2) if names[one] == names[other]
+        )
+        raise ValueError(
+            f"{first} and {second} in {folder} have the same settings and seed, but for settings that one of them "
+            "lacks and that have their default in the other; remove the three files and pack one of the two"
+        )
+    place = tables.runs.schema.get_field_index("settings")
+    runs = tables.runs.set_column(place, tables.runs.schema.field(place), pa.array(texts, pa.string()))
+    parts = {"runs": runs, "steps": tables.steps, "queries": tables.queries}
+    return Tables(**{table: _joined(table, [_renamed(part, names)]) for table, part in parts.items()})
+
+
+def _renamed(table: pa.Table, names: Mapping[str, str]) -> pa.Table:
+    place = table.schema.get_field_index("run")
+    runs = pa.array([names[run] for run in table["run"].to_pylist()], pa.string())
+    return table.set_column(place, "run", runs)
 
 
 def _filled(part: pa.Table, schema: pa.Schema) -> pa.Table:

@@ -8,20 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from ..checking import completed
 from ..settings import EVALUATION
 
 
 def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that are columns of their own, and all of them as JSON text."""
+    """Return the settings that are columns of their own, and all of them as JSON text.
+
+    Those that are newer than the run have their default, so that runs before and after can be told apart by the rest.
+    """
+    settings = completed(settings)
     return {
         "data": PurePath(settings["data.source"]).name,
         "model": PurePath(settings["model.name"]).name,
         "method": settings["method.name"],
-        "split": settings.get("evaluation.split", "test"),
+        "split": settings["evaluation.split"],
         "seed": settings["seed"],
         "lr": settings["training.lr"],
         "item_lr": settings["training.item_lr"],
-        "format": settings.get("model.format", "prompt"),
+        "format": settings["model.format"],
         "batch_size": settings["training.batch_size"],
         "negatives": settings["evaluation.negatives"],
         "settings": _text(shortened(settings)),
@@ -75,16 +80,22 @@ def evaluated_differently(texts: Mapping[str, str]) -> str | None:
     return None
 
 
-def difference(texts: Sequence[str], but: Sequence[str] = ("seed",)) -> dict[str, list[Any]]:
+def difference(texts: Sequence[str], but: Sequence[str] = ("seed",), *, absent: bool = False) -> dict[str, list[Any]]:
     """Return the settings that are not the same in all texts that have them: name -> one value a text, or ``None``.
 
     Args:
         texts: settings as JSON text.
         but: settings that are left out.
+        absent: whether one is returned as well that some have and others have not.
     """
     settings = [json.loads(text) for text in texts]
     names = dict.fromkeys(name for found in settings for name in found if name not in but)
-    varied = [name for name in names if len({_text(found[name]) for found in settings if name in found}) > 1]
+    varied = [
+        name
+        for name in names
+        if len({_text(found[name]) for found in settings if name in found}) > 1
+        or (absent and not all(name in found for found in settings))
+    ]
     return {name: [found.get(name) for found in settings] for name in varied}
 
 
