@@ -11,7 +11,6 @@ from .report import comparison_table, result_table
 from .run import run
 from .run_folder import CONFIG, RunFolder
 from .settings import Settings
-from .zero_shot import evaluates_alike
 
 TABLE = "beside.md"
 """The file of the table, in the folder of the first method."""
@@ -39,9 +38,7 @@ def run_beside(
     folder = run(settings, out, say, further=names)
     for position, (name, (own, _)) in enumerate(others.items(), start=1):
         say(f"{1 + position} of {1 + len(names)}: {name}, with the same data, steps and batches")
-        # The first process alone has written, and the others would look before it has.
-        measured = current().of_first(lambda own=own: evaluates_alike(out, own))  # type: ignore[misc]
-        run(own, Path(out) / name, say, zero_shot=out if measured else None, further=names[position:])
+        run(own, Path(out) / name, say, zero_shot=out, further=names[position:])
     if current().first and others:
         RunFolder(out).file(TABLE).write_text(summary(RunFolder(out), others) + "\n", encoding="utf-8")
     return folder

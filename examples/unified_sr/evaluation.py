@@ -186,6 +186,13 @@ class Evaluator:
             compat=self._compat,
         )
 
+    def reads(self, examples: Sequence[Example]) -> list[Any]:
+        """Return what decides the result of each example but the model, as plain values."""
+        return [
+            [example.qid, list(self._prompts(example)), list(example.target), sorted(self._dataset.seen(example))]
+            for example in examples
+        ]
+
     def _scored(self, ranker: Ranker, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:
         prompts = [self._prompts(example) for example in examples]
         for bucket in length_buckets([len(prompt) for prompt in prompts], self._budget):

@@ -7,10 +7,8 @@ empty ``GRADSUB_CACHE`` keeps none. A file may be deleted at any time: it is fit
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from gradsub import NullSpace
 
 from .alone import alone
+from .fingerprints import Fingerprint
 from .processes import current
 
 _VERSION = 1
@@ -34,27 +33,26 @@ def folder() -> Path | None:
     return Path(chosen) / "null_spaces" if chosen else None
 
 
-def fingerprint(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], settings: Mapping[str, Any]) -> str:
-    """What a null space depends on, as a name: every weight, every token and the settings.
+def fingerprint(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    settings: Mapping[str, Any],
+    *,
+    without: Collection[nn.Parameter] = (),
+) -> str:
+    """What a null space depends on, as a name: the model's configuration and weights, every token and the settings.
 
     Args:
-        model: its weights are read, not its name, which another version may have.
+        model: is read, not its name, which another version may have.
         batches: the keyword arguments of its forward passes.
         settings: plain values.
+        without: weights that no batch reads.
     """
-    digest = hashlib.sha256(json.dumps([_VERSION, sorted(settings.items())]).encode())
-    for name, weight in model.named_parameters():
-        _add(digest, name, weight)
+    found = Fingerprint().add([_VERSION, dict(settings)]).add_model(model, without)
     for batch in batches:
         for key in sorted(batch):
-            _add(digest, key, batch[key])
-    return digest.hexdigest()[:40]
-
-
-def _add(digest: Any, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    # As bytes, because numpy has no bfloat16.
-    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.add_tensor(key, batch[key])
+    return found.name
 
 
 def fitted_once(key: str, fit: Callable[[], NullSpace], device: torch.device, say: Callable[[str], None]) -> NullSpace:

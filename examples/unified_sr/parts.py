@@ -16,12 +16,13 @@ from .data import Dataset, Example
 from .early_stopping import EarlyStopping
 from .evaluation import Evaluator, TaskResult, choose_examples
 from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
+from .fingerprints import Fingerprint
 from .general_domain import general_batches, token_windows
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder
 from .precision import Precision
 from .processes import current
 from .retention import Retention
-from .settings import Settings
+from .settings import EVALUATION, Settings
 from .zero_shot import Measured
 
 VALIDATION_METRIC = "ndcg@10"
@@ -48,6 +49,7 @@ class Parts:
         evaluated: task -> evaluated examples.
         fit_windows: token ids of general text that the null space is fitted on.
         retention: measures general abilities.
+        model: a fingerprint of the model and its catalogue before training.
     """
 
     settings: Settings
@@ -62,6 +64,7 @@ class Parts:
     evaluated: dict[str, list[Example]]
     fit_windows: list[torch.Tensor]
     retention: Retention
+    model: str
 
     @classmethod
     def assemble(
@@ -113,6 +116,7 @@ class Parts:
             evaluated=evaluated,
             fit_windows=fit,
             retention=retention,
+            model=_fingerprint(ranker),
         )
 
     def feed(self, dataset: Dataset, tasks: Sequence[str]) -> Feed:
@@ -162,9 +166,17 @@ class Parts:
             return None
         return replace(self, settings=settings, evaluated=choose_examples(dataset.test, tasks, settings.evaluation))
 
+    @property
+    def intact(self) -> str:
+        """What is measured of the intact model, as a hash: the model itself, and all that it reads and is to answer."""
+        sections = self.settings.model_dump(include={*EVALUATION, "model"})
+        read = {task: self.evaluator.reads(examples) for task, examples in self.evaluated.items()}
+        return Fingerprint().add([self.model, str(self.precision), sections, read, self.retention.reads()]).name
+
     def summary(self) -> dict[str, Any]:
         """Return what is evaluated, as plain values."""
         return {
+            "intact": self.intact,
             "tasks": list(self.tasks),
             "evaluated": {task: len(self.evaluated[task]) for task in self.tasks},
             "prompts": {task: self.prompts.text(self.evaluated[task][0]) for task in self.tasks},
@@ -173,6 +185,13 @@ class Parts:
     def measure(self, name: str) -> Measured:
         """Rank the evaluated examples and measure what is left of general abilities."""
         return Measured(self.ranked(self.evaluated, name), self.retention.measure(name))
+
+
+def _fingerprint(ranker: Ranker) -> str:
+    found = Fingerprint().add_model(ranker.lm)
+    for number, rows in enumerate(ranker.item_parameters()):
+        found.add_tensor(f"items {number}", rows)
+    return found.name
 
 
 def prompt_builder(settings: Settings, language_model: LanguageModel, first_item: int) -> PromptBuilder:

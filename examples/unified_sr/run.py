@@ -77,8 +77,8 @@ def run(
         settings: the resolved settings.
         out: the run folder; see ``RunFolder.check``. Of several processes the first one writes it, and all read it.
         say: prints a line to the user.
-        zero_shot: a finished run that evaluated alike (``evaluates_alike``), whose measurement of the intact model is
-            taken over; without it, and where nothing is trained, it is measured.
+        zero_shot: a run whose measurement of the intact model is taken over, if it is finished and measured the very
+            same; otherwise, and where nothing is trained, the intact model is measured.
         further: names of methods that the same command runs after this one, for its estimate of the time.
         measured: where runs side by side keep what they measure of the intact model.
         sealing: whether a run on the validation split also leaves its evaluation on the test split, see ``sealed``.
@@ -147,11 +147,14 @@ def _run(
             after = parts.measure("zero-shot")
         return ZeroShot.of(after, clock.seconds[BEFORE])
 
+    taken = None
     if build is not None and zero_shot is not None:
-        before = processes.of_first(lambda: ZeroShot.read(zero_shot))
+        taken = processes.of_first(lambda: ZeroShot.taken(zero_shot, parts.intact))
+    if taken is not None:
+        before = taken
         say(f"zero-shot: as measured in {zero_shot}")
     elif measured is not None:
-        before = measured.once(settings, measure, say, again=build is None)
+        before = measured.once(parts.intact, measure, say, again=build is None)
     else:
         before = measure()
     if unseen is not None:
@@ -220,7 +223,7 @@ def _measure_unseen(
             results = unseen.ranked(unseen.evaluated, "zero-shot, test")
         return before.on(results, clock.seconds[UNSEEN_BEFORE])
 
-    return measure() if measured is None else measured.once(unseen.settings, measure, say)
+    return measure() if measured is None else measured.once(unseen.intact, measure, say)
 
 
 def _write_results(

@@ -1,22 +1,17 @@
-"""What the intact model scores before training: measured, or taken over from a finished run that evaluated alike."""
+"""What the intact model scores before training: measured, or taken over from a run that measured the very same."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from .alone import alone
-from .checking import completed
 from .checkpoint import write_text_whole
-from .config import read_config
 from .evaluation import TaskResult
 from .retention import General
-from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder
-from .settings import EVALUATION, Settings, flatten
+from .run_folder import AFTER, BEFORE, METRICS, SAMPLED, RunFolder
 
 
 @dataclass
@@ -67,10 +62,19 @@ class ZeroShot:
         return ZeroShot({**ranking, "general": self.metrics["general"]}, sampled, self.questions, seconds)
 
     @classmethod
-    def read(cls, path: str | Path) -> ZeroShot:
-        """Read it out of a finished run with a language model."""
+    def taken(cls, path: str | Path, intact: str) -> ZeroShot | None:
+        """Read it out of a folder, if that holds a finished run which measured the very same.
+
+        Args:
+            path: the folder.
+            intact: of ``Parts.intact``.
+        """
         folder = RunFolder(path)
+        if not folder.finished:
+            return None
         summary = folder.read_json("run.json")
+        if summary.get("intact") != intact:
+            return None
         seconds = max(summary["seconds"].get(phase, 0.0) for phase in (BEFORE, AFTER))
         questions = (summary.get("multiple_choice") or {}).get("zero_shot")
         metrics, sampled = (folder.read_json(name)["zero_shot"] for name in (METRICS, SAMPLED))
@@ -87,49 +91,22 @@ class Shared:
 
     path: Path
 
-    def file(self, settings: Settings) -> Path:
-        """The file of all runs that evaluate as this one."""
-        text = json.dumps(sorted(_of_evaluation(settings).items()), ensure_ascii=False)
-        return self.path / f"{hashlib.sha256(text.encode()).hexdigest()[:20]}.json"
-
-    def write(self, settings: Settings, found: ZeroShot) -> None:
-        """Keep a measurement."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_text_whole(self.file(settings), json.dumps(asdict(found), indent=1))
-
     def once(
-        self, settings: Settings, measure: Callable[[], ZeroShot], say: Callable[[str], None], *, again: bool = False
+        self, intact: str, measure: Callable[[], ZeroShot], say: Callable[[str], None], *, again: bool = False
     ) -> ZeroShot:
         """Read the measurement, or make and keep it; who comes in between waits for it.
 
         Args:
-            settings: of the run.
+            intact: of ``Parts.intact``.
             measure: makes it.
             say: prints a line to the user.
             again: whether it is made even if it is there, for a run that wants more of it than is kept.
         """
-        file = self.file(settings)
+        file = self.path / f"{intact}.json"
         with alone(file.with_suffix(".lock"), "zero-shot", say):
             if file.is_file() and not again:
                 say(f"zero-shot: as measured before, {file}")
                 return ZeroShot(**json.loads(file.read_text(encoding="utf-8")))
             found = measure()
-            self.write(settings, found)
+            write_text_whole(file, json.dumps(asdict(found), indent=1))
             return found
-
-
-def _of_evaluation(settings: Settings) -> dict[str, Any]:
-    sections = tuple(f"{section}." for section in (*EVALUATION, "model"))
-    return {key: value for key, value in flatten(settings.model_dump()).items() if key.startswith(sections)}
-
-
-def evaluates_alike(path: str | Path, settings: Settings) -> bool:
-    """Tell whether a folder holds a finished run that measured the same intact model on the same examples.
-
-    They agree in the sections of the evaluation and in that of the model; how the two are trained changes nothing.
-    """
-    folder = RunFolder(path)
-    if not folder.finished or not folder.read_json(METRICS)["zero_shot"]:
-        return False
-    written = completed(read_config(folder.file(CONFIG)))
-    return all(written.get(key) == value for key, value in _of_evaluation(settings).items())

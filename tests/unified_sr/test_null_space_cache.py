@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +84,7 @@ def test_another_model_and_another_text_are_another_null_space(
 
     def change(ranker: Any) -> None:
         with torch.no_grad():
-            next(iter(ranker.backbone.parameters()))[0, 0] += 1e-3
+            ranker.embedding.base.weight[0, 0] += 1e-3
 
     built(llama_folder, "gems", before=change)
     assert len(fitted) == 4
@@ -112,6 +114,36 @@ def test_without_a_cache_or_where_it_cannot_be_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_the_configuration_counts_and_the_catalogue_does_not(
+    llama_folder: str, cache: Path, fitted: list[int], tmp_path: Path
+) -> None:
+    """The same weights compute something else with another activation, and other items change no word."""
+    built(llama_folder, "gems")
+    shutil.copytree(llama_folder, tmp_path / "copy")
+    built(str(tmp_path / "copy"), "gems")
+    assert len(fitted) == 1, "wherever the model lies"
+    file = tmp_path / "copy" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "hidden_act": "relu"}), "utf-8")
+    built(str(tmp_path / "copy"), "gems")
+    assert len(fitted) == 2
+
+    def rename(ranker: Any) -> None:
+        with torch.no_grad():
+            for rows in ranker.item_parameters():
+                rows += 1.0
+
+    built(llama_folder, "gems", before=rename)
+    assert len(fitted) == 2
+    others = ("method.train_others=true", "method.protect_others=true")
+    bases = []
+    for change in (rename, lambda ranker: None):
+        for path in cache.iterdir():
+            path.unlink()
+        built(llama_folder, "gems", *others, before=change)
+        bases.append(NullSpace.load(next(cache.iterdir())))
+    assert all(torch.equal(bases[0].basis(name), bases[1].basis(name)) for name in bases[0]), "so it may be left out"
+
+
 def test_the_name_depends_on_every_weight_token_and_setting() -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2).to(torch.bfloat16)
@@ -122,6 +154,10 @@ def test_the_name_depends_on_every_weight_token_and_setting() -> None:
     names.add(fingerprint(model, [{"input_ids": torch.arange(4)[None] + 1}], {"energy": 0.9}))
     names.add(fingerprint(model.float(), tokens, {"energy": 0.9}))
     assert len(names) == 4
+    model.register_buffer("scale", torch.ones(1))
+    names.add(fingerprint(model, tokens, {"energy": 0.9}))
+    assert len(names) == 5
+    assert fingerprint(model, tokens, {}, without=[model.weight]) != fingerprint(model, tokens, {})
 
 
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a fork server")

@@ -20,7 +20,7 @@ from ..estimates import format_duration
 from ..run_folder import State
 from ..sealed import holds, unseal
 from ..settings import Settings
-from ..zero_shot import Shared, ZeroShot, evaluates_alike
+from ..zero_shot import Shared
 from ._config import Grid
 from ._forecast import Forecast
 from ._jobs import Job, is_same_run, list_jobs, state_of
@@ -289,11 +289,6 @@ class _Runner:
         if time.monotonic() + self._forecast.to_checkpoint(job) > self._end_at:
             return False
         folder = job.folder(self._out)
-        if not self._measured.file(settings).is_file():
-            paths = [other.folder(self._out).path for other in self._listed.values()]
-            measured = next((path for path in paths if evaluates_alike(path, settings)), None)
-            if measured is not None:
-                self._measured.write(settings, ZeroShot.read(measured))
         process = Running(
             settings,
             folder.path,

@@ -188,6 +188,8 @@ def _null_space(setup: Setup[GemsSettings]) -> Any:
             "normalize": settings.normalize,
             "others": settings.protect_others,
         },
+        # General text has no items, and its loss is that of the words.
+        without=setup.ranker.item_parameters(),
     )
     device = next(backbone.parameters()).device
     return fitted_once(key, fit, device, setup.say)

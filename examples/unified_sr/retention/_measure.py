@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -79,6 +79,10 @@ class Retention:
         """Measure perplexity and ask the questions; ``name`` says in the progress bar of what."""
         found = perplexity(self._language_model, self._windows, self._device)
         return General(found, self._answers(name) if self._questions else None)
+
+    def reads(self) -> list[Any]:
+        """Return all that is read in a measurement, as plain values."""
+        return [[window.tolist() for window in self._windows], [asdict(question) for question in self._questions]]
 
     def intact_layers(self, backbone: nn.Module) -> IntactLayers | None:
         """Record the layers before they are trained, if their leak is to be measured."""
