@@ -16,6 +16,7 @@ from examples.unified_sr.data import _category_queries as category_queries
 from examples.unified_sr.data._category_queries import category_query
 
 ANY = {"min_user_events": 1, "min_item_events": 1}
+PARTS = ("train", "valid", "test")
 Row = dict[str, Any]
 
 PATHS = {
@@ -177,14 +178,36 @@ def test_every_purchase_is_a_recommendation_and_a_search_for_each_query(tmp_path
                 place = bought[example.user].index(name)
                 assert [dataset.items[item].id for item in example.history] == bought[example.user][:place]
                 assert {dataset.items[item].id for item in dataset.seen(example)} == set(bought[example.user][:place])
-                if task == "search":
-                    of_purchase.setdefault((example.user, name), set()).add(part)
+                of_purchase.setdefault((example.user, name), set()).add(part)
     assert all(len(found) == 1 for found in of_purchase.values()), "all questions about a purchase are in one part"
-    for task in TASKS:
-        for user, names in bought.items():
-            able = [name for name in names if task == "rec" or name not in ("A2", "A3")]
-            assert {name_of(dataset, example) for example in dataset.test[task] if example.user == user} == {able[-1]}
-            assert {name_of(dataset, example) for example in dataset.valid[task] if example.user == user} == {able[-2]}
+    for user, names in bought.items():
+        able = {task: [name for name in names if task == "rec" or name not in ("A2", "A3")] for task in TASKS}
+        last = {able[task][-1] for task in TASKS}
+        second = {[name for name in able[task] if name not in last][-1] for task in TASKS}
+        for task in TASKS:
+            for part, wanted in (("test", last), ("valid", second)):
+                held_out = {name_of(dataset, example) for example in parts[part][task] if example.user == user}
+                assert held_out == wanted.intersection(able[task])
+
+
+def test_several_questions_about_one_purchase_are_one_event_of_a_task(tmp_path: Path) -> None:
+    source = write(tmp_path, reviews_2014(), metadata_2014())
+    searched = load_dataset(source, searches="every", min_task_events=6, **ANY)
+    assert len(searched.events) == 6, "two of each user's eight products have no query"
+    with pytest.raises(ValueError, match=r"0 of 48 events remain .* min_task_events=7"):
+        load_dataset(source, searches="every", min_task_events=7, **ANY)
+
+
+def test_what_one_part_asks_about_no_other_does(tmp_path: Path) -> None:
+    """The last purchase of each user has no query, so the last search is about the one before it."""
+    metadata = [
+        {**row, "categories": [] if row["asin"] == "A7" else [["a", f"b{row['asin']}"]]} for row in metadata_2014()
+    ]
+    reviews = [row for row in reviews_2014() if row["reviewerID"] == "U0"]
+    dataset = load_dataset(write(tmp_path, reviews, metadata), searches="every", **ANY)
+    found = {part: {name_of(dataset, e) for task in TASKS for e in getattr(dataset, part)[task]} for part in PARTS}
+    assert (found["test"], found["valid"]) == ({"A7", "A6"}, {"A5"})
+    assert not found["train"] & (found["test"] | found["valid"])
     qids = [example.qid for example in every_example(dataset)]
     assert len(set(qids)) == len(qids)
 

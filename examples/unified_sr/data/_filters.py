@@ -18,7 +18,7 @@ class Minima:
 
     Args:
         user_events: events of a user, both tasks together.
-        task_events: events of a user in each of the tasks.
+        task_events: events of a user in each of the tasks; several questions about one interaction are one.
         item_events: mentions of an item.
         item_counts: which mentions count: ``"events"`` those as an answer, ``"impressions"`` also those in a recorded
             history and those that were displayed without being chosen.
@@ -59,7 +59,7 @@ def k_core(events: Sequence[Event], minima: Minima) -> list[Event]:
     while True:
         interactions = [event for event in kept if not event.derived]
         users = Counter(event.user for event in interactions)
-        tasks = Counter((event.user, event.task) for event in kept)
+        tasks = _interactions_by_task(kept) if minima.task_events else Counter()
         items = Counter(item for event in interactions for item in _mentions(event, minima.item_counts))
 
         def stays(item: str, items: Counter[str] = items) -> bool:
@@ -75,6 +75,15 @@ def k_core(events: Sequence[Event], minima: Minima) -> list[Event]:
         if enough == kept:
             return enough
         kept = enough
+
+
+def _interactions_by_task(events: Sequence[Event]) -> Counter[tuple[str, str]]:
+    before: Counter[str] = Counter()
+    found: set[tuple[str, str, int]] = set()
+    for event in events:
+        found.add((event.user, event.task, before[event.user]))
+        before[event.user] += not event.derived
+    return Counter((user, task) for user, task, _ in found)
 
 
 def mentioned(events: Sequence[Event], item_counts: str) -> set[str]:

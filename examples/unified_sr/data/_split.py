@@ -42,7 +42,8 @@ def make_split(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int],
     Leave-one-out, per user and task:
 
     * test: the last event of each task; valid: the one before it; both only where the user has at least
-      ``MIN_HELD_OUT`` events of that task.
+      ``MIN_HELD_OUT`` events of that task. Of one interaction that is asked for several times, all questions that are
+      held out are in one part, the test part if one task's last event is among them.
     * train: the events before the user's first held-out event of *either* task. Later ones would put a held-out item
       into a training history, or train on the user's future. On MovieLens-100K this costs 1.4 % of the training
       examples.
@@ -87,17 +88,19 @@ def make_split(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int],
 def _leave_one_out(events: Sequence[Event]) -> list[str]:
     # Derived events share the step of their interaction, so that all questions about it go to the same part.
     at = steps(events)
-    held_out: dict[tuple[str, int], str] = {}
-    for task in TASKS:
-        own = sorted({step for event, step in zip(events, at, strict=True) if event.task == task})
-        if len(own) >= MIN_HELD_OUT:
-            held_out[task, own[-1]] = "test"
-            held_out[task, own[-2]] = "valid"
-    first = min((step for _, step in held_out), default=len(events))
-    return [
-        held_out.get((event.task, step), "train" if step < first else "")
-        for event, step in zip(events, at, strict=True)
-    ]
+    found = {task: {step for event, step in zip(events, at, strict=True) if event.task == task} for task in TASKS}
+    enough = {task: own for task, own in found.items() if len(own) >= MIN_HELD_OUT}
+    held_out = {max(own): "test" for own in enough.values()}
+    before = [own - held_out.keys() for own in enough.values()]
+    held_out |= {max(own): "valid" for own in before if own}
+    first = min(held_out, default=len(events))
+
+    def part(event: Event, step: int) -> str:
+        if step < first:
+            return "train"
+        return held_out.get(step, "") if event.task in enough else ""
+
+    return [part(event, step) for event, step in zip(events, at, strict=True)]
 
 
 def _merge_derived(events: Sequence[Event]) -> list[Event]:
