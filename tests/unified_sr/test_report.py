@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from examples.unified_sr.config import resolve, to_yaml
-from examples.unified_sr.report import draw_plots, result_table
+from examples.unified_sr.report import comparison_table, draw_plots, result_table
 from examples.unified_sr.run_folder import CONFIG, METRICS, RunFolder, State
 
 VALUES = {"hit@10": 0.1, "ndcg@10": 0.05, "mrr@10": 0.04}
@@ -44,6 +45,43 @@ def test_the_table_shows_before_after_and_change(tmp_path: Path) -> None:
 
 def test_zero_shot_has_one_column(tmp_path: Path) -> None:
     assert result_table(finished(tmp_path / "run", "zero-shot")).splitlines()[0].count("|") == 3
+
+
+def served(path: Path, method: str, tasks: tuple[str, ...], ndcg: float) -> RunFolder:
+    """A run of a method without a language model."""
+    path.mkdir()
+    folder = RunFolder(path)
+    folder.file(CONFIG).write_text(to_yaml(resolve(flags={"method.name": method})), encoding="utf-8")
+    folder.write_json(METRICS, {"zero_shot": {}, "final": {task: {**VALUES, "ndcg@10": ndcg} for task in tasks}})
+    return folder
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_runs_side_by_side_in_any_order_show_their_own_numbers(tmp_path: Path, order: tuple[int, ...]) -> None:
+    folders = [
+        served(tmp_path / "popularity", "popularity", ("rec", "search"), 0.75),
+        served(tmp_path / "sasrec", "sasrec", ("rec",), 0.5),
+        finished(tmp_path / "gems"),
+    ]
+    own = {
+        "popularity": {"rec NDCG@10": "0.7500", "search NDCG@10": "0.7500", "general perplexity": "–"},
+        "sasrec": {"rec NDCG@10": "0.5000", "search NDCG@10": "–", "general perplexity": "–", "its change": "–"},
+        "gems": {"rec NDCG@10": "0.2500", "search NDCG@10": "0.0500", "general perplexity": "41.00"},
+        "zero-shot": {"rec NDCG@10": "0.0500", "search NDCG@10": "0.0500", "general perplexity": "40.00"},
+    }
+    table = cells(comparison_table([folders[place] for place in order]))
+    names = ["popularity", "sasrec", "gems"]
+    assert list(table) == ["zero-shot", *(names[place] for place in order)]
+    assert all(wanted.items() <= table[name].items() for name, wanted in own.items())
+    without = cells(comparison_table([folders[place] for place in order if place < 2]))
+    assert "zero-shot" not in without
+    assert not any("general perplexity" in column for column in without.values())
+
+
+def cells(table: str) -> dict[str, dict[str, str]]:
+    """Column -> row -> cell."""
+    head, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return {name: {row[0]: row[place] for row in rows} for place, name in enumerate(head) if place}
 
 
 @pytest.mark.parametrize("steps", [1, 3, 40])

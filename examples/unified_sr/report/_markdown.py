@@ -34,8 +34,9 @@ def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]
     found = perplexities(folder)
     if found is not None:
         old, new = found
+        rows = {"prompt": "examples per task", "sequence": "sequences"}[settings["model.format"]]
         text += (
-            f" {summary['steps']} steps of {settings['training.batch_size']} examples per task, seed "
+            f" {summary['steps']} steps of {settings['training.batch_size']} {rows}, seed "
             f"{settings['seed']}. Perplexity on {summary['perplexity_tokens']} held-out tokens of general text: "
             f"{old:.2f} for the intact model, {new:.2f} after training ({change(old, new)})."
         )

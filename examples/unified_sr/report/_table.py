@@ -10,6 +10,8 @@ from ..run_folder import CONFIG, METRICS, SAMPLED, RunFolder
 
 Rows = list[tuple[str, float, float]]
 
+DASH = "–"
+
 
 def result_rows(folder: RunFolder, *, sampled: bool = False) -> Rows:
     """Return (name, zero-shot, final) of Hit@10 and NDCG@10 per task; where nothing was there before, final twice."""
@@ -59,20 +61,27 @@ def result_table(folder: RunFolder) -> str:
 
 
 def comparison_table(folders: Sequence[RunFolder]) -> str:
-    """Return one table of finished runs that started from the same model, as aligned Markdown.
+    """Return one table of finished runs, as aligned Markdown; a dash is what a method does not serve or has not.
 
     Args:
-        folders: of runs that evaluated alike; the first one tells what the intact model scores.
+        folders: of runs that evaluated alike, and whose language models, where they have one, are the same. The first
+            one with a model tells what the intact one scores; without any there is no such column.
     """
-    rows = [dict(map(_named, result_rows(folder))) for folder in folders]
-    found = [perplexities(folder) for folder in folders]
-    cells = [["", "zero-shot", *(read_config(folder.file(CONFIG))["method.name"] for folder in folders)]]
-    for name, (before, _) in rows[0].items():
-        cells.append([name, f"{before:.4f}", *(f"{row[name][1]:.4f}" for row in rows)])
-    pairs = [pair for pair in found if pair is not None]
-    if len(pairs) == len(folders):
-        cells.append(["general perplexity", f"{pairs[0][0]:.2f}", *(f"{after:.2f}" for _, after in pairs)])
-        cells.append(["its change", "", *(change(*pair) for pair in pairs)])
+    found = {folder: dict(map(_named, result_rows(folder))) for folder in folders}
+    measured = [folder for folder in folders if folder.read_json(METRICS)["zero_shot"]]
+    intact = {name: before for name, (before, _) in found[measured[0]].items()} if measured else {}
+    columns = [{name: after for name, (_, after) in rows.items()} for rows in found.values()]
+    methods = [read_config(folder.file(CONFIG))["method.name"] for folder in folders]
+    cells = [["", *(["zero-shot"] if measured else []), *methods]]
+    for name in dict.fromkeys(name for rows in found.values() for name in rows):
+        values = [*([intact.get(name)] if measured else []), *(column.get(name) for column in columns)]
+        cells.append([name, *(DASH if value is None else f"{value:.4f}" for value in values)])
+    if measured:
+        pairs = [perplexities(folder) for folder in folders]
+        first = next(pair for pair in pairs if pair is not None)
+        afters = [DASH if pair is None else f"{pair[1]:.2f}" for pair in pairs]
+        cells.append(["general perplexity", f"{first[0]:.2f}", *afters])
+        cells.append(["its change", "", *(DASH if pair is None else change(*pair) for pair in pairs)])
     return markdown_table(cells)
 
 
