@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,20 @@ SELECTION = "selection.json"
 """The file beside a grid's runs of a method that says how its rate was chosen."""
 BEFORE, AFTER = "zero-shot evaluation", "final evaluation"
 """What a run calls its evaluations under ``seconds`` of ``run.json``."""
+
+
+PARTIAL = ".partial"
+"""Behind the name of a folder that is being filled; one that is left over is no run."""
+
+
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a folder to fill that then takes its place, and that of what is there: as a whole or not at all."""
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)
+    partial.replace(path)
 
 
 class State(Enum):

@@ -8,7 +8,6 @@ chosen for is never seen.
 from __future__ import annotations
 
 import io
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from .config import differences
-from .run_folder import CONFIG, RunFolder
+from .run_folder import CONFIG, RunFolder, whole
 from .settings import Settings
 
 SEALED = "test.sealed.tar.gz"
@@ -51,9 +50,6 @@ def holds(folder: RunFolder, settings: Settings) -> bool:
 
 
 def unseal(folder: RunFolder, out: Path) -> None:
-    """Write the closed results of a folder to another one, which must not be there: that of a finished run."""
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(folder.file(SEALED)) as archive:
+    """Write the closed results of a folder to another one: that of a finished run."""
+    with whole(out) as partial, tarfile.open(folder.file(SEALED)) as archive:
         archive.extractall(partial, filter="data")
-    partial.replace(out)

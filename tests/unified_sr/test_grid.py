@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import yaml
+from run_files import GOOD, write_run
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config
+from examples.unified_sr.grid import read_grid, run_grid
 from examples.unified_sr.grid._forecast import Forecast
 from examples.unified_sr.tables import gather
 
@@ -290,3 +292,32 @@ def test_a_killed_grid_goes_on(llama_folder: str, data_folder: str, tmp_path: Pa
     assert len(seconds) == 60
     assert "unfinished: it goes on" in folder.with_name("seed-0.log").read_text(encoding="utf-8")
     assert not list(folder.glob("checkpoint*"))
+
+
+def test_a_copy_that_is_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        "data: {ml: movielens-100k}\nmethods: [{name: a, method: gems}, {name: b, method: gems}]\n", "utf-8"
+    )
+    grid, out = read_grid(file), tmp_path / "out"
+    source = write_run(out / "ml/a/seed-0", "gems", ranks={"rec": GOOD, "search": GOOD})
+    copytree = shutil.copytree
+
+    def full(place: Path, target: Path) -> None:
+        copytree(place, target, ignore=shutil.ignore_patterns("queries*"))
+        raise OSError("no space left on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", full)
+        outcome = run_grid(grid, out, say=lambda line: None)
+    assert outcome.done == ["ml/a/seed-0"]
+    assert "no space left" in outcome.failed["ml/b/seed-0"]
+    assert [path.parent.name for path in out.rglob("metrics.json")] == ["seed-0", "seed-0.partial"]
+    assert len(gather([out], say=lambda line: None).runs) == 1
+    begun = out / "ml/b/seed-0"
+    begun.mkdir()
+    shutil.copy(source / "config.yaml", begun)
+    (begun / "checkpoint.pt").touch()
+    assert run_grid(grid, out, say=lambda line: None).done == ["ml/a/seed-0", "ml/b/seed-0"]
+    assert filecmp.dircmp(source, begun).left_list == filecmp.dircmp(source, begun).right_list
+    assert not list(out.rglob("*.partial"))

@@ -130,6 +130,24 @@ def test_what_is_not_finished_is_named_and_left_out(tmp_path: Path, capsys: pyte
     assert len(read_tables(tmp_path / "out").runs) == 1
 
 
+def test_what_is_left_of_a_copy_is_no_run(tmp_path: Path) -> None:
+    write_run(tmp_path / "gems" / "seed-0", "gems", ranks={"rec": GOOD})
+    write_run(tmp_path / "gems" / "seed-1.partial", "gems", 1, ranks={"rec": GOOD})
+    said: list[str] = []
+    assert len(gather([tmp_path], say=said.append).runs) == 1
+    assert said == [f"left out, since it failed or is not finished: {tmp_path / 'gems' / 'seed-1.partial'}"]
+
+
+def test_a_run_without_the_values_of_its_queries_is_refused(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", "gems", ranks={"rec": GOOD, "search": FAIR})
+    (folder / "queries.search.jsonl").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"queries.search.jsonl' is not there, though the run has ranked search"
+    ):
+        pack([folder], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_folders_with_one_run_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, "gems", ranks={"rec": GOOD})

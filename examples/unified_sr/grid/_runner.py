@@ -17,7 +17,7 @@ from typing import Any
 
 from ..busy import cores
 from ..estimates import format_duration
-from ..run_folder import State
+from ..run_folder import State, whole
 from ..sealed import holds, unseal
 from ..settings import Settings
 from ..zero_shot import Shared
@@ -273,7 +273,8 @@ class _Runner:
         others = [other.folder(self._out) for other in self._listed.values()]
         same = next((other for other in others if is_same_run(other.path, settings)), None)
         if same is not None:  # a trial of two entries that differ in how they choose
-            shutil.copytree(same.path, folder.path, dirs_exist_ok=True)
+            with whole(folder.path) as partial:
+                shutil.copytree(same.path, partial)
             log.write_text(f"the same run as {same.path}, of which this is a copy\n", encoding="utf-8")
             return True
         if folder.path.exists():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from ..run_folder import CONFIG, RunFolder
+from ..run_folder import CONFIG, PARTIAL, RunFolder
 from ._files import Tables, merged, read_tables, write_tables
 from ._rows import rows_of
 
@@ -55,7 +55,7 @@ def gather(paths: Sequence[str | Path], *, say: Say = print) -> Tables:
     # Runs may lie beside the three files, finished after these were written.
     single = [path for path in map(Path, paths) if path not in packed or next(path.rglob(CONFIG), None)]
     folders = list(_folders(single))
-    finished = [folder for folder in folders if folder.finished]
+    finished = [folder for folder in folders if folder.finished and not _is_partial(folder.path)]
     for folder in folders:
         if folder not in finished:
             say(f"left out, since it failed or is not finished: {folder.path}")
@@ -77,6 +77,11 @@ def gather(paths: Sequence[str | Path], *, say: Say = print) -> Tables:
 
 def _is_packed(path: Path) -> bool:
     return (path / "runs.parquet").is_file()
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether it is what is left of a copy that was cut off."""
+    return path.name.endswith(PARTIAL)
 
 
 def _folders(paths: Iterable[Path]) -> Iterable[RunFolder]:

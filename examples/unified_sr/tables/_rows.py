@@ -54,7 +54,8 @@ def rows_of(folder: RunFolder) -> Rows:
         **_summary(summary),
         **_metrics(folder),
     }
-    tasks = [] if columns["split"] == "valid" else list(folder.read_json(METRICS)["final"])
+    ranked = [task for task in folder.read_json(METRICS)["final"] if task != "general"]
+    tasks = [] if columns["split"] == "valid" else ranked
     queries = [{"run": name, "task": task, **row} for task in tasks for row in _queries(folder, task)]
     return Rows(run, [{"run": name, **step} for step in steps], queries)
 
@@ -120,10 +121,12 @@ def _metrics(folder: RunFolder) -> Row:
 
 
 def _queries(folder: RunFolder, task: str) -> Iterator[Row]:
-    """The values of a file; none if there is no such file."""
     file = folder.file(f"queries.{task}.jsonl")
     if not file.is_file():
-        return
+        raise FileNotFoundError(
+            f"{str(file)!r} is not there, though the run has ranked {task}: the folder is not complete; leave it out, "
+            "or remove it and run again"
+        )
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         yield {"query": row.pop("qid"), **row}
