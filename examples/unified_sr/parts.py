@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,16 @@ from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
 from .fingerprints import Fingerprint
 from .general_domain import general_batches, token_windows
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder
+from .plan import Plan, plan_training
 from .precision import Precision
 from .processes import current
 from .retention import Retention
 from .settings import EVALUATION, Settings
+from .training import tasks_to_train
 from .zero_shot import Measured
 
 VALIDATION_METRIC = "ndcg@10"
-"""Its mean over the tasks decides when training ends early."""
+"""Its mean over the trained tasks decides when training ends early."""
 
 NULL_SPACE_WINDOW = 256
 """Tokens of a window of general text that the null space is fitted on."""
@@ -44,8 +46,9 @@ class Parts:
         collate: pads them.
         precision: of the forward passes.
         evaluator: ranks the catalogue.
+        trained: the tasks that are trained, whatever is evaluated.
         tasks: those that have examples to train and to evaluate.
-        valid: task -> validation examples, for early stopping.
+        valid: trained task -> validation examples, for early stopping.
         evaluated: task -> evaluated examples.
         fit_windows: token ids of general text that the null space is fitted on.
         retention: measures general abilities.
@@ -59,6 +62,7 @@ class Parts:
     collate: Collator
     precision: Precision
     evaluator: Evaluator
+    trained: tuple[str, ...]
     tasks: tuple[str, ...]
     valid: dict[str, list[Example]]
     evaluated: dict[str, list[Example]]
@@ -76,13 +80,8 @@ class Parts:
         precision: Precision,
     ) -> Parts:
         """Put a loaded data set, model and text together."""
-        split = {"test": dataset.test, "valid": dataset.valid}[settings.evaluation.split]
-        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
-        if not tasks:
-            raise ValueError(
-                f"{settings.data.source!r} has no task with both training and {settings.evaluation.split} examples; "
-                "pass more data"
-            )
+        tasks, evaluated = _evaluated(dataset, settings)
+        trained = tasks_to_train(settings.training.tasks, dataset.trainable)
         ranker = Ranker(language_model, dataset.items).to(precision.device)
         tokenizer = language_model.tokenizer
         prompts = prompt_builder(settings, language_model, ranker.first_item)
@@ -99,7 +98,6 @@ class Parts:
             seed=settings.evaluation.seed,
             compat=settings.evaluation.compat,
         )
-        valid, evaluated = (choose_examples(each, tasks, settings.evaluation) for each in (dataset.valid, split))
         wanted = getattr(settings.method, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
         retention = Retention(language_model, text[1], settings, precision.device)
@@ -111,20 +109,25 @@ class Parts:
             collate=collate,
             precision=precision,
             evaluator=evaluator,
+            trained=trained,
             tasks=tasks,
-            valid=valid,
+            valid=choose_examples(dataset.valid, trained, settings.evaluation),
             evaluated=evaluated,
             fit_windows=fit,
             retention=retention,
             model=_fingerprint(ranker),
         )
 
-    def feed(self, dataset: Dataset, tasks: Sequence[str]) -> Feed:
+    def feed(self, dataset: Dataset) -> Feed:
         """Return what a step of training reads."""
-        pools = training_pools(dataset, self.settings, tasks)
+        pools = training_pools(dataset, self.settings, self.trained)
         if isinstance(self.prompts, SequenceBuilder):
             return SequenceFeed(pools, self.collate, self.prompts)
         return PromptFeed(pools, self.collate, self.prompts)
+
+    def plan(self, dataset: Dataset) -> Plan:
+        """Return how long training is: as joint training, whose epoch is that of all tasks."""
+        return plan_training(self.settings, training_pools(dataset, self.settings, dataset.trainable))
 
     def general(self) -> Iterator[Mapping[str, torch.Tensor]]:
         """Yield batches of general text for the null space."""
@@ -134,13 +137,13 @@ class Parts:
         """Return what ends the training early and keeps the best weights at the path, if anything does."""
         if self.settings.training.early_stop is None:
             return None
-        empty = [task for task in self.tasks if not self.valid[task]]
+        empty = [task for task in self.trained if not self.valid[task]]
         if empty:
             raise ValueError(f"early_stop needs validation examples, but {empty} have none; set early_stop to null")
         return EarlyStopping(path, self.settings.training.early_stop, self.validation)
 
     def validation(self) -> float:
-        """Return the mean of the validation metric over the tasks."""
+        """Return the mean of the validation metric over the trained tasks."""
         ranked = self.ranked(self.valid, "validation")
         return math.fsum(result.metrics[VALIDATION_METRIC] for result in ranked.values()) / len(ranked)
 
@@ -157,14 +160,11 @@ class Parts:
             for task, examples in chosen.items()
         }
 
-    def on_test(self, dataset: Dataset, say: Callable[[str], None]) -> Parts | None:
-        """The same parts with the test examples to evaluate, or None if other tasks would be trained there."""
+    def on_test(self, dataset: Dataset) -> Parts:
+        """The same parts with the test examples to evaluate, which may be of other tasks."""
         settings = changed(self.settings, {"evaluation.split": "test"})
-        tasks = tuple(task for task in dataset.tasks if dataset.train[task] and dataset.test[task])
-        if tasks != self.tasks:
-            say(f"the test split is not evaluated in the same run: it has the tasks {tasks}, validation {self.tasks}")
-            return None
-        return replace(self, settings=settings, evaluated=choose_examples(dataset.test, tasks, settings.evaluation))
+        tasks, evaluated = _evaluated(dataset, settings)
+        return replace(self, settings=settings, tasks=tasks, evaluated=evaluated)
 
     @property
     def intact(self) -> str:
@@ -185,6 +185,17 @@ class Parts:
     def measure(self, name: str) -> Measured:
         """Rank the evaluated examples and measure what is left of general abilities."""
         return Measured(self.ranked(self.evaluated, name), self.retention.measure(name))
+
+
+def _evaluated(dataset: Dataset, settings: Settings) -> tuple[tuple[str, ...], dict[str, list[Example]]]:
+    split = {"test": dataset.test, "valid": dataset.valid}[settings.evaluation.split]
+    tasks = tuple(task for task in dataset.trainable if split[task])
+    if not tasks:
+        raise ValueError(
+            f"{settings.data.source!r} has no task with both training and {settings.evaluation.split} examples; "
+            "pass more data"
+        )
+    return tasks, choose_examples(split, tasks, settings.evaluation)
 
 
 def _fingerprint(ranker: Ranker) -> str:

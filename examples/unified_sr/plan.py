@@ -15,7 +15,7 @@ class Plan:
 
     Args:
         steps: optimizer steps, if nothing ends it earlier.
-        per_epoch: steps in which the largest stream is read once.
+        per_epoch: steps in which the largest stream of joint training is read once.
     """
 
     steps: int
@@ -27,7 +27,7 @@ def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
 
     Args:
         settings: of the run.
-        pools: what an epoch goes through, by stream.
+        pools: what an epoch of all tasks goes through, by stream, whichever are trained.
 
     Raises:
         ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.

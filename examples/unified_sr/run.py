@@ -26,7 +26,6 @@ from .methods import Setup, Updater, method_named
 from .model import load_language_model
 from .parts import Parts
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
-from .plan import plan_training
 from .precision import choose_precision
 from .processes import current
 from .report import write_report
@@ -35,7 +34,7 @@ from .run_baseline import run_baseline
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
 from .sealed import seal
 from .settings import Settings
-from .training import History, tasks_to_train, train
+from .training import History, train
 from .zero_shot import Measured, Shared, ZeroShot
 
 UNSEEN_BEFORE, UNSEEN_AFTER = f"{BEFORE}, test split", f"{AFTER}, test split"
@@ -131,14 +130,13 @@ def _run(
         text = load_general_text(settings.evaluation.general_text)
         language_model = load_language_model(settings.model.name)
         parts = Parts.assemble(settings, dataset, language_model, text, precision)
-        trained = tasks_to_train(settings.training.tasks, parts.tasks)
-        feed = parts.feed(dataset, trained)
-    plan = plan_training(settings, feed.pools)
+        feed = parts.feed(dataset)
+    plan = parts.plan(dataset)
     folder.start(settings, describe_environment(settings.seed, precision))
     folder.write_json("statistics.json", dataset.statistics())
     say(f"{settings.model.name} on {precision}; for example: {parts.prompts.text(parts.evaluated[parts.tasks[0]][0])}")
     build = method.build if plan.steps > 0 else None
-    unseen = parts.on_test(dataset, say) if sealing and build is not None else None
+    unseen = parts.on_test(dataset) if sealing and build is not None else None
     after: Measured
 
     def measure() -> ZeroShot:
@@ -168,7 +166,7 @@ def _run(
         with clock.phase("preparation"):
             intact = parts.retention.intact_layers(parts.ranker.backbone)
             torch.manual_seed(settings.seed)
-            updater = build(Setup(parts.ranker, settings, trained, parts.general, say))
+            updater = build(Setup(parts.ranker, settings, parts.trained, parts.general, say))
             _say_memory(parts, updater, feed, say)
         with clock.phase("training"):
             history = train(
@@ -177,6 +175,7 @@ def _run(
                 feed,
                 precision,
                 settings,
+                plan,
                 folder.file("steps.jsonl"),
                 checkpoint,
                 stopping=stopping,
@@ -246,7 +245,7 @@ def _write_results(
 
 def _say_memory(parts: Parts, updater: Updater, feed: Feed, say: Callable[[str], None]) -> None:
     rows, autocast = row_size(feed.pools, feed.size), parts.precision.autocast is not None
-    training, tasks = parts.settings.training, len(tasks_to_train(parts.settings.training.tasks, parts.tasks))
+    training, tasks = parts.settings.training, len(parts.trained)
     memory = estimate_memory(parts.ranker, updater.optimizer, training, rows, tasks=tasks, autocast=autocast)
     free = free_memory(parts.precision.device)
     say(f"memory: training takes {memory}, an estimate; {free / 2**30:.1f} GiB are free on {parts.precision.device}")

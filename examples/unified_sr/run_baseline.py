@@ -52,8 +52,8 @@ def run_baseline(
     if method.fit is None:
         raise ValueError(f"the method {method.name!r} needs a language model: run it with run()")
     split = {"test": dataset.test, "valid": dataset.valid}[settings.evaluation.split]
-    tasks = tuple(task for task in dataset.tasks if dataset.train[task] and split[task])
-    trained = tasks_to_train(settings.training.tasks, tasks)
+    tasks = tuple(task for task in dataset.trainable if split[task])
+    trained = tasks_to_train(settings.training.tasks, dataset.trainable)
     reset_peak_memory(_CPU)
     with phase("preparation"):
         fitted = method.fit(settings, dataset, [example for task in trained for example in dataset.train[task]])

@@ -22,7 +22,7 @@ from .interruption import INTERRUPTION, Interrupted
 from .losses import passes_of, total_samples
 from .methods import Diagnostics, Updater
 from .model import Ranker
-from .plan import plan_training
+from .plan import Plan
 from .precision import Precision
 from .processes import current
 from .settings import Settings
@@ -104,6 +104,7 @@ def train(
     feed: Feed,
     precision: Precision,
     settings: Settings,
+    plan: Plan,
     log: Path,
     checkpoint: Checkpoint,
     *,
@@ -118,6 +119,7 @@ def train(
         feed: of training rows.
         precision: of the forward passes.
         settings: of the run.
+        plan: how many steps that are.
         log: a file that gets one JSON object per step.
         checkpoint: where an interrupted run left off, if it is there; written every ``checkpoint_every`` steps.
         stopping: may end it after an epoch, and then chooses the weights.
@@ -130,7 +132,6 @@ def train(
     streams = {name: pool.batches(settings.training.batch_size, settings.seed) for name, pool in feed.pools.items()}
     processes = current()
     processes.check_batch(settings.training.batch_size, settings.training.accumulation)
-    plan = plan_training(settings, feed.pools)
     schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.training.warmup))
     done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
     history = History.of(state)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from run_files import BAD, FAIR, GOOD, write_run
 
 from examples.unified_sr.grid import Trial, _jobs, _select, choose, list_jobs, matching, next_rate, read_grid
 from examples.unified_sr.grid._config import Selection
+from examples.unified_sr.grid._select import choose_rate
 
 FILE = """
 data: {films: movielens-100k, shop: null}
@@ -117,6 +119,19 @@ methods: [gems-no-null, gems-no-task, {name: kept, method: gems-no-null, setting
     assert found["kept"].protect is True
     (job,) = list_jobs(read_grid(tmp_path / "grid.yaml", pairs=["method.protect=true"]), ["gems-no-null"])
     assert found["gems-no-null"] != job.settings().method, "nor over the command line"
+
+
+def test_the_rate_of_a_single_task_is_chosen_by_that_task(tmp_path: Path) -> None:
+    text = (
+        "data: {films: movielens-100k}\nselect: {rates: [1.0e-4, 2.0e-4]}\nmethods: [adamw, adamw-rec, adamw-search]\n"
+    )
+    jobs = {job.entry.name: job for job in list_jobs(read_grid(written(tmp_path, text)))}
+    for name in jobs:
+        for rate, ranks in ((1e-4, {"rec": BAD, "search": GOOD}), (2e-4, {"rec": FAIR, "search": BAD})):
+            pairs = ("evaluation.split=valid", f"training.lr={rate}")
+            write_run(tmp_path / "out/films" / name / f"lr-{rate:g}", name, ranks=ranks, pairs=pairs)
+    chosen = {name: choose_rate(job, tmp_path / "out").trial.rate for name, job in jobs.items()}
+    assert chosen == {"adamw": 1e-4, "adamw-rec": 2e-4, "adamw-search": 1e-4}
 
 
 def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:

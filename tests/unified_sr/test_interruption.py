@@ -18,6 +18,7 @@ from examples.unified_sr.feeds import Pool, PromptFeed
 from examples.unified_sr.interruption import INTERRUPTION, Interrupted
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
+from examples.unified_sr.plan import plan_training
 from examples.unified_sr.training import History, train
 
 VALIDATIONS = (0.1, 0.3, 0.2, 0.25, 0.4)
@@ -69,12 +70,15 @@ class Attempt:
                 ask()
 
         self._seen: list[dict[str, Any]] = []
+        feed = PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
+        settings = resolve(pairs=pairs, flags={"method.name": "adamw"})
         self.train: Callable[[], History] = lambda: train(
             self.ranker,
             MixedLossUpdater(optimizer),
-            PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts),
+            feed,
             FP32,
-            resolve(pairs=pairs, flags={"method.name": "adamw"}),
+            settings,
+            plan_training(settings, feed.pools),
             self.log,
             self.checkpoint,
             stopping=EarlyStopping(out / "best.pt", 2, validate),

@@ -9,12 +9,16 @@ import torch
 
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
-from examples.unified_sr.data import Example, Item
+from examples.unified_sr.data import Dataset, Example, Item, load_dataset
 from examples.unified_sr.feeds import Pool, PromptFeed
+from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
+from examples.unified_sr.parts import Parts
+from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision, choose_precision
+from examples.unified_sr.run import data_arguments
 from examples.unified_sr.settings import ModelSettings
 from examples.unified_sr.training import History, train, warmup_cosine
 
@@ -39,7 +43,8 @@ def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) ->
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
     feed = PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
-    return ranker, train(ranker, updater, feed, precision, settings, log, Checkpoint(log.with_suffix(".pt")))
+    plan = plan_training(settings, feed.pools)
+    return ranker, train(ranker, updater, feed, precision, settings, plan, log, Checkpoint(log.with_suffix(".pt")))
 
 
 def test_training_learns_both_tasks(model_folder: str, tmp_path: Path) -> None:
@@ -108,3 +113,52 @@ def test_precision_is_what_was_asked_for() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch finds no GPU"):
             choose_precision(ModelSettings(device="cuda"))
+
+
+def assembled(model: str, data: str, *pairs: str, method: str = "adamw") -> tuple[Dataset, Parts]:
+    minima = ["data.min_user_events=1", "data.min_item_events=1"]
+    flags = {"method.name": method, "data.source": data, "model.name": model}
+    settings = resolve(pairs=[*minima, "evaluation.perplexity_tokens=64", *pairs], flags=flags)
+    dataset = load_dataset(**data_arguments(settings))
+    return dataset, Parts.assemble(settings, dataset, load_language_model(model), load_general_text(None), FP32)
+
+
+def with_validation_of_recommendations_alone(folder: Path) -> str:
+    rows = []
+    for user in range(3):
+        for time in range(10):
+            part = "train" if time < 6 else "valid" if time == 7 else "test"
+            query = {"query": "red"} if time % 2 == 0 and part != "valid" else {}
+            rows.append({"user": user, "item": (time + user) % 12, "timestamp": time, "split": part, **query})
+    (folder / "items.jsonl").write_text("".join(json.dumps({"id": n, "title": f"red {n}"}) + "\n" for n in range(12)))
+    (folder / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_what_is_trained_does_not_depend_on_what_is_evaluated(llama_folder: str, tmp_path: Path) -> None:
+    data = with_validation_of_recommendations_alone(tmp_path)
+    dataset, trial = assembled(llama_folder, data, "evaluation.split=valid")
+    _, own = assembled(llama_folder, data)
+    assert trial.trained == own.trained == ("rec", "search")
+    assert set(trial.feed(dataset).pools) == {"rec", "search"}
+    assert trial.tasks == ("rec",)
+    assert trial.on_test(dataset).tasks == own.tasks == ("rec", "search")
+    assert trial.on_test(dataset).evaluated == own.evaluated
+    _, single = assembled(llama_folder, data, "training.epochs=2", "training.early_stop=1", method="adamw-search")
+    with pytest.raises(ValueError, match=r"early_stop needs validation examples, but \['search'\] have none"):
+        single.early_stopping(tmp_path / "best.pt")
+
+
+def test_a_single_task_is_stopped_by_its_own_validation_after_the_epochs_of_joint_training(
+    llama_folder: str, data_folder: str
+) -> None:
+    epochs = ("training.epochs=3", "training.early_stop=1", "training.batch_size=4")
+    dataset, joint = assembled(llama_folder, data_folder, *epochs)
+    assert set(joint.valid) == {"rec", "search"}
+    sizes = {len(examples) for examples in dataset.train.values()}
+    for task in ("rec", "search"):
+        _, single = assembled(llama_folder, data_folder, *epochs, method=f"adamw-{task}")
+        assert set(single.feed(dataset).pools) == set(single.valid) == {task}
+        assert single.evaluated == joint.evaluated
+        assert single.plan(dataset) == joint.plan(dataset)
+        assert single.plan(dataset).per_epoch == -(-max(sizes) // 4)

@@ -121,6 +121,11 @@ class Dataset:
         """The tasks that have events, in the order of ``TASKS``."""
         return tuple(task for task in TASKS if self.counts[f"{task}_events"])
 
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """The tasks that have training examples."""
+        return tuple(task for task in self.tasks if self.train[task])
+
     def seen(self, example: Example) -> frozenset[int]:
         """Items the user had met before the example's event, of any task and any age; never one of its targets.
 

@@ -116,7 +116,9 @@ class Selection(Part):
     rates: Rates = Field((), description="of the first trials; with none, the method keeps its rate")
     trials: int | None = Field(None, description="rates that are tried, the first ones included; null: these alone")
     seed: Seed = Field(0, description="of the trials")
-    metric: Annotated[str, AfterValidator(_metric)] = Field("ndcg@10", description="whose mean over tasks is compared")
+    metric: Annotated[str, AfterValidator(_metric)] = Field(
+        "ndcg@10", description="whose mean over the trained tasks is compared"
+    )
     max_perplexity_increase: Number | None = Field(
         None, ge=0, description="share by which a trial may raise the perplexity of general text; null: any"
     )

@@ -101,7 +101,7 @@ class Forecast:
         queries = sum(min(settings.evaluation.users or len(rows), len(rows)) for rows in split.values())
         if not job.trained:
             return cost.seconds(steps=0, queries=queries, evaluations=1)
-        steps = plan_training(settings, _pools(dataset, settings)).steps
+        steps = plan_training(settings, training_pools(dataset, settings, dataset.trainable)).steps
         return cost.seconds(steps=steps, queries=queries)
 
     def _typical(self, job: Job) -> Cost | None:
@@ -131,7 +131,7 @@ def _without_language_model(job: Job) -> bool:
 
 
 def _tasks(dataset: Dataset, settings: Settings) -> tuple[str, ...]:
-    return tasks_to_train(settings.training.tasks, [task for task in dataset.tasks if dataset.train[task]])
+    return tasks_to_train(settings.training.tasks, dataset.trainable)
 
 
 def _pools(dataset: Dataset, settings: Settings) -> dict[str, Pool]:

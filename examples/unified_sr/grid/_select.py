@@ -10,6 +10,7 @@ from typing import Any
 
 from ..run_folder import METRICS, SELECTION, RunFolder
 from ..settings import Settings
+from ..training import tasks_to_train
 from ._config import Entry, Selection
 from ._jobs import Job
 
@@ -23,7 +24,7 @@ class Trial:
 
     Args:
         rate: the learning rate.
-        value: mean over the tasks of the metric on the validation split; ``None`` where training diverged.
+        value: mean over the trained tasks of the metric on the validation split; ``None`` where training diverged.
         perplexity_increase: share by which the perplexity of general text rose; ``None`` likewise.
     """
 
@@ -147,15 +148,16 @@ def _read(job: Job, selection: Selection, out: Path) -> Trial:
     if job.diverged(out) is not None:
         return Trial(job.rate)
     metrics = job.folder(out).read_json(METRICS)
-    tasks = [values for task, values in metrics["final"].items() if task != "general"]
     before, after = (metrics[part]["general"]["perplexity"] for part in ("zero_shot", "final"))
-    return Trial(job.rate, math.fsum(task[selection.metric] for task in tasks) / len(tasks), after / before - 1)
+    found = {task: values[selection.metric] for task, values in metrics["final"].items() if task != "general"}
+    trained = tasks_to_train(job.settings().training.tasks, tuple(found))
+    return Trial(job.rate, math.fsum(found[task] for task in trained) / len(trained), after / before - 1)
 
 
 def _record(entry: Entry, settings: Settings, trials: Sequence[Trial], choice: Choice) -> dict[str, Any]:
     selection, first = entry.select, entry.rates
     limit = selection.max_perplexity_increase
-    criterion = f"largest mean over the tasks of {selection.metric} on the validation split"
+    criterion = f"largest mean over the trained tasks of {selection.metric} on the validation split"
     if limit is not None:
         criterion += f", among the rates that raise the perplexity of general text by at most {100 * limit:g} %"
     rule = f"the rates {', '.join(f'{rate:g}' for rate in first)}"

@@ -109,7 +109,9 @@ COLUMNS: dict[str, tuple[Column, ...]] = {
         _RUN,
         Column("step", pa.int32(), "number of the step, from 1"),
         Column("seconds", _SMALL, "it took, s"),
-        Column("validation", _SMALL, "mean over the tasks of NDCG@10 on the validation split, where an epoch ends"),
+        Column(
+            "validation", _SMALL, "mean over the trained tasks of NDCG@10 on the validation split, where an epoch ends"
+        ),
         Column("loss_{task}", _SMALL, "cross-entropy over the catalogue, nats"),
         Column("lr_{name}", _SMALL, "learning rate of a parameter group"),
         Column("cosine_{tasks}", _SMALL, "cosine of two tasks' gradients, all weights as one vector"),
