@@ -134,6 +134,45 @@ def test_rates_tell_runs_apart_too(tmp_path: Path) -> None:
     assert set(World(tmp_path).runs["group"]) == {"gems (training.lr=0.001)", "gems (training.lr=0.002)"}
 
 
+def test_data_sets_whose_folders_have_one_name_are_two_unless_their_queries_are_the_same(tmp_path: Path) -> None:
+    def write(folder: Path, method: str, seed: int, source: str, ranks: list[int]) -> None:
+        after = {"gems": 41.0, "adamw": 44.0}[method]  # for the plot
+        found = [rank + (method == "adamw") for rank in ranks]
+        pairs = (f"data.source={source}/shop",)
+        write_run(folder, method, seed, ranks={"rec": found}, pairs=pairs, perplexity=(40.0, after))
+
+    for year, ranks in (("2014", GOOD), ("2018", BAD[:20])):
+        for method in ("gems", "adamw"):
+            for seed in (0, 1):
+                write(tmp_path / year / f"{method}-{seed}", method, seed, f"data/{year}", ranks)
+    compare([tmp_path], tmp_path / "two", say=lambda line: None)
+    rows = json.loads((tmp_path / "two" / "summary.json").read_text(encoding="utf-8"))
+    assert {(row["data"], row["method"], row["seeds"]) for row in rows} == {
+        (f"{year}/shop", method, 2) for year in ("2014", "2018") for method in ("gems", "adamw")
+    }
+    write(tmp_path / "elsewhere", "gems", 2, "/mnt", FAIR)
+    compare([tmp_path / "2014", tmp_path / "elsewhere"], tmp_path / "one", say=lambda line: None)
+    rows = json.loads((tmp_path / "one" / "summary.json").read_text(encoding="utf-8"))
+    assert [row["data"] for row in rows] == ["shop"] * 3, "the run from elsewhere is a row of its own"
+
+
+def test_trials_of_one_label_and_rate_that_differ_are_two_rows(tmp_path: Path) -> None:
+    write_run(tmp_path / "x/gems/seed-0", "gems", ranks={"rec": GOOD}, pairs=("training.lr=6e-4", "training.steps=9"))
+    for folder, steps, ranks in (("x", 9, GOOD), ("y", 5, BAD)):
+        pairs = ("evaluation.split=valid", "training.lr=6e-4", f"training.steps={steps}")
+        write_run(tmp_path / folder / "gems/lr-0.0006", "gems", ranks={"rec": ranks}, pairs=pairs)
+    pairs = ("evaluation.split=valid", "training.lr=6e-4", "training.steps=5")
+    write_run(tmp_path / "z/gems/lr-0.0006", "gems", 1, ranks={"rec": GOOD}, pairs=pairs)
+    rates = World(tmp_path).tables()["Rates"]["0.0006"]
+    values = {name: float(cell.strip("*").split()[0]) for name, cell in rates.items()}
+    (good, bad) = (sum(query_metrics([rank], 1)["ndcg@10"] for rank in ranks) / QUERIES for ranks in (GOOD, BAD))
+    assert values == {
+        "gems (training.steps=9)": pytest.approx(good, abs=1e-4),
+        "gems (training.steps=5)": pytest.approx((good + bad) / 2, abs=1e-4),
+    }
+    assert [name for name, cell in rates.items() if cell.startswith("**")] == ["gems (training.steps=9)"]
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     first = write_run(tmp_path / "a", "gems", ranks={"rec": GOOD})
     other = write_run(tmp_path / "c", "adamw", ranks={"rec": FAIR}, pairs=("evaluation.users=3",))

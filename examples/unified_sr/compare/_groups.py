@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ..tables import difference, evaluated_differently, without_seed
+from ..tables import difference, evaluated_differently, without
 
 OWN = "gems"
 """Methods whose name starts with this are what is compared with baselines; all others are baselines."""
@@ -26,18 +26,29 @@ def group_runs(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     found = evaluated_differently(dict(zip(runs["run"], runs["settings"], strict=True)))
     if found is not None:
         raise ValueError(f"the runs cannot be compared, because they were evaluated differently: {found}")
-    runs = runs.assign(same=runs["settings"].map(without_seed), label=runs["label"].astype(str))
-    firsts = runs.drop_duplicates(["label", "same"])
-    names = {}
-    for label, members in firsts.groupby("label", sort=False):
-        varied = difference(list(members["same"]), absent=True)
-        for place, same in enumerate(members["same"]):
-            own = ", ".join(f"{key}={values[place]}" for key, values in varied.items())
-            names[label, same] = f"{label} ({own})" if len(members) > 1 else label
-    runs["group"] = [names[key] for key in zip(runs["label"], runs["same"], strict=True)]
-    runs["score"] = score(runs, metric)
+    runs = runs.assign(group=names_of(runs["label"], runs["settings"].map(without)), score=score(runs, metric))
     means = runs.groupby("group", sort=False)["score"].mean().sort_values(ascending=False, kind="stable")
-    return runs.set_index("group").loc[means.index].reset_index().drop(columns="same")
+    return runs.set_index("group").loc[means.index].reset_index()
+
+
+def names_of(labels: pd.Series, texts: pd.Series) -> list[str]:
+    """Return what to call each run: its label, and where runs that differ have it, also by what settings they do.
+
+    Args:
+        labels: of runs.
+        texts: their settings as JSON text, as far as they are to tell runs apart.
+    """
+    pairs = list(zip(labels.astype(str), texts, strict=True))
+    alike: dict[str, list[str]] = {}
+    for label, text in dict.fromkeys(pairs):
+        alike.setdefault(label, []).append(text)
+    names = {}
+    for label, members in alike.items():
+        varied = difference(members, absent=True)
+        for place, text in enumerate(members):
+            own = ", ".join(f"{key}={values[place]}" for key, values in varied.items())
+            names[label, text] = f"{label} ({own})" if len(members) > 1 else label
+    return [names[pair] for pair in pairs]
 
 
 def tasks_of(runs: pd.DataFrame) -> list[str]:

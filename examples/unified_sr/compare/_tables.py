@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ..tables import difference
-from ._groups import perplexity_change, score, tasks_of
+from ..tables import difference, without
+from ._groups import names_of, perplexity_change, score, tasks_of
 
 SHOWN = ("hit@10", "ndcg@10", "mrr@10", "gems_ndcg@10", "gems_map@10")
 """Metrics of the tables, those of ``compat: gems`` where a run has them; the Parquet files hold all."""
@@ -18,6 +18,9 @@ SHOWN = ("hit@10", "ndcg@10", "mrr@10", "gems_ndcg@10", "gems_map@10")
 NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR", "map": "MAP", "gems_ndcg": "NDCG gems", "gems_map": "MAP gems"}
 LAST_STEPS = 5
 """Steps over which a training loss is averaged: one batch's says little."""
+
+BY_RATE = ("seed", "training.lr", "evaluation.split")
+"""Settings that differ between a run and the trials that chose its rate, or between these."""
 
 ELSEWHERE = ("method.name", "seed", "training.lr")
 """Settings that stand in other tables."""
@@ -173,15 +176,24 @@ def _tests(tests: Mapping[str, pd.DataFrame], metric: str) -> list[Table]:
 
 
 def _rates(runs: pd.DataFrame, trials: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A row a group of trials, by settings as the runs; trials of several seeds count with their mean."""
     found = trials.assign(score=score(trials, metric), change=perplexity_change(trials)).dropna(subset=["score", "lr"])
+    found = found[found["label"].isin(set(runs["label"]))]
+    found = found.assign(same=[without(text, BY_RATE) for text in found["settings"]])
+    found["group"] = names_of(found["label"], found["same"])
     chosen = {(label, lr) for label, lr in zip(runs["label"], runs["lr"], strict=True)}
-    labels = [label for label in runs["label"].drop_duplicates() if label in set(found["label"])]
-    cells = pd.DataFrame(DASH, index=pd.Index(labels), columns=[f"{lr:g}" for lr in sorted(set(found["lr"]))])
-    for label, lr, value, change in found[["label", "lr", "score", "change"]].itertuples(index=False):
-        if label in labels:
-            text = _number(value, ".4f") + ("" if np.isnan(change) else f" ({_change(change)})")
-            cells.loc[label, f"{lr:g}"] = f"**{text}**" if (label, lr) in chosen else text
-    return cells.reset_index(names="method")
+    trained = {without(text, BY_RATE) for text in runs["settings"]}
+    order = {label: place for place, label in enumerate(runs["label"].drop_duplicates())}
+    firsts = found.drop_duplicates("group").sort_values("label", key=lambda labels: labels.map(order), kind="stable")
+    cells = pd.DataFrame(DASH, index=pd.Index(firsts["group"]), columns=[f"{lr:g}" for lr in sorted(set(found["lr"]))])
+    for (group, lr), members in found.groupby(["group", "lr"]):
+        value, change = members["score"].mean(), members["change"].mean()
+        text = _number(value, ".4f") + ("" if np.isnan(change) else f" ({_change(change)})")
+        first = members.iloc[0]
+        # Trials may have settings of their own; where a label has several kinds, the runs' own kind is theirs.
+        own = first["same"] in trained or first["label"] == group
+        cells.loc[group, f"{lr:g}"] = f"**{text}**" if own and (first["label"], lr) in chosen else text
+    return cells.rename_axis(index=None).reset_index(names="method")
 
 
 def _differences(runs: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..tables import gather
+from ._data import with_data_apart
 from ._groups import group_runs, tasks_of
 from ._plot import chosen_methods, draw, trade
 from ._render import latex_table, markdown
@@ -49,6 +50,7 @@ def compare(
         ValueError: if there is no finished run on the test split, or runs cannot be compared.
     """
     runs, steps, queries = gather(paths, say=say).frames()
+    runs = with_data_apart(runs, queries)
     tested, trials = runs[runs["split"] == "test"], runs[runs["split"] != "test"]
     if tested.empty:
         raise ValueError("all finished runs were evaluated on the validation split; a comparison needs the test split")

@@ -10,7 +10,7 @@ from ._files import Tables, merged, read_tables, write_tables
 from ._pack import gather, pack
 from ._rows import rows_of
 from ._schema import COLUMNS, column_of, describe
-from ._settings import difference, evaluated_differently, without_seed
+from ._settings import difference, evaluated_differently, without
 
 __all__ = [
     "COLUMNS",
@@ -24,6 +24,6 @@ __all__ = [
     "pack",
     "read_tables",
     "rows_of",
-    "without_seed",
+    "without",
     "write_tables",
 ]

@@ -59,9 +59,9 @@ def label_of(path: PurePath, settings: Mapping[str, Any]) -> str:
     return path.parent.name if in_grid else str(settings["method.name"])
 
 
-def without_seed(text: str) -> str:
+def without(text: str, keys: Sequence[str] = ("seed",)) -> str:
     """Return the settings' JSON text without what may differ between the runs of one row of a table."""
-    return _text({key: value for key, value in json.loads(text).items() if key != "seed"})
+    return _text({key: value for key, value in json.loads(text).items() if key not in keys})
 
 
 def evaluated_differently(texts: Mapping[str, str]) -> str | None:
