@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import LanguageModel
+from .model import LanguageModel, surrounding_tokens
 
 
 @dataclass(frozen=True)
@@ -52,22 +52,23 @@ def general_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Yield keyword arguments of a forward pass over the windows, ``size`` at a time.
 
-    An encoder reads the first half of a window and the decoder goes on with the second half.
+    Before each window is what the tokenizer puts before a text, as in every prompt. An encoder reads the first half of
+    a window and the decoder goes on with the second half.
     """
+    prefix = torch.tensor(surrounding_tokens(language_model.tokenizer)[0], dtype=torch.long)
     for start in range(0, len(windows), size):
         ids = torch.stack(windows[start : start + size]).to(device)
-        if language_model.encoder_decoder:
-            source, target = ids.tensor_split(2, dim=1)
-            yield {"input_ids": source, "decoder_input_ids": _shifted(language_model, target)}
-        else:
-            yield {"input_ids": ids}
+        source, target = ids.tensor_split(2, dim=1) if language_model.encoder_decoder else (ids, None)
+        read = {"input_ids": torch.cat([prefix.to(device).expand(len(ids), -1), source], dim=1)}
+        yield read if target is None else {**read, "decoder_input_ids": _shifted(language_model, target)}
 
 
 @torch.no_grad()
 def perplexity(language_model: LanguageModel, windows: list[Tensor], device: torch.device) -> Perplexity:
     """Measure perplexity in fp32, one window at a time, from the language model's own vocabulary head.
 
-    A decoder predicts every token of a window but the first; an encoder-decoder every token of the second half.
+    A decoder predicts every token of a window but the first, and none of what is before it; an encoder-decoder every
+    token of the second half.
 
     Args:
         language_model: the intact model, or the same one after training.
@@ -81,7 +82,7 @@ def perplexity(language_model: LanguageModel, windows: list[Tensor], device: tor
         if language_model.encoder_decoder:
             targets = window.tensor_split(2)[1].to(device)
         else:
-            logits, targets = logits[:-1], window[1:].to(device)
+            logits, targets = logits[-len(window) : -1], window[1:].to(device)
         total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
         count += len(targets)
     return Perplexity(math.exp(min(total / count, 700.0)), count)

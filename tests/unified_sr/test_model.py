@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import processors
 
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.general_domain import general_batches, perplexity, token_windows
@@ -18,6 +19,7 @@ from examples.unified_sr.model import (
     load_language_model,
     title_rows,
 )
+from examples.unified_sr.retention import Question, answer_questions
 
 # The first three titles are single tokens of the byte-level tokenizer.
 ITEMS = [Item(str(n), title) for n, title in enumerate(("a", "b", "c", "red chair", "blue lamp", "glass"))]
@@ -151,6 +153,39 @@ def test_perplexity_of_a_model_without_knowledge(llama_folder: str) -> None:
     assert found.tokens == 4 * 15
     assert found.value == pytest.approx(260, rel=1e-4)
     assert not math.isnan(found.value)
+
+
+@pytest.mark.parametrize("kind", ["llama_folder", "t5_folder"])
+def test_general_text_begins_as_prompts_do_and_what_is_before_it_is_not_scored(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, language_model = torch.device("cpu"), load_language_model(request.getfixturevalue(kind))
+    model, tokenizer = language_model.model, language_model.tokenizer
+    windows = token_windows(tokenizer, TEXT, tokens=64, window=16)
+    question = Question("What is red?", ("a chair", "the sea"), 0)
+    plain = [batch["input_ids"] for batch in general_batches(language_model, windows, cpu)]
+    scored = perplexity(language_model, windows, cpu).tokens
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    prompts = prompts_of(language_model, Ranker(language_model, ITEMS))
+    assert [prompts(one)[0] for one in EXAMPLES] == [1] * len(EXAMPLES)
+    started = [batch["input_ids"] for batch in general_batches(language_model, windows, cpu)]
+    for ids, without in zip(started, plain, strict=True):
+        assert torch.equal(ids, torch.nn.functional.pad(without, (1, 0), value=1))
+    found = perplexity(language_model, windows, cpu)
+    assert found.tokens == scored
+    if not language_model.encoder_decoder:
+        with torch.no_grad():
+            logits = torch.cat([model(input_ids=ids).logits[:, 1:-1].flatten(0, 1) for ids in started])
+        targets = torch.cat([window[1:] for window in windows])
+        assert math.log(found.value) == pytest.approx(
+            float(torch.nn.functional.cross_entropy(logits, targets)), rel=1e-5
+        )
+    read: list[torch.Tensor] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda **batch: read.append(batch["input_ids"]) or forward(**batch))
+    answer_questions(language_model, [question], cpu, budget=100)
+    assert read
+    assert all((ids[:, 0] == 1).all() for ids in read)
 
 
 def test_an_unknown_model_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ._batch import Batch, Collator, length_buckets
 from ._items import ItemEmbedding, title_rows, token_name
 from ._load import SMOLLM2, LanguageModel, load_language_model, packaged_model
-from ._prompts import Place, PromptBuilder, SequenceBuilder
+from ._prompts import Place, PromptBuilder, SequenceBuilder, surrounding_tokens
 from ._ranker import Ranker
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "length_buckets",
     "load_language_model",
     "packaged_model",
+    "surrounding_tokens",
     "title_rows",
     "token_name",
 ]

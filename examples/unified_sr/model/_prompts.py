@@ -16,6 +16,13 @@ SEARCH = " Search:"
 RESULT = " Result:"
 
 
+def surrounding_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return what a tokenizer puts before any text, such as a start token, and what behind it."""
+    plain, whole = (tuple(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    start = next((at for at in range(len(whole)) if whole[at : at + len(plain)] == plain), 0)
+    return whole[:start], whole[start + len(plain) :]
+
+
 class PromptBuilder:
     """Turns examples into token ids.
 
@@ -48,10 +55,8 @@ class PromptBuilder:
         self._max_history = max_history
         self._max_query_tokens = max_query_tokens
         self._words = lru_cache(maxsize=65536)(self._encode)
-        plain, special = self._encode("a"), tuple(tokenizer("a")["input_ids"])
-        start = next((at for at in range(len(special)) if special[at : at + len(plain)] == plain), 0)
-        self._prefix = special[:start]
-        self._suffix = special[start + len(plain) :] if encoder_decoder else ()
+        self._prefix, closing = surrounding_tokens(tokenizer)
+        self._suffix = closing if encoder_decoder else ()
 
     def __call__(self, example: Example) -> list[int]:
         """Return the prompt's token ids."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..model import LanguageModel, length_buckets
+from ..model import LanguageModel, length_buckets, surrounding_tokens
 from ._questions import Question
 
 
@@ -54,9 +54,10 @@ def answer_questions(
 ) -> Accuracy:
     """Let the language model choose, in fp32 and with its own vocabulary head.
 
-    A choice's score is the log-likelihood of its tokens behind ``Question: ...\\nAnswer:``; for an encoder-decoder that
-    prompt is what the encoder reads. Normalised scores are divided by the choice's number of characters, as those of
-    ``acc_norm`` of lm-evaluation-harness are. Equal scores go to the earlier choice.
+    A choice's score is the log-likelihood of its tokens behind ``Question: ...\\nAnswer:``, before which is what the
+    tokenizer puts before a text; for an encoder-decoder that prompt is what the encoder reads. Normalised scores are
+    divided by the choice's number of characters, as those of ``acc_norm`` of lm-evaluation-harness are. Equal scores go
+    to the earlier choice.
 
     Args:
         language_model: the intact model, or the same one after training.
@@ -67,8 +68,9 @@ def answer_questions(
     """
     model = language_model.model.eval()
     encode = language_model.tokenizer
+    prefix = torch.tensor(surrounding_tokens(encode)[0], dtype=torch.long)
     pairs = [
-        (_ids(encode, f"Question: {question.text}\nAnswer:"), _ids(encode, f" {choice}"))
+        (torch.cat([prefix, _ids(encode, f"Question: {question.text}\nAnswer:")]), _ids(encode, f" {choice}"))
         for question in questions
         for choice in question.choices
     ]
