@@ -85,6 +85,7 @@ class Checkpoint:
             "schedule": schedule.state_dict(),
             "history": history,
             "random": torch.get_rng_state(),
+            **({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}),
         }
         write_whole(self.path, content, f"checkpoint after step {step}")
 
@@ -110,6 +111,8 @@ class Checkpoint:
         optimizer.load_state_dict(content["optimizer"])
         schedule.load_state_dict(content["schedule"])
         torch.set_rng_state(content["random"])
+        if "random_cuda" in content and torch.cuda.is_available():
+            torch.cuda.set_rng_state(content["random_cuda"])
         return int(content["step"]), content["history"]
 
     def remove(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ class EarlyStopping:
         self.path = path
         self.patience = patience
         self.validate = validate
+        self._kept: tuple[int, float] | None = None
 
     def over(self, values: Sequence[float], model: nn.Module) -> bool:
         """Keep the weights if the last epoch's value is the best, and tell whether training is over.
@@ -35,24 +37,49 @@ class EarlyStopping:
 
         Raises:
             OSError: if the weights cannot be written.
+            ValueError: if those that were kept before this process are not of the best epoch.
         """
-        best = max(range(len(values)), key=lambda epoch: (values[epoch], -epoch))
-        if best == len(values) - 1 and current().first:
-            weights = {name: weight.detach() for name, weight in _trained(model).items()}
-            write_whole(self.path, weights, f"weights of epoch {len(values)}")
-        return len(values) - 1 - best >= self.patience
+        best = best_epoch(values)
+        if best == len(values):
+            if current().first:
+                weights = {name: weight.detach() for name, weight in _trained(model).items()}
+                content = {"epoch": best, "value": values[-1], "weights": weights}
+                write_whole(self.path, content, f"weights of epoch {best}")
+            self._kept = best, values[-1]
+        elif self._kept is None:
+            self._read(best, values[best - 1])
+            self._kept = best, values[best - 1]
+        return len(values) - best >= self.patience
 
     def restore_best(self, model: nn.Module) -> None:
         """Give the model the best weights."""
         current().wait()
-        kept = torch.load(self.path, weights_only=True)
+        assert self._kept is not None
+        kept = self._read(*self._kept)
         with torch.no_grad():
             for name, weight in _trained(model).items():
                 weight.copy_(kept[name])
 
+    def _read(self, epoch: int, value: float) -> dict[str, Any]:
+        content = torch.load(self.path, weights_only=True)
+        if (content.get("epoch"), content.get("value")) != (epoch, value):
+            # An attempt that was killed got further than its checkpoint, and went on otherwise than this one.
+            raise ValueError(
+                f"{str(self.path)!r} holds the weights of epoch {content.get('epoch')} with the value "
+                f"{content.get('value')}, but the best one is epoch {epoch} with {value}: its weights are lost; remove "
+                f"{str(self.path.parent)!r} to train again"
+            )
+        weights: dict[str, Any] = content["weights"]
+        return weights
+
     def remove(self) -> None:
         """Delete the kept weights: the run is finished."""
         self.path.unlink(missing_ok=True)
+
+
+def best_epoch(values: Sequence[float]) -> int:
+    """Return the number of the epoch with the highest value, from 1; of equal ones the first."""
+    return 1 + max(range(len(values)), key=lambda epoch: (values[epoch], -epoch))
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -7,13 +7,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .alone import alone
 from .busy import busy_notice, own_load
 from .checkpoint import Checkpoint
 from .data import format_statistics, load_dataset
@@ -38,6 +39,9 @@ from .training import History, train
 from .zero_shot import Measured, Shared, ZeroShot
 
 UNSEEN_BEFORE, UNSEEN_AFTER = f"{BEFORE}, test split", f"{AFTER}, test split"
+PATIENCE = 5.0
+"""Seconds that a process which was told to end may still hold its run folder."""
+
 _UNSEEN = {UNSEEN_BEFORE: BEFORE, UNSEEN_AFTER: AFTER}
 
 
@@ -84,14 +88,22 @@ def run(
 
     Returns:
         The folder with all results.
+
+    Raises:
+        BlockingIOError: if another process is at this folder.
     """
     processes = current()
-    if not processes.first:
+    place = Path(out).resolve()
+    with ExitStack() as held:
+        # Beside the folder: one with anything else in it is refused.
+        lock = alone(place.with_name(f".{place.name}.lock"), f"the run in {out}", say, patience=PATIENCE)
+        processes.of_first(lambda: held.enter_context(lock))
+        if processes.first:
+            return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot, further, measured, sealing)
         # Everything is written once; what this process would write as well goes where nobody looks.
-        with tempfile.TemporaryDirectory() as elsewhere:
-            nobody: Callable[[str], None] = lambda line: None  # noqa: E731
-            return _run(settings, RunFolder(out), RunFolder(elsewhere), nobody, zero_shot, further, measured, sealing)
-    return _run(settings, RunFolder(out), RunFolder(out), say, zero_shot, further, measured, sealing)
+        elsewhere = held.enter_context(tempfile.TemporaryDirectory())
+        nobody: Callable[[str], None] = lambda line: None  # noqa: E731
+        return _run(settings, RunFolder(out), RunFolder(elsewhere), nobody, zero_shot, further, measured, sealing)
 
 
 def _run(
@@ -181,6 +193,7 @@ def _run(
                 stopping=stopping,
                 watch=TimeNotice(plan.steps, before.seconds, say, further),
             )
+        clock.seconds["training"] = round(history.elapsed, 2)  # before interruptions as well
         peak = peak_memory(precision.device)
         try:
             with clock.phase(AFTER):

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from .checkpoint import Checkpoint
-from .early_stopping import EarlyStopping
+from .early_stopping import EarlyStopping, best_epoch
 from .feeds import Feed, cut
 from .interruption import INTERRUPTION, Interrupted
 from .losses import passes_of, total_samples
@@ -30,11 +30,15 @@ from .settings import Settings
 
 @dataclass
 class History:
-    """What a training run leaves: one record per step, as in ``steps.jsonl``, and the last diagnostics."""
+    """What a training run leaves: one record per step, as in ``steps.jsonl``, and the last diagnostics.
+
+    ``seconds`` are those of the steps, ``elapsed`` those of the whole training, before interruptions as well.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     last: Diagnostics | None = None
     seconds: float = 0.0
+    elapsed: float = 0.0
     examples: int = 0
     tokens: int = 0
 
@@ -45,9 +49,10 @@ class History:
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> History:
-        """The inverse of ``state``; an empty history of an empty one."""
+        """The inverse of ``state``; an empty history of an empty one. An older checkpoint has no ``elapsed``."""
         last = state.get("last")
-        return cls(**{**state, "last": None if last is None else Diagnostics(**last)})
+        found = {"elapsed": state.get("seconds", 0.0), **state}
+        return cls(**{**found, "last": None if last is None else Diagnostics(**last)})
 
     @property
     def validation(self) -> list[float]:
@@ -135,6 +140,7 @@ def train(
     schedule = LambdaLR(updater.optimizer, lambda step: warmup_cosine(step, plan.steps, settings.training.warmup))
     done, state = checkpoint.restore(ranker, updater.optimizer, schedule)
     history = History.of(state)
+    began = time.perf_counter() - history.elapsed
     for stream in streams.values():
         for _ in range(done):
             next(stream)
@@ -146,6 +152,7 @@ def train(
     ):
 
         def save() -> None:
+            history.elapsed = time.perf_counter() - began
             if settings.training.checkpoint_every and processes.first:
                 checkpoint.save(len(history.records), ranker, updater.optimizer, schedule, history.state())
 
@@ -205,15 +212,17 @@ def train(
             except Interrupted:
                 save()
                 raise
-            if INTERRUPTION.wanted or (
-                settings.training.checkpoint_every and step % settings.training.checkpoint_every == 0
-            ):
+            every = settings.training.checkpoint_every
+            # The best weights are kept in their own file, which whoever goes on must know of.
+            best = "validation" in record and best_epoch(history.validation) == len(history.validation)
+            if INTERRUPTION.wanted or (every and step % every == 0) or best:
                 save()
             if INTERRUPTION.wanted:
                 raise Interrupted
     if stopping is not None:
         stopping.restore_best(ranker)
     ranker.eval()
+    history.elapsed = time.perf_counter() - began
     return history
 
 

@@ -14,7 +14,11 @@ import pytest
 import torch
 from torch import nn
 
+from examples.unified_sr import run as run_module
+from examples.unified_sr.checking import build_settings
 from examples.unified_sr.checkpoint import Checkpoint
+from examples.unified_sr.early_stopping import EarlyStopping
+from examples.unified_sr.training import History
 
 STEPS = 9
 
@@ -115,3 +119,68 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
     model.bias.requires_grad_(False)
     with pytest.raises(ValueError, match=r"is of other weights \(\['bias'\]"):
         checkpoint.restore(model, optimizer, schedule)
+
+
+def test_a_checkpoint_of_an_earlier_revision_still_loads(tmp_path: Path) -> None:
+    model, optimizer, schedule = parts()
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt")
+    checkpoint.save(2, model, optimizer, schedule, {})
+    content = torch.load(checkpoint.path, weights_only=True)
+    content.pop("random_cuda", None)
+    torch.save(content, checkpoint.path)
+    drawn = torch.rand(3)
+    assert checkpoint.restore(model, optimizer, schedule) == (2, {})
+    assert torch.equal(torch.rand(3), drawn)
+    assert History.of({"seconds": 3.0}).elapsed == 3.0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_numbers_on_the_gpu_go_on(tmp_path: Path) -> None:
+    model, optimizer, schedule = parts()
+    torch.rand(1, device="cuda")
+    checkpoint = Checkpoint(tmp_path / "checkpoint.pt")
+    checkpoint.save(2, model, optimizer, schedule, {})
+    drawn = torch.rand(3, device="cuda")
+    checkpoint.restore(model, optimizer, schedule)
+    assert torch.equal(torch.rand(3, device="cuda"), drawn)
+
+
+def test_the_best_weights_are_those_of_the_best_epoch_or_none(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+
+    def epoch(stopping: EarlyStopping, values: list[float], weight: float) -> None:
+        nn.init.constant_(model.weight, weight)
+        stopping.over(values, model)
+
+    path = tmp_path / "best.pt"
+    killed = EarlyStopping(path, 5, lambda: 0.0)
+    epoch(killed, [0.3], 1.0)
+    epoch(killed, [0.3, 0.29], 2.0)
+    resumed = EarlyStopping(path, 5, lambda: 0.0)
+    epoch(resumed, [0.3, 0.28], 3.0)
+    resumed.restore_best(model)
+    assert model.weight.item() == 1.0
+    epoch(killed, [0.3, 0.29, 0.31], 4.0)  # and is killed before its next checkpoint
+    with pytest.raises(
+        ValueError, match=r"the weights of epoch 3 with the value 0.31, but the best one is epoch 1 with"
+    ):
+        epoch(EarlyStopping(path, 5, lambda: 0.0), [0.3, 0.29, 0.299], 5.0)
+
+
+def test_a_folder_at_which_another_process_is_is_refused_until_that_dies(
+    llama_folder: str, data_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "PATIENCE", 0.1)
+    out = tmp_path / "run"
+    held = "import sys, time; from pathlib import Path; from examples.unified_sr.alone import alone\n"
+    held += "with alone(Path(sys.argv[1]), 'it', print): print('held', flush=True); time.sleep(120)"
+    line = [sys.executable, "-W", "ignore", "-c", held, str(tmp_path / ".run.lock")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        own = build_settings("popularity", {"data.source": data_folder, "data.min_user_events": 3})
+        with pytest.raises(BlockingIOError, match=r"the run in .*run: another process is at it .* or end it"):
+            run_module.run(own, out, lambda line: None)
+        assert not out.exists()
+        other.kill()
+    assert run_module.run(own, out, lambda line: None).finished

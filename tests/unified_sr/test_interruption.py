@@ -108,6 +108,8 @@ def test_training_goes_on_as_if_nothing_had_been(llama_folder: str, tmp_path: Pa
     found = second.train()
     assert without_seconds(found.records) == without_seconds(history.records)
     assert (resumed / "steps.jsonl").read_text().count("validation") == 4
+    assert found.elapsed > found.seconds == pytest.approx(sum(each["seconds"] for each in found.records), abs=1e-2)
+    assert found.elapsed > state["history"]["elapsed"] > 0
     for one, other in zip(second.ranker.parameters(), expected.ranker.parameters(), strict=True):
         assert torch.equal(one, other)
 
@@ -115,7 +117,6 @@ def test_training_goes_on_as_if_nothing_had_been(llama_folder: str, tmp_path: Pa
 def test_what_comes_after_the_training_can_be_interrupted_too(llama_folder: str, tmp_path: Path) -> None:
     first = Attempt(llama_folder, tmp_path)
     first.train()
-    assert not first.checkpoint.path.exists()
     first.checkpoint.renew()
     second = Attempt(llama_folder, tmp_path, at_step=-1)
     second._seen = torch.load(first.checkpoint.path, weights_only=True)["history"]["records"]
