@@ -78,15 +78,16 @@ class Checkpoint:
         Raises:
             OSError: if it cannot be written, a full disk among other reasons; the earlier checkpoint is still there.
         """
-        content = {
+        content: dict[str, Any] = {
             "step": step,
             "weights": {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad},
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "history": history,
             "random": torch.get_rng_state(),
-            **({"random_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}),
         }
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            content["random_cuda"] = torch.cuda.get_rng_state()
         write_whole(self.path, content, f"checkpoint after step {step}")
 
     def restore(self, model: nn.Module, optimizer: Optimizer, schedule: LRScheduler) -> tuple[int, dict[str, Any]]:

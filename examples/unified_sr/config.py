@@ -61,7 +61,7 @@ def resolve(
         except ValueError as error:
             raise ValueError(f"{error} ({file}, section {SECTIONS}.{name})") from error
     defining = method.defining if method.name != shared.get(METHOD, DEFAULT_METHOD) else {}
-    return build_settings(method.name, {**shared, **defining, **section_of(method, own), **set_values, **given})
+    return build_settings(method.name, merged(shared, defining, section_of(method, own), set_values, given))
 
 
 def beside(
@@ -88,13 +88,28 @@ def beside(
     shared, own = _read_file(file)
     if resolve(file=file, pairs=pairs, flags=flags).method.name != shared.get(METHOD, DEFAULT_METHOD):
         return {}
-    given = {**parse_pairs(pairs), **{key: value for key, value in flags.items() if value is not None}}
+    given = merged(parse_pairs(pairs), {key: value for key, value in flags.items() if value is not None})
     found: dict[str, tuple[Settings[Any], str]] = {}
     for name, text in wanted.items():
         method = method_named(name)
         known = known_settings(method.settings)
-        common = {key: value for key, value in {**shared, **given}.items() if key in known}
-        found[name] = build_settings(name, {**common, **method.defining, **section_of(method, own)}), text
+        common = {key: value for key, value in merged(shared, given).items() if key in known}
+        found[name] = build_settings(name, merged(common, method.defining, section_of(method, own))), text
+    return found
+
+
+def merged(*sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge settings by ``section.key``, later ones winning; a later number of steps does so over earlier epochs.
+
+    Example:
+        >>> merged({"training.epochs": 3, "seed": 1}, {"training.steps": 5})
+        {'seed': 1, 'training.steps': 5}
+    """
+    found: dict[str, Any] = {}
+    for source in sources:
+        if "training.steps" in source:
+            found.pop("training.epochs", None)
+        found |= source
     return found
 
 

@@ -15,7 +15,7 @@ class Fingerprint:
     """A hash of plain values, tensors and models, which depends on their order too."""
 
     def __init__(self) -> None:
-        self._digest = hashlib.sha256()
+        self._digest: Any = hashlib.sha256()
 
     def add(self, content: Any) -> Fingerprint:
         """Add plain values in lists and mappings."""

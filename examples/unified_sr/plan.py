@@ -36,7 +36,7 @@ def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
     if training.early_stop is not None and training.epochs is None:
         raise ValueError(
             f"training.early_stop={training.early_stop} counts epochs, but training.epochs is null; set it to the most "
-            "wanted"
+            "wanted, or early_stop to null"
         )
     if training.accumulation > training.batch_size:
         raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from examples.unified_sr import config as config_module
 from examples.unified_sr import settings as settings_module
 from examples.unified_sr.checking import BEFORE, build_settings, changed, completed
 from examples.unified_sr.config import beside, differences, read_config, resolve, to_yaml
@@ -56,6 +57,30 @@ def test_later_sources_win(tmp_path: Path) -> None:
     assert (training.steps, training.lr, training.batch_size, settings.method.rank) == (5, 0.02, 4, 7)
     assert resolve(file=file, flags={"method.name": "adamw"}).training.lr == 0.5
     assert resolve(file=file, flags={"method.name": "lora"}).training.lr == 0.01
+
+
+def test_a_later_number_of_steps_wins_over_earlier_epochs(tmp_path: Path) -> None:
+    file = tmp_path / "f.yaml"
+    file.write_text("training: {epochs: 3, steps: 9}\nmethods: {lora: {training: {steps: 4}}}\n", encoding="utf-8")
+    found = [
+        resolve(file=file, **options).training
+        for options in (
+            {},
+            {"flags": {"training.steps": 5}},
+            {"pairs": ["training.steps=6"]},
+            {"flags": {"method.name": "lora"}},
+            {"pairs": ["training.steps=6", "training.epochs=2"]},
+        )
+    ]
+    assert [(training.steps, training.epochs) for training in found] == [
+        (9, 3),
+        (5, None),
+        (6, None),
+        (4, None),
+        (6, 2),
+    ]
+    assert doctest.testmod(config_module).attempted
+    assert doctest.testmod(config_module).failed == 0
 
 
 @pytest.mark.parametrize("variant", [name for name, method in METHODS.items() if method.defining])

@@ -121,6 +121,21 @@ methods: [gems-no-null, gems-no-task, {name: kept, method: gems-no-null, setting
     assert found["gems-no-null"] != job.settings().method, "nor over the command line"
 
 
+def test_a_later_number_of_steps_wins_over_earlier_epochs(tmp_path: Path) -> None:
+    text = """
+data: {films: movielens-100k}
+settings: {training.epochs: 3}
+select: {rates: [1e-4], settings: {training.steps: 2}}
+methods: [adamw]
+"""
+    trial, run = list_jobs(read_grid(written(tmp_path, text)))
+    assert (trial.settings().training.epochs, trial.settings().training.steps) == (None, 2)
+    assert run.settings(1e-4).training.epochs == 3
+    for job in list_jobs(read_grid(tmp_path / "grid.yaml", pairs=["training.steps=7"])):
+        training = job.settings(1e-4 if job.rate is None else None).training
+        assert (training.epochs, training.steps) == (None, 7)
+
+
 def test_the_rate_of_a_single_task_is_chosen_by_that_task(tmp_path: Path) -> None:
     text = (
         "data: {films: movielens-100k}\nselect: {rates: [1.0e-4, 2.0e-4]}\nmethods: [adamw, adamw-rec, adamw-search]\n"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checking import build_settings, changed
-from ..config import differences, read_config, section_of
+from ..config import differences, merged, read_config, section_of
 from ..methods import method_named
 from ..run_folder import CONFIG, RunFolder, State
 from ..settings import Settings
@@ -95,15 +95,15 @@ class Job:
     def _given(self) -> dict[str, Any]:
         """What the file and the command line say, later ones winning; what defines a method, over what all share."""
         method = method_named(self.entry.method)
-        return {
-            **self.grid.settings,
-            **self.grid.data[self.data].settings,
-            **method.defining,
-            **section_of(method, self.grid.sections),
-            **self.entry.settings,
-            **(self.entry.select.settings if self.rate is not None else {}),
-            **self.grid.overrides,
-        }
+        return merged(
+            self.grid.settings,
+            self.grid.data[self.data].settings,
+            method.defining,
+            section_of(method, self.grid.sections),
+            self.entry.settings,
+            self.entry.select.settings if self.rate is not None else {},
+            self.grid.overrides,
+        )
 
     def folder(self, out: Path) -> RunFolder:
         """Return where its results go."""
