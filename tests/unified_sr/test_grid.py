@@ -294,13 +294,14 @@ def test_a_killed_grid_goes_on(llama_folder: str, data_folder: str, tmp_path: Pa
     assert not list(folder.glob("checkpoint*"))
 
 
-def test_a_copy_that_is_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "grid.yaml"
-    file.write_text(
-        "data: {ml: movielens-100k}\nmethods: [{name: a, method: gems}, {name: b, method: gems}]\n", "utf-8"
-    )
+def test_a_copy_that_is_cut_off_is_made_again(
+    data_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, pairs = tmp_path / "grid.yaml", (f"data.source={data_folder}",)
+    methods = "methods: [{name: a, method: gems}, {name: b, method: gems}]"
+    file.write_text(f"data: {{shop: {data_folder}}}\n{methods}\n", encoding="utf-8")
     grid, out = read_grid(file), tmp_path / "out"
-    source = write_run(out / "ml/a/seed-0", "gems", ranks={"rec": GOOD, "search": GOOD})
+    source = write_run(out / "shop/a/seed-0", "gems", ranks={"rec": GOOD, "search": GOOD}, pairs=pairs)
     copytree = shutil.copytree
 
     def full(place: Path, target: Path) -> None:
@@ -310,14 +311,14 @@ def test_a_copy_that_is_cut_off_is_made_again(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", full)
         outcome = run_grid(grid, out, say=lambda line: None)
-    assert outcome.done == ["ml/a/seed-0"]
-    assert "no space left" in outcome.failed["ml/b/seed-0"]
+    assert outcome.done == ["shop/a/seed-0"]
+    assert "no space left" in outcome.failed["shop/b/seed-0"]
     assert sorted(path.parent.name for path in out.rglob("metrics.json")) == ["seed-0", "seed-0.partial"]
     assert len(gather([out], say=lambda line: None).runs) == 1
-    begun = out / "ml/b/seed-0"
+    begun = out / "shop/b/seed-0"
     begun.mkdir()
     shutil.copy(source / "config.yaml", begun)
     (begun / "checkpoint.pt").touch()
-    assert run_grid(grid, out, say=lambda line: None).done == ["ml/a/seed-0", "ml/b/seed-0"]
+    assert run_grid(grid, out, say=lambda line: None).done == ["shop/a/seed-0", "shop/b/seed-0"]
     assert filecmp.dircmp(source, begun).left_list == filecmp.dircmp(source, begun).right_list
     assert not list(out.rglob("*.partial"))
