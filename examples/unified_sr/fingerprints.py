@@ -52,4 +52,4 @@ class Fingerprint:
     @property
     def name(self) -> str:
         """Forty hexadecimal digits."""
-        return self._digest.hexdigest()[:40]
+        return str(self._digest.hexdigest())[:40]
