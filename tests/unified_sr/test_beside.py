@@ -69,6 +69,7 @@ def test_the_demo_compares_with_adamw(
     assert "gems: lr 0.002" in printed
     table = printed[printed.index("|    ") : printed.index("\n\nreport:")]
     assert (tmp_path / "out/beside.md").read_text(encoding="utf-8") == table + "\n"
+    assert "3 steps of 4 sequences, seed 0" in (tmp_path / "out/report.md").read_text(encoding="utf-8")
     batches = [
         json.loads((tmp_path / "out" / name / "steps.jsonl").read_text().splitlines()[0])["loss"]
         for name in (".", "adamw")
