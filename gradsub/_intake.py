@@ -285,6 +285,7 @@ class Intake:
     @contextmanager
     def put_aside(self) -> Iterator[None]:
         """In here nothing seems to be captured: the state is that of the last step."""
+        self.forget_skipped()  # or what a scaler has found infinite would come back, as if it were new
         held, self.capture.gradients = self.capture.gradients, {}
         try:
             yield

@@ -108,7 +108,8 @@ def apply_updates(block: Block, states: Sequence[State], steps: Tensor, bases: T
             continue
         if any(decays):
             # A rate on the CPU goes along: torch's operations on lists take a factor of the same device alone.
-            kept = (1 - shrink).to(weights[0].device) if isinstance(shrink, Tensor) else 1 - shrink
+            there = weights[0].device
+            kept = (1 - shrink).to(there, non_blocking=True) if isinstance(shrink, Tensor) else 1 - shrink
             torch._foreach_mul_(list(compress(weights, decays)), kept)
         torch._foreach_add_(weights, updates)
 

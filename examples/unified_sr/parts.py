@@ -82,6 +82,11 @@ class Parts:
         """Put a loaded data set, model and text together."""
         tasks, evaluated = _evaluated(dataset, settings)
         trained = tasks_to_train(settings.training.tasks, dataset.trainable)
+        if settings.evaluation.split == "valid" and not set(trained) & set(tasks):
+            raise ValueError(
+                f"training.tasks={settings.training.tasks!r}, but the validation examples are of {', '.join(tasks)} "
+                "alone: nothing could be chosen by them"
+            )
         ranker = Ranker(language_model, dataset.items).to(precision.device)
         tokenizer = language_model.tokenizer
         prompts = prompt_builder(settings, language_model, ranker.first_item)

@@ -152,7 +152,7 @@ def train(
     ):
 
         def save() -> None:
-            history.elapsed = time.perf_counter() - began
+            # Also called when evaluation is interrupted, whose time is none of training.
             if settings.training.checkpoint_every and processes.first:
                 checkpoint.save(len(history.records), ranker, updater.optimizer, schedule, history.state())
 
@@ -207,11 +207,13 @@ def train(
             bar.set_postfix({task: f"{loss:.3f}" for task, loss in losses.items()}, refresh=False)
             bar.update()
             watch(history)
+            history.elapsed = time.perf_counter() - began
             try:
                 over = end_epoch()
             except Interrupted:
                 save()
                 raise
+            history.elapsed = time.perf_counter() - began
             every = settings.training.checkpoint_every
             # The best weights are kept in their own file, which whoever goes on must know of.
             best = "validation" in record and best_epoch(history.validation) == len(history.validation)

@@ -168,6 +168,9 @@ class FusedCapture:
         try:
             self._collect()
         finally:
+            for tray in self._trays.values():
+                tray.opened = False
+                tray.take()  # what could not be delivered is of no later task
             for member in self._members:
                 slot = member.slot
                 slot.tasks, slot.tray, slot.segments, slot.whole, slot.layouts = (), None, None, False, ()
@@ -181,7 +184,6 @@ class FusedCapture:
         formats = {slot.computed_in for slot, _ in left}
         formats |= {member.slot.computed_in for member in self._members if member.slot.whole}
         for tray in self._trays.values():
-            tray.opened = False
             formats |= tray.formats
             if arrived := tray.take():
                 layers = tray.block.layers

@@ -396,16 +396,13 @@ class _AtTheStart(TrainerCallback):
     """
 
     def __init__(self, trainer: Any) -> None:
-        self._trainer = weakref.ref(trainer)
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        trainer = self._trainer()
-        if trainer is None:
-            return
-        trainer.gems.zero_grad()
-        for callback in trainer.callback_handler.callbacks:
+        self._trainer.gems.zero_grad()
+        for callback in self._trainer.callback_handler.callbacks:
             if isinstance(callback, GemsReportCallback):
-                callback.begin(trainer)
+                callback.begin(self._trainer)
 
 
 class GemsFactory:

@@ -91,8 +91,10 @@ def _collect(chosen: argparse.Namespace) -> None:
     normalize = chosen.threshold is None if chosen.normalize is None else chosen.normalize
     fit, fresh = _parts(_read(chosen.text))
     model, tokenizer = _load(chosen.model, getattr(torch, chosen.dtype), chosen.device)
-    windows = _windows(tokenizer, fit, chosen.window, chosen.tokens)
-    held_out = _windows(tokenizer, fresh, chosen.window, None)
+    # With what the tokenizer puts around them windows are as long as asked for, and no longer than a model takes.
+    length = max(2, chosen.window - sum(map(len, _around(tokenizer))))
+    windows = _windows(tokenizer, fit, length, chosen.tokens)
+    held_out = _windows(tokenizer, fresh, length, None)
     held_out = held_out[: max(1, len(windows) // 4)]
     tokens = len(windows) * len(windows[0])
     print(f"{tokens} tokens to fit on, {len(held_out) * len(held_out[0])} held out", flush=True)

@@ -211,7 +211,7 @@ def test_every_window_begins_as_every_input_does(tmp_path, llama, monkeypatch):
 
     monkeypatch.setattr(NullSpace, "collect", watched)
     assert run(str(tmp_path / "model"), written(tmp_path / "text.txt"), tmp_path / "null.safetensors") == 0
-    assert {ids.shape[1] for ids in seen} == {17}
+    assert {ids.shape[1] for ids in seen} == {16}
     assert all(bool((ids[:, 0] == tokenizer.bos_token_id).all()) for ids in seen)
     assert not any(bool((ids[:, 1:] == tokenizer.bos_token_id).any()) for ids in seen)
 

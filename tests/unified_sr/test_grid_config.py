@@ -149,6 +149,15 @@ def test_the_rate_of_a_single_task_is_chosen_by_that_task(tmp_path: Path) -> Non
     assert chosen == {"adamw": 1e-4, "adamw-rec": 2e-4, "adamw-search": 1e-4}
 
 
+def test_a_rate_is_chosen_by_the_trained_tasks_that_can_be_validated(tmp_path: Path) -> None:
+    text = "data: {films: movielens-100k}\nselect: {rates: [1.0e-4, 2.0e-4]}\nmethods: [adamw]\n"
+    (job,) = list_jobs(read_grid(written(tmp_path, text)))
+    for rate, ranks in ((1e-4, {"rec": BAD}), (2e-4, {"rec": FAIR})):  # no search is held out for validation
+        pairs = ("evaluation.split=valid", f"training.lr={rate}")
+        write_run(tmp_path / "out/films/adamw" / f"lr-{rate:g}", "adamw", ranks=ranks, pairs=pairs)
+    assert choose_rate(job, tmp_path / "out").trial.rate == 2e-4
+
+
 def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
     grid = read_grid(written(tmp_path))
     assert [job.name for job in list_jobs(grid, ["films/small/seed-1"])][-1] == "films/small/seed-1"

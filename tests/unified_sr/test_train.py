@@ -147,6 +147,8 @@ def test_what_is_trained_does_not_depend_on_what_is_evaluated(llama_folder: str,
     _, single = assembled(llama_folder, data, "training.epochs=2", "training.early_stop=1", method="adamw-search")
     with pytest.raises(ValueError, match=r"early_stop needs validation examples, but \['search'\] have none"):
         single.early_stopping(tmp_path / "best.pt")
+    with pytest.raises(ValueError, match="'search', but the validation examples are of rec alone"):
+        assembled(llama_folder, data, "evaluation.split=valid", method="adamw-search")
 
 
 def test_a_single_task_is_stopped_by_its_own_validation_after_the_epochs_of_joint_training(

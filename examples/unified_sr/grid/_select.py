@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data import TASKS
 from ..run_folder import METRICS, SELECTION, RunFolder
 from ..settings import Settings
 from ..training import tasks_to_train
@@ -150,7 +151,7 @@ def _read(job: Job, selection: Selection, out: Path) -> Trial:
     metrics = job.folder(out).read_json(METRICS)
     before, after = (metrics[part]["general"]["perplexity"] for part in ("zero_shot", "final"))
     found = {task: values[selection.metric] for task, values in metrics["final"].items() if task != "general"}
-    trained = tasks_to_train(job.settings().training.tasks, tuple(found))
+    trained = [task for task in tasks_to_train(job.settings().training.tasks, TASKS) if task in found]
     return Trial(job.rate, math.fsum(found[task] for task in trained) / len(trained), after / before - 1)
 
 

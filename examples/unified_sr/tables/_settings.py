@@ -22,11 +22,11 @@ def setting_columns(settings: Mapping[str, Any]) -> dict[str, Any]:
         "data": PurePath(settings["data.source"]).name,
         "model": PurePath(settings["model.name"]).name,
         "method": settings["method.name"],
-        "split": settings["evaluation.split"],
+        "split": settings.get("evaluation.split", "test"),  # of a method that is not known any more
         "seed": settings["seed"],
         "lr": settings["training.lr"],
         "item_lr": settings["training.item_lr"],
-        "format": settings["model.format"],
+        "format": settings.get("model.format", "prompt"),
         "batch_size": settings["training.batch_size"],
         "negatives": settings["evaluation.negatives"],
         "settings": _text(shortened(settings)),
