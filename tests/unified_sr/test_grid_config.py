@@ -151,7 +151,7 @@ def test_the_rate_of_a_single_task_is_chosen_by_that_task(tmp_path: Path) -> Non
 
 def test_a_rate_is_chosen_by_the_trained_tasks_that_can_be_validated(tmp_path: Path) -> None:
     text = "data: {films: movielens-100k}\nselect: {rates: [1.0e-4, 2.0e-4]}\nmethods: [adamw]\n"
-    (job,) = list_jobs(read_grid(written(tmp_path, text)))
+    job = list_jobs(read_grid(written(tmp_path, text)))[0]
     for rate, ranks in ((1e-4, {"rec": BAD}), (2e-4, {"rec": FAIR})):  # no search is held out for validation
         pairs = ("evaluation.split=valid", f"training.lr={rate}")
         write_run(tmp_path / "out/films/adamw" / f"lr-{rate:g}", "adamw", ranks=ranks, pairs=pairs)
