@@ -444,7 +444,7 @@ class GemsOptimizer(Optimizer):
                 result = closure()
         # For schedulers that were built on the base optimizer: they ask whether it has stepped before them.
         self._inner.base._opt_called = True  # type: ignore[attr-defined]
-        # A lifted step is out of K as far as its product is exact: in bfloat16 or TF32 it would leak a thousandth.
+        # A lifted step is out of K as far as its product is exact: in bfloat16 or TF32 it leaks.
         with full_precision():
             self._inner.check_options(self.param_groups)
             self._follow_conversions()
