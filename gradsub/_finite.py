@@ -61,7 +61,7 @@ def find_nonfinite(
                 left.setdefault(task, []).extend(captured.tensors()[0] for captured in held)
         else:
             unit = each.joint.unit
-            units[tuple(each.captured), unit.device, unit.dtype].append(unit)
+            units[tuple(each.tasks), unit.device, unit.dtype].append(unit)
     for (here, *_), found in units.items():
         largest = torch.cat(found).amax((0, 2, 3))
         flags += [(whose[task], one) for task, one in zip(here, largest.unbind(), strict=True)]

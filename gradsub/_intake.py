@@ -19,6 +19,7 @@ from gradsub.capture import (
     FusedCapture,
     Gathered,
     GenericCapture,
+    Held,
     LossWatcher,
     MixedRows,
     Part,
@@ -68,9 +69,14 @@ class Intake:
         self._clipping = ClippingWatcher(self._saw_clipping)
 
     @property
-    def gradients(self) -> Mapping[int, dict[Tensor, Captured]]:
-        """By task, what was captured."""
-        return self.capture.gradients
+    def held(self) -> Held:
+        """What was captured."""
+        return self.capture.held
+
+    @property
+    def gradients(self) -> dict[int, dict[Tensor, Captured]]:
+        """The same by task and parameter."""
+        return self.held.by_parameter()
 
     @property
     def rounding(self) -> float:
@@ -171,7 +177,7 @@ class Intake:
     @property
     def expects(self) -> bool:
         """Whether something may have to be divided by the scale of the loss; the same on every rank."""
-        return bool(self.gradients) or self._exchange.size > 1
+        return bool(self.held) or self._exchange.size > 1
 
     def show(self, scaler: dict[str, Any]) -> list[Tensor]:
         """Leaves with the captured gradients in ``.grad``, which a `GradScaler` is about to divide and to check.
@@ -187,8 +193,7 @@ class Intake:
         self._check_unclipped()
         self.forget_skipped()
         self.reduce(merge=False)  # clipping may follow, and is by task
-        held = [captured for found in self.gradients.values() for captured in found.values()]
-        shown = [tensor for captured in held for tensor in captured.tensors()]
+        shown = list(self.held.tensors())
         if not shown:
             return []
         sharded = next((parameter for parameter in self.capture.watched if is_distributed(parameter)), None)
@@ -200,7 +205,7 @@ class Intake:
         self.forget_skipped()
         factor = self._unscaling.take()
         if factor is not None:
-            for held in self.gradients.values():
+            for held in self.held.single.values():
                 scale_norms(held, factor)
             self._scale_losses(factor)
 
@@ -244,7 +249,7 @@ class Intake:
         """
         self.check_closed("summing or reading gradients")
         agreed = self._exchange.reduce(
-            self.capture.gradients,
+            self.held,
             self.samples,
             self.mixed_samples,
             self.losses,
@@ -278,7 +283,7 @@ class Intake:
         """
         others = {
             task: [captured.tensors()[0] for each in plain if (captured := held.get(each)) is not None]
-            for task, held in self.gradients.items()
+            for task, held in self.held.single.items()
         }
         return find_nonfinite(self.losses, gathered, others, tasks, outside, self._exchange.in_common)
 
@@ -286,11 +291,11 @@ class Intake:
     def put_aside(self) -> Iterator[None]:
         """In here nothing seems to be captured: the state is that of the last step."""
         self.forget_skipped()  # or what a scaler has found infinite would come back, as if it were new
-        held, self.capture.gradients = self.capture.gradients, {}
+        held, self.capture.held = self.capture.held, Held()
         try:
             yield
         finally:
-            self.capture.gradients = held
+            self.capture.held = held
 
     def check_dense(self) -> None:
         """Raise if one of the layers has a sparse gradient from outside any task."""
@@ -309,7 +314,7 @@ class Intake:
         missed, outside = self._missed, self._outside
         missed.say_strayed(outside.strayed)
         missed.say_unclipped(self._clipped)
-        missed.say_untasked(bool(self.gradients), outside.arrived, outside.emptied)
+        missed.say_untasked(bool(self.held), outside.arrived, outside.emptied)
         outside.emptied = outside.strayed = None
         outside.arrived = False
 

@@ -15,7 +15,7 @@ from gradsub._lr_scale import asks, factor
 from gradsub._measure import measure, needs_alignment, previous_step
 from gradsub._reporting import Measurements
 from gradsub._state import INNER, prefixed
-from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, mix, project_block
+from gradsub.capture import MIXED, Captured, Gathered, Held, Projected, gather_block, gather_stacks, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank, carry_moments
@@ -73,16 +73,22 @@ class Stepper:
         """Whether parameters without subspaces need only the weighted sum of the tasks' gradients."""
         return self._surgery is None
 
-    def gather(self, gradients: Mapping[int, Mapping[Tensor, Captured]], rounding: float) -> list[Gathered]:
+    def gather(self, held: Held, rounding: float) -> list[Gathered]:
         """What the captures left, block by block, without what is only rounding; layers without gradients get a block.
 
         Args:
-            gradients: by task, what was captured.
+            held: what was captured.
             rounding: epsilon of the coarsest format in which a gradient was computed.
         """
         found = []
+        stacks = held.stacks_by_block(self._blocks.all)
+        gradients = held.single
         tasks = sorted(task for task in gradients if task != MIXED)
         for whole in list(self._blocks.all):
+            if whole in stacks:
+                outside = [layer.parameter.grad for layer in whole.layers]
+                found.append(gather_stacks(whole, stacks[whole], outside, rounding))
+                continue
             present = self._of_block(whole, gradients, tasks)
             blocks = [whole]
             if not present or not all(map(all, present.values())):

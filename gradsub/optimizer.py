@@ -453,14 +453,14 @@ class GemsOptimizer(Optimizer):
             if not self._unscaled():
                 return result
             self._intake.reduce(merge=self._stepper.sums)
-            gathered = self._stepper.gather(self._intake.gradients, self._intake.rounding)
+            gathered = self._stepper.gather(self._intake.held, self._intake.rounding)
             if not self._finite(gathered):
                 return result
             try:
                 self._measured = self._stepper.take(
                     self.param_groups,
                     gathered,
-                    self._intake.gradients,
+                    self._intake.held.single,
                     self._intake.samples,
                     self._intake.mixed_samples,
                     self._intake.losses,
@@ -557,7 +557,7 @@ class GemsOptimizer(Optimizer):
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         parameter.grad /= scale.to(parameter.grad.device)
-        if self._intake.gradients and not self._intake.unscaled and scaler_stepping(sys._getframe(1)):
+        if self._intake.held and not self._intake.unscaled and scaler_stepping(sys._getframe(1)):
             raise RuntimeError(
                 "a GradScaler takes the step of gradients that it has not divided by the loss scale: they were "
                 "captured after it did (in a closure), or it does not look for gradients in optimizer.param_groups; "
@@ -717,7 +717,7 @@ class GemsOptimizer(Optimizer):
         if not changed:
             return
         self._intake.forget_skipped()
-        if self._intake.gradients:
+        if self._intake.held:
             first, (dtype, device, _) = next(iter(changed.items()))
             raise RuntimeError(
                 f"{self._layout.name(first)} is {first.dtype} on {first.device} now, it was {dtype} on {device} when "
@@ -753,7 +753,7 @@ class GemsOptimizer(Optimizer):
             RuntimeError: gradients were captured and not stepped: step or ``zero_grad()`` first.
         """
         self._intake.forget_skipped()
-        if self._intake.gradients:
+        if self._intake.held:
             raise RuntimeError("load_state_dict between backward and step: call step() or zero_grad() first")
         self._follow_conversions()
         if isinstance(state_dict, Mapping):
@@ -818,7 +818,7 @@ class GemsOptimizer(Optimizer):
         """
         if "_intake" in self.__dict__:
             self._intake.forget_skipped()
-        if "_intake" in self.__dict__ and self._intake.gradients:
+        if "_intake" in self.__dict__ and self._intake.held:
             raise RuntimeError(
                 "state_dict between backward and step would lose gradients: call step() or zero_grad() first"
             )

@@ -52,7 +52,6 @@ class Slot:
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
     computed_in: torch.dtype | None = None
-    ready: dict[int, tuple[Tensor | None, tuple[Segment, ...]]] = field(default_factory=dict)
 
     @property
     def parameter(self) -> Tensor:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from gradsub.capture._linear import Segment
 from gradsub.capture._products import Orientation, Rows
 from gradsub.capture._tray import Rack, Tray
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
+
+
+# Asked of every probe, several times a step: without a line of python for each.
+_gradient = attrgetter("grad")
 
 
 @dataclass
@@ -59,6 +65,8 @@ class FusedCapture:
         self._parts: list[Part] = []
         self._forwards: list[FusedForward] = []
         self._probes: list[tuple[Slot, int, Tensor, Tensor]] = []
+        self._leaves: list[Tensor] = []
+        self._groups: list[tuple[Block, Sequence[Layer], list[Slot]]] = []
         self._racks: dict[Block, Rack] = {}
         self._trays: dict[tuple[Block, int], Tray] = {}
 
@@ -74,23 +82,29 @@ class FusedCapture:
         """Take over the forward pass of a layer's modules."""
         slot = Slot(layer, Orientation(transposed, layer.axis))
         self._probe(slot)
+        self._groups.clear()
         self._members.append(_Member(layer, modules, slot))
         self._probes += _probes_of(slot)
+        self._leaves += [leaf for pair in slot.probes for leaf in pair]
         self._install(self._members[-1])
 
     def convert(self, layer: Layer) -> None:
         """Follow a layer whose weight has another dtype, or is elsewhere, by now."""
+        self._groups.clear()
         self._racks.clear()
         self._trays.clear()
         for member in self._members:
             if member.layer is layer:
                 self._probe(member.slot)
+        self._list_probes()
+
+    def _list_probes(self) -> None:
         self._probes = [each for member in self._members for each in _probes_of(member.slot)]
+        self._leaves = [leaf for _, _, first, second in self._probes for leaf in (first, second)]
 
     def _probe(self, slot: Slot) -> None:
         layer = slot.layer
         rows, columns = layer.shape
-        slot.ready.clear()
         slot.probes = []
         for task, own in enumerate(layer.widths[1:]):
             width = layer.widths[SHARED] + own
@@ -117,29 +131,39 @@ class FusedCapture:
         layouts = tuple((length, tuple(part.rows[length] for part in parts)) for length in parts[0].rows)
         tasks = tuple(part.task for part in parts)
         alone = len(parts) == 1 and not layouts
-        blocks: dict[Block, tuple[list[Any], Tray | None, Tensor]] = {}
-        for member in self._members:
-            slot, layer = member.slot, member.layer
-            block = layer.block
-            if block not in blocks:
-                blocks[block] = self._open_block(block, tasks, alone)
-            dues, tray, joint = blocks[block]
-            slot.tasks = tasks
-            if tray is not None and (dues[0] is None or not dues[0][layer.row]):
-                slot.tray = tray
-                ready = slot.ready.get(tray.task)
-                if ready is None or ready[0] is not joint:
-                    ready = slot.ready[tray.task] = (joint, (self._segment(slot, tray.task, None),))
-                slot.segments = ready[1]
-                continue
-            segments = [self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True)]
-            # The whole gradient of a single task is what autograd computes anyway.
-            slot.whole = not layouts and any(segment.basis is None for segment in segments)
-            slot.segments = None if slot.whole else tuple(segments)
-            slot.layouts = layouts
+        for block, slots in self._by_block():
+            dues, tray = self._open_block(block, tasks, alone)
+            ready = None if tray is None else self._ready(tray, slots)
+            for place, slot in enumerate(slots):
+                slot.tasks = tasks
+                if ready is not None and (dues[0] is None or not dues[0][slot.layer.row]):
+                    slot.tray, slot.segments = tray, ready[place]
+                    continue
+                segments = [self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True)]
+                # The whole gradient of a single task is what autograd computes anyway.
+                slot.whole = not layouts and any(segment.basis is None for segment in segments)
+                slot.segments = None if slot.whole else tuple(segments)
+                slot.layouts = layouts
 
-    def _open_block(self, block: Block, tasks: Sequence[int], alone: bool) -> tuple[list[Any], Tray | None, Tensor]:
-        """By task which rows are due, where the others leave their gradients, and what those are projected on."""
+    def _by_block(self) -> Iterable[tuple[Block, list[Slot]]]:
+        if not all(block.layers is layers and layers[0].block is block for block, layers, _ in self._groups):
+            self._groups.clear()
+        if not self._groups:
+            groups: dict[Block, list[Slot]] = {}
+            for member in self._members:
+                groups.setdefault(member.layer.block, []).append(member.slot)
+            self._groups = [(block, block.layers, slots) for block, slots in groups.items()]
+        return [(block, slots) for block, _, slots in self._groups]
+
+    def _ready(self, tray: Tray, slots: Sequence[Slot]) -> Sequence[tuple[Segment, ...]]:
+        """The segments of slots of which nothing but projections is wanted; made once after each change of the bases."""
+        joint = tray.block.joint(tray.task, tray.block.first.dtype)
+        if tray.ready is None or tray.ready[0] is not joint or tray.ready[1] is not slots:
+            tray.ready = joint, slots, [(self._segment(slot, tray.task, None),) for slot in slots]
+        return tray.ready[2]
+
+    def _open_block(self, block: Block, tasks: Sequence[int], alone: bool) -> tuple[list[Any], Tray | None]:
+        """By task which rows are due, and where the others leave their gradients."""
         tray = None
         if alone:
             key = block, tasks[0]
@@ -148,8 +172,7 @@ class FusedCapture:
                 self._trays[key] = Tray(rack, tasks[0])
             tray = self._trays[key]
             tray.opened = True
-        dues = [self._bank.due_for(block, task) for task in tasks]
-        return dues, tray, block.joint(tasks[0], block.first.dtype)
+        return [self._bank.due_for(block, task) for task in tasks], tray
 
     def _segment(self, slot: Slot, task: int, due: Any) -> Segment:
         layer = slot.layer
@@ -185,7 +208,11 @@ class FusedCapture:
         formats |= {member.slot.computed_in for member in self._members if member.slot.whole}
         for tray in self._trays.values():
             formats |= tray.formats
-            if arrived := tray.take():
+            stack, arrived = tray.take()
+            if stack is not None:
+                share = shares[tray.task]
+                self._generic.deliver_stack(tray.task, tray.block, stack if share == 1.0 else stack.div_(share))
+            elif arrived:
                 layers = tray.block.layers
                 gradients = _in_own_scale(list(arrived.values()), shares[tray.task])
                 found = {
@@ -200,6 +227,8 @@ class FusedCapture:
 
     def _left_in_probes(self) -> list[tuple[Slot, int]]:
         """The layers and tasks of the probes that have a gradient."""
+        if all(map(is_, map(_gradient, self._leaves), repeat(None))):
+            return []
         return [
             (slot, task)
             for slot, task, first, second in self._probes
@@ -238,7 +267,8 @@ class FusedCapture:
             forward.slots = [slot for slot in forward.slots if all(slot is not m.slot for m in self._members)]
         self._members.clear()
         self._forwards.clear()
-        self._probes.clear()
+        self._list_probes()
+        self._groups.clear()
         self._racks.clear()
         self._trays.clear()
 
@@ -250,7 +280,7 @@ class FusedCapture:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bank, self._generic = state["_bank"], state["_generic"]
         self._parts, self._forwards, self._members, self._probes = [], [], [], []
-        self._racks, self._trays = {}, {}
+        self._leaves, self._groups, self._racks, self._trays = [], [], {}, {}
         self._waiting = state["members"]
 
     def reinstall(self) -> None:

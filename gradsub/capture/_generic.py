@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture._captured import Captured, squared_norm
+from gradsub.capture._held import Held
 from gradsub.linalg._arithmetic import without_autocast
-from gradsub.subspace import Layer, SubspaceBank
+from gradsub.subspace import Block, Layer, SubspaceBank
 
 # In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
 MIXED = -1
@@ -51,7 +52,7 @@ class GenericCapture:
         self._alone: tuple[int, float] | None = None
         self.arrived = False
         self._warned = False
-        self.gradients: dict[int, dict[Tensor, Captured]] = {}
+        self.held = Held()
         # Epsilon of the coarsest format in which a gradient was computed since the last step.
         self.rounding = 0.0
         self._remove_at_end()
@@ -154,7 +155,7 @@ class GenericCapture:
 
     def clear(self) -> None:
         """Forget what was captured, also in the block that is open."""
-        self.gradients.clear()
+        self.held.clear()
         self.arrived = False
         self.rounding = 0.0
 
@@ -204,15 +205,12 @@ class GenericCapture:
         if not found:
             return
         self.arrived = True
-        held = self.gradients.setdefault(task, {})
-        if not held:
-            held.update(found)  # which asks no tensor for its hash
-            return
-        for parameter, captured in found.items():
-            if (before := held.get(parameter)) is not None:
-                before.add(captured)
-            else:
-                held[parameter] = captured
+        self.held.add(task, found, self.layers)
+
+    def deliver_stack(self, task: int, block: Block, stack: Tensor) -> None:
+        """The same of all layers of a block at once (L x r x m, along the basis first)."""
+        self.arrived = True
+        self.held.add_stack(task, block, stack)
 
     def check_dense(self, parameter: Tensor, gradient: Tensor) -> None:
         """Raise a ValueError if a gradient is sparse."""

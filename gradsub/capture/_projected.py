@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsub._rounding import drop_rounding
 from gradsub.capture._captured import Captured, squared_norm
-from gradsub.capture._tray import side_by_side
+from gradsub.capture._tray import side_by_side, tasks_side_by_side
 from gradsub.subspace import SHARED, Block, Rows, SubspaceBank, pieces, project
 
 
@@ -39,12 +39,14 @@ class Gathered:
 
     Attributes:
         block: L layers.
-        captured: by task, of each layer.
+        tasks: those whose gradients were captured.
+        captured: by task, of each layer; nothing of what came as a stack.
         outside: the gradients of backward passes outside any task, which belong to the shared subspace alone.
         joint: of captured gradients, if all of them are projected already.
     """
 
     block: Block
+    tasks: Sequence[int]
     captured: Mapping[int, Sequence[Captured]]
     outside: Sequence[Tensor | None]
     joint: Stacked | None
@@ -62,17 +64,38 @@ def gather_block(
         rounding: epsilon of the coarsest format in which a gradient was computed.
     """
     ready = bool(captured) and all(each.projected is not None for held in captured.values() for each in held)
-    return Gathered(block, captured, outside, _joint(block, captured, rounding) if ready else None)
+    return Gathered(block, list(captured), captured, outside, _joint(block, captured, rounding) if ready else None)
+
+
+def gather_stacks(
+    block: Block, stacks: Mapping[int, Tensor], outside: Sequence[Tensor | None], rounding: float
+) -> Gathered:
+    """The same of what came as stacks.
+
+    Args:
+        block: L layers.
+        stacks: by task (L x r x m).
+        outside: what autograd left of each layer.
+        rounding: epsilon of the coarsest format in which a gradient was computed.
+    """
+    R = tasks_side_by_side(list(stacks.values()), block.first.axis)
+    return Gathered(block, list(stacks), {}, outside, _without_rounding(block, R, rounding, None, None))
 
 
 def _joint(block: Block, captured: Mapping[int, Sequence[Captured]], rounding: float) -> Stacked:
-    first = block.first
     projected = [[each.projected for each in held if each.projected is not None] for held in captured.values()]
     R = side_by_side(projected)
     norms = [each.squared_norm for of_layer in zip(*captured.values(), strict=True) for each in of_layer]
     squared_norms = _norms(norms, len(projected))
     known = all(each is not None for each in norms)
-    unit = drop_rounding(R, first, rounding, squared_norms if known else None)
+    return _without_rounding(block, R, rounding, squared_norms, squared_norms if known else None)
+
+
+def _without_rounding(
+    block: Block, R: Tensor, rounding: float, squared_norms: Tensor | None, all_known: Tensor | None
+) -> Stacked:
+    first = block.first
+    unit = drop_rounding(R, first, rounding, all_known)
     axis, width = 2 + first.axis, first.widths[SHARED]
     return Stacked(R, unit, squared_norms, *torch.split(R, [width, R.shape[axis] - width], axis))
 
@@ -123,22 +146,24 @@ def project_block(
         None if each is None else layer.matrix(each).to(layer.dtype)
         for layer, each in zip(block.layers, gathered.outside, strict=True)
     ]
-    sketches = _sketches(block, bank, captured, matrices, weights) if first.sketched else {}
+    stacked = bool(gathered.tasks) and not captured
+    sketches = _sketches(block, bank, captured, matrices, weights) if first.sketched and not stacked else {}
     if joint is None:
         _project_whole(block, bank, captured, matrices, weights, update_proj_gap)
     aside = _aside(block, bank, matrices)
     if aside is not None:
         drop_rounding(aside, first, rounding, None)
-    if not captured:
+    if not gathered.tasks:
         return Projected(block, {}, aside, {}, {}, sketches)
     joint = _joint(block, captured, rounding) if joint is None else joint
     for held in captured.values():
         for each in held:
             each.projected = each.sketch = None
     norms = joint.squared_norms
-    squared_norms = {} if norms is None else dict(zip(captured, norms.unbind(1), strict=True))
-    parts = dict(zip(captured, joint.shared.unbind(1), strict=True))
-    own = dict(zip(captured, joint.own.unbind(1), strict=True))
+    tasks = gathered.tasks
+    squared_norms = {} if norms is None else dict(zip(tasks, norms.unbind(1), strict=True))
+    parts = dict(zip(tasks, joint.shared.unbind(1), strict=True))
+    own = dict(zip(tasks, joint.own.unbind(1), strict=True))
     return Projected(block, parts, aside, own, squared_norms, sketches, joint)
 
 

@@ -59,6 +59,7 @@ class Tray:
         formats: those of the factors that have come in.
         witness: a leaf that is part of every graph and receives nothing: where a backward pass would execute it, the
             pass accumulates into all leaves.
+        ready: what forward passes are given, and what it was made of.
     """
 
     def __init__(self, rack: Rack, task: int) -> None:
@@ -66,7 +67,9 @@ class Tray:
         self.opened = False
         self.formats: set[torch.dtype] = set()
         self.witness = torch.zeros((), dtype=self.block.first.dtype, device=self.block.device, requires_grad=True)
+        self.ready: tuple[Tensor, Any, Sequence[Any]] | None = None
         self._known: tuple[Any, Any, int, Sequence[Tensor]] = (None, None, 0, ())
+        self._stack: Tensor | None = None
         self._rows: Sequence[Tensor] = ()
         self._arrived: set[int] = set()
 
@@ -100,15 +103,34 @@ class Tray:
             place.add_(torch.mm(left, right))  # rounded before it is added, as without a stack
 
     def _begin(self) -> Sequence[Tensor]:
-        stack = self.rack.place(self.task)
+        stack = self._stack = self.rack.place(self.task)
         self._rows = (stack.mT if self.block.first.axis == 1 else stack).unbind()
         return self._rows
 
-    def take(self) -> dict[int, Tensor]:
-        """By place, the gradients that arrived; they are the receiver's."""
-        rows, arrived = self._rows, sorted(self._arrived)
-        self._rows, self._arrived = (), set()
-        return {place: rows[place] for place in arrived}
+    def take(self) -> tuple[Tensor | None, dict[int, Tensor]]:
+        """The stack, if a gradient of every layer arrived; else those that did, by place. They are the receiver's."""
+        stack, rows, arrived = self._stack, self._rows, self._arrived
+        self._stack, self._rows, self._arrived = None, (), set()
+        if stack is not None and len(arrived) == len(rows):
+            return stack, {}
+        return None, {place: rows[place] for place in sorted(arrived)}
+
+
+def tasks_side_by_side(stacks: Sequence[Tensor], axis: int) -> Tensor:
+    """Stacks of K tasks (L x r x m each) as one (L x K x m x r, or L x K x r x m for axis 0), in memory task by task.
+
+    Args:
+        stacks: as trays leave them; not copied where they lie side by side in a rack.
+        axis: of the weights, that the bases span.
+    """
+    first = stacks[0]
+    base, start, size = first._base, first.storage_offset(), first.numel()
+    together = base is not None and all(
+        each._base is base and each.storage_offset() == start + task * size for task, each in enumerate(stacks)
+    )
+    whole = base.narrow(0, start // size, len(stacks)) if together and base is not None else torch.stack(list(stacks))
+    found = whole.transpose(0, 1)
+    return found.mT if axis == 1 else found
 
 
 def side_by_side(gradients: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gradsub._sums import sum_over
-from gradsub.capture import MIXED
+from gradsub.capture import MIXED, Held
 from gradsub.distributed._agreement import Agreement, agree
 from gradsub.distributed._ranks import Ranks
-from gradsub.distributed._reduction import Gradients, complete_sharded, merge_plain, reduce_captured, reduce_outside
+from gradsub.distributed._reduction import complete_sharded, merge_plain, reduce_captured, reduce_outside
 from gradsub.distributed._replicas import check_replicas
 from gradsub.distributed._wrapped import data_parallel
 from gradsub.subspace import Layer, SubspaceBank, is_distributed, sharded_over
@@ -125,7 +125,7 @@ class Exchange:
 
     def reduce(
         self,
-        gradients: Gradients,
+        held: Held,
         samples: Mapping[int, float],
         mixed: float,
         losses: Mapping[int, Tensor],
@@ -137,7 +137,7 @@ class Exchange:
         """Sum over the ranks, once a step; every rank has to come here.
 
         Args:
-            gradients: by task, what was captured; replaced by that of all ranks.
+            held: what was captured; replaced by that of all ranks.
             samples: by task.
             mixed: rows of mixed batches.
             losses: by task.
@@ -151,8 +151,11 @@ class Exchange:
         """
         if self._done:
             return None
+        if self._ranks.size == 1 and not self.sharded:
+            return None
+        gradients = held.by_parameter()
         if self._ranks.size == 1:
-            self._done = self.sharded
+            self._done = True
             complete_sharded(layers, gradients)
             return None
         if self.sharded:

@@ -58,7 +58,8 @@ def test_every_layer_answers_protected_inputs_as_before(device, dtype):
     other = noise(20, 12, key=(8,), like=first)
     elsewhere = model(other).detach()
     train(model, gems(model, base=decayed_adamw(model), null_space=null_space), 50)
-    close = {"rtol": 0.0, "atol": 2e-6 if dtype == torch.float32 else 2e-13}
+    # Rounding is relative to the answers, and depends on the processor.
+    close = {"rtol": 0.0, "atol": 16 * torch.finfo(dtype).eps * float(first.abs().max())}
     torch.testing.assert_close(model[0](general).detach(), first, **close)
     torch.testing.assert_close(model[2](held).detach(), second, **close)
     assert float((model(other) - elsewhere).detach().norm()) > 0.2 * float(elsewhere.norm())
