@@ -72,19 +72,16 @@ class Slot:
                 "before it"
             )
 
-    def receive(self, tray: Tray, left: Tensor, right: Tensor) -> None:
-        """Take the projected gradient that a backward pass leaves whose forward pass was an ordinary one: a product.
+    def receive(self, task: int, left: Tensor, right: Tensor) -> None:
+        """Take the projected gradient, a product, whose tray is closed or has no place for it any more.
 
         Args:
-            tray: of the forward pass.
+            task: of the forward pass.
             left: a factor.
             right: the other.
         """
-        if tray.opened and tray.block is self.layer.block:
-            tray.add(self.layer.row, left, right)
-        else:
-            self.computed_in = left.dtype
-            hand_over(Wish.THIS_LEAF, self.probes[tray.task][0], torch.mm(left, right))
+        self.computed_in = left.dtype
+        hand_over(Wish.THIS_LEAF, self.probes[task][0], torch.mm(left, right))
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments, with the rows of this input."""
@@ -124,6 +121,22 @@ class FusedForward:
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         """The layer's output."""
         (x,) = args or kwargs.values()
+        # What nearly all calls are, and where every microsecond counts: `_compute` would find the same.
+        if len(slots := self.slots) == 1 and (tray := (slot := slots[0]).tray) is not None and not is_compiling():
+            module, weight = self.module, slot.layer.parameter
+            parameters = module._parameters
+            if (
+                parameters.get("weight") is weight
+                and type(module).forward is self.own
+                and weight.requires_grad
+                and torch.is_grad_enabled()
+                and not (_any_autocast() or _saving_hooks(False) or seen_by_others(weight) or needs_autograd(x))
+            ):
+                basis = tray.bases(x.dtype)[slot.layer.row]
+                return ordinary_linear(x, weight, tray.witness, parameters.get("bias"), basis, slot, tray)  # type: ignore[no-any-return]
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         module = self.module
         if type(module).forward is not self.own:
             return type(module).forward(module, x)  # type: ignore[no-any-return]  # it has been replaced since
@@ -147,8 +160,8 @@ class FusedForward:
         # Checkpointing runs the forward pass again when saved tensors are needed, by when another task may be open, or
         # none: what is saved must not depend on that, so the backward pass decides.
         later = _checkpointed()
-        if len(slots) == 1 and (tray := slots[0].tray) is not None and not later:
-            return ordinary_linear(x, weight, bias, slots[0], tray)
+        if len(slots) == 1 and slots[0].tray is not None and not later:
+            return _ordinary(x, weight, bias, slots[0])
         for slot in slots:
             slot.computed_in = x.dtype
         opened = [slot for slot in slots if slot.opened]
@@ -161,8 +174,8 @@ class FusedForward:
             for slot in opened:
                 y.register_hook(_Belongs(slot, weight))  # type: ignore[no-untyped-call]
             return y
-        if (tray := opened[0].tray) is not None:
-            return ordinary_linear(x, weight, bias, opened[0], tray)
+        if opened[0].tray is not None:
+            return _ordinary(x, weight, bias, opened[0])
         return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -175,6 +188,14 @@ class FusedForward:
             "torch.jit.script cannot read the forward pass of a layer that an optimizer captures: script a "
             "copy.deepcopy of the model, or the model after optimizer.close()"
         )
+
+
+def _ordinary(x: Tensor, weight: Tensor, bias: Tensor | None, slot: Slot) -> Tensor:
+    """In the open task alone, to which all rows belong; ``x`` and ``bias`` are `cast` already."""
+    tray = slot.tray
+    assert tray is not None
+    basis = tray.bases(x.dtype)[slot.layer.row]
+    return ordinary_linear(x, weight, tray.witness, bias, basis, slot, tray)  # type: ignore[no-any-return]
 
 
 class _Belongs:
@@ -216,6 +237,8 @@ class _Opened:
 _any_autocast = torch._C._is_any_autocast_enabled
 
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+# Before torch 2.8 only the stack of frames tells.
+_saving_hooks = _top_hooks or (lambda _: True)
 
 
 def _checkpointed() -> bool:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import Tensor
 from torch.nn import functional as F
 
 
-class Orientation(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Orientation:
     """How a layer's weight is stored and which of its axes the bases span.
 
     Attributes:
         transposed: the weight is ``in_features x out_features``.
         axis: of the weight, that the bases span.
+        input_side: whether they span input directions.
     """
 
     transposed: bool
     axis: int
+    input_side: bool = field(init=False)
 
-    @property
-    def input_side(self) -> bool:
-        """Whether the bases span input directions."""
-        return (self.axis == 1) != self.transposed
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "input_side", (self.axis == 1) != self.transposed)
 
 
 # Which rows of a batch, along its first axis: from where to where, or which; None for all.

@@ -1,0 +1,105 @@
+"""Whole blocks travel as stacks from the backward pass to the step, and nobody can tell."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from gradsub.capture import Captured
+
+from .worlds import gems, model_of, null_space_of, train
+
+WIDTHS = (16, 16, 16, 16)
+TASKS = ("a", "b")
+
+
+class Partly(nn.Module):
+    """Linear layers of one shape, of which a pass may leave some out or use some as bare weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = model_of(WIDTHS, bias=False)
+
+    def forward(self, x, left_out=(), bare=()):
+        for place, layer in enumerate(self.layers):
+            if not isinstance(layer, nn.Linear):
+                x = layer(x)
+            elif place // 2 in bare:
+                x = nn.functional.linear(x, layer.weight)
+            elif place // 2 not in left_out:
+                x = layer(x)
+        return x
+
+
+def input_of(step, width=16):
+    return torch.randn(6, width, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+
+
+PLACES = st.sets(st.integers(0, 2), max_size=2)
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.tuples(st.sampled_from(TASKS), PLACES, PLACES), min_size=1, max_size=6),
+    st.sets(st.integers(0, 5)),
+    st.sampled_from(["input", "output"]),
+)
+def test_looking_at_single_gradients_changes_no_step(passes, looked_after, side):
+    """Whatever passes bring of a block, in whatever order: read layer by layer in between, or never."""
+    models = [Partly() for _ in range(2)]
+    optimizers = [gems(model, tasks=TASKS, side=side, update_proj_gap=100) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        for step in range(2):  # the bases, then places for the stacks
+            for task in TASKS:
+                with optimizer.task(task):
+                    model(input_of(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for number, (task, left_out, bare) in enumerate(passes):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            with optimizer.task(task):
+                model(input_of(number + 2), left_out, bare).square().mean().backward()
+        if number in looked_after:
+            assert optimizers[0]._intake.gradients
+    for optimizer in optimizers:
+        optimizer.step()
+    for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("protected", [False, True])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_an_ordinary_step_makes_no_record_of_a_layer(side, protected, monkeypatch):
+    made = []
+    model = model_of(WIDTHS, bias=False)
+    optimizer = gems(model, side=side, update_proj_gap=100, null_space=null_space_of(model, side) if protected else None)
+    train(model, optimizer, 2)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    monkeypatch.setattr(Captured, "__init__", lambda self, *args, **kwargs: made.append(self))
+    train(model, optimizer, 1, start=2)
+    assert not made
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_gradients_of_one_layer_never_reach_another():
+    """Every layer of the block has its own task's gradient, told by what the others have not."""
+    model = model_of(WIDTHS, bias=False)
+    optimizer = gems(model, tasks=TASKS, update_proj_gap=100)
+    train(model, optimizer, 2)
+    with optimizer.task("a"):
+        model(input_of(7)).square().mean().backward()
+    stacked = copy.deepcopy(optimizer._intake.held)
+    weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
+    single = optimizer._intake.gradients[0]
+    found = next(iter(stacked.tensors()))
+    for row, weight in enumerate(weights):
+        gradient = torch.autograd.grad(model(input_of(7)).square().mean(), weight)[0]
+        state = optimizer.state[weight]
+        shared_and_own = state["basis"][:, : found.shape[1]]
+        torch.testing.assert_close(single[weight].projected, gradient @ shared_and_own, rtol=0, atol=1e-12)
+        assert torch.equal(found[row].mT, single[weight].projected)
