@@ -99,8 +99,8 @@ class Stepper:
                 ]
                 blocks = self._blocks.divide(whole, kinds)
             for block in blocks:
-                held = present if len(blocks) == 1 else self._of_block(block, gradients, tasks)
-                captured = {task: [each for each in mine if each is not None] for task, mine in held.items()}
+                here = present if len(blocks) == 1 else self._of_block(block, gradients, tasks)
+                captured = {task: [each for each in mine if each is not None] for task, mine in here.items()}
                 captured = {task: mine for task, mine in captured.items() if mine}
                 outside = [layer.parameter.grad for layer in block.layers]
                 if captured or outside[0] is not None:

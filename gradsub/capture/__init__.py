@@ -6,8 +6,8 @@ from gradsub.capture._clipping import ClippingWatcher
 from gradsub.capture._forward import can_fuse
 from gradsub.capture._fused import FusedCapture, Part
 from gradsub.capture._generic import MIXED, GenericCapture
-from gradsub.capture._losses import LossWatcher, watch_through
 from gradsub.capture._held import Held
+from gradsub.capture._losses import LossWatcher, watch_through
 from gradsub.capture._projected import Gathered, Projected, gather_block, gather_stacks, mix, project_block
 from gradsub.capture._rows import MixedRows
 from gradsub.capture._scaled import Unscaling, leaves, scaler_reading, scaler_stepping

@@ -18,7 +18,6 @@ from gradsub.capture._products import Orientation, Rows
 from gradsub.capture._tray import Rack, Tray
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
 
-
 # Asked of every probe, several times a step: without a line of python for each.
 _gradient = attrgetter("grad")
 
@@ -156,7 +155,7 @@ class FusedCapture:
         return [(block, slots) for block, _, slots in self._groups]
 
     def _ready(self, tray: Tray, slots: Sequence[Slot]) -> Sequence[tuple[Segment, ...]]:
-        """The segments of slots of which nothing but projections is wanted; made once after each change of the bases."""
+        """The segments where nothing but projections is wanted; made once after each change of the bases."""
         joint = tray.block.joint(tray.task, tray.block.first.dtype)
         if tray.ready is None or tray.ready[0] is not joint or tray.ready[1] is not slots:
             tray.ready = joint, slots, [(self._segment(slot, tray.task, None),) for slot in slots]

@@ -77,7 +77,9 @@ def test_looking_at_single_gradients_changes_no_step(passes, looked_after, side)
 def test_an_ordinary_step_makes_no_record_of_a_layer(side, protected, monkeypatch):
     made = []
     model = model_of(WIDTHS, bias=False)
-    optimizer = gems(model, side=side, update_proj_gap=100, null_space=null_space_of(model, side) if protected else None)
+    optimizer = gems(
+        model, side=side, update_proj_gap=100, null_space=null_space_of(model, side) if protected else None
+    )
     train(model, optimizer, 2)
     before = [weight.detach().clone() for weight in model.parameters()]
     monkeypatch.setattr(Captured, "__init__", lambda self, *args, **kwargs: made.append(self))
