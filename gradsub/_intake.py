@@ -193,7 +193,7 @@ class Intake:
         self._check_unclipped()
         self.forget_skipped()
         self.reduce(merge=False)  # clipping may follow, and is by task
-        shown = list(self.held.tensors())
+        shown = [tensor for task in self.held.tasks() for tensor in self.held.tensors(task)]
         if not shown:
             return []
         sharded = next((parameter for parameter in self.capture.watched if is_distributed(parameter)), None)
@@ -205,8 +205,8 @@ class Intake:
         self.forget_skipped()
         factor = self._unscaling.take()
         if factor is not None:
-            for held in self.held.single.values():
-                scale_norms(held, factor)
+            for task in self.held.tasks():
+                scale_norms(self.held, task, factor)
             self._scale_losses(factor)
 
     def unscale(self, scale: Tensor) -> None:
@@ -216,8 +216,8 @@ class Intake:
             RuntimeError: gradients were clipped before.
         """
         self._check_unclipped()
-        for held in self.gradients.values():
-            scale_captured(held, scale.reciprocal())
+        for task in self.held.tasks():
+            scale_captured(self.held, task, scale.reciprocal())
         self._scale_losses(scale.reciprocal())
         self._unscaling.done = True
 
@@ -266,8 +266,8 @@ class Intake:
         """Scale each task's gradient to a norm of at most ``max_norm``; the norms before, by task."""
         self._clipped = True
         return {
-            task: clip_captured(held, max_norm, self.capture.layers, self._exchange.in_common)
-            for task, held in self.gradients.items()
+            task: clip_captured(self.held, task, max_norm, self.capture.layers, self._exchange.in_common)
+            for task in self.held.tasks()
         }
 
     def find_nonfinite(
@@ -305,8 +305,7 @@ class Intake:
 
     def _saw_clipping(self, parameters: Sequence[Tensor]) -> None:
         """Torch's own clipping is called with these."""
-        captured = [held for held in self.gradients.values() if any(p in held for p in parameters)]
-        self._missed.clipping = self._missed.clipping or bool(captured)
+        self._missed.clipping = self._missed.clipping or self.held.any_of(parameters)
 
     def say_missed(self) -> None:
         """At a step: warn once of each kind of gradient that went another way than its user may think."""

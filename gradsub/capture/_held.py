@@ -34,17 +34,25 @@ class Held:
             self._unstack(task, block)
         return self.single
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Every gradient."""
-        for _, stack in self._stacks.values():
-            yield stack
-        for mine in self.single.values():
-            for captured in mine.values():
-                yield from captured.tensors()
-
-    def tasks(self) -> set[int]:
+    def tasks(self) -> list[int]:
         """Those of which there is anything."""
-        return {*self.single, *(task for task, _ in self._stacks)}
+        return sorted({*self.single, *(task for task, _ in self._stacks)})
+
+    def any_of(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether there is a gradient of one of these."""
+        there = {id(parameter) for mine in self.single.values() for parameter in mine}
+        there.update(id(layer.parameter) for layers, _ in self._stacks.values() for layer in layers)
+        return any(id(parameter) in there for parameter in parameters)
+
+    def stacks(self, task: int) -> Iterator[tuple[Block, Tensor]]:
+        """A task's stacks, and whose they are."""
+        return ((block, stack) for (whose, block), (_, stack) in self._stacks.items() if whose == task)
+
+    def tensors(self, task: int) -> Iterator[Tensor]:
+        """Every gradient of a task."""
+        yield from (stack for _, stack in self.stacks(task))
+        for captured in self.single.get(task, {}).values():
+            yield from captured.tensors()
 
     def add(self, task: int, found: Mapping[Tensor, Captured], layers: Mapping[Tensor, Layer]) -> None:
         """Add to what a task's backward passes have left so far.

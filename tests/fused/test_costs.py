@@ -195,7 +195,7 @@ def test_no_gradient_of_a_weights_size_between_refreshes(refresh):
     assert len(grown) <= 2 * len(TASKS) * 2 * 3 + 8  # views of the two weights
 
 
-def operations(layers):
+def operations(layers, clips):
     """Of a step, by name: those on matrices, but for views and the lift that the CPU does layer by layer."""
     counts: Counter[str] = Counter()
     skipped = ("addmm_", "unbind", "view", "select", "slice", "split", "transpose", "expand", "detach", "alias")
@@ -216,12 +216,15 @@ def operations(layers):
         with optimizer.task(task):
             model(torch.randn(3, 2, 24)).square().mean().backward()
     with Count():
+        if clips:
+            optimizer.clip_grad_norm_(1e-3)
         optimizer.step()
     return counts
 
 
-def test_operations_of_a_step_do_not_grow_with_the_layers():
-    few, many = operations(3), operations(9)
+@pytest.mark.parametrize("clips", [False, True])
+def test_operations_of_a_step_do_not_grow_with_the_layers(clips):
+    few, many = operations(3, clips), operations(9, clips)
     assert few == many
     assert few["bmm"] >= 1
 

@@ -98,10 +98,30 @@ def test_gradients_of_one_layer_never_reach_another():
     stacked = copy.deepcopy(optimizer._intake.held)
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
     single = optimizer._intake.gradients[0]
-    found = next(iter(stacked.tensors()))
+    found = next(stacked.tensors(0))
     for row, weight in enumerate(weights):
         gradient = torch.autograd.grad(model(input_of(7)).square().mean(), weight)[0]
         state = optimizer.state[weight]
         shared_and_own = state["basis"][:, : found.shape[1]]
         torch.testing.assert_close(single[weight].projected, gradient @ shared_and_own, rtol=0, atol=1e-12)
         assert torch.equal(found[row].mT, single[weight].projected)
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_norm_is_the_same_of_stacks_and_of_single_gradients(accumulated):
+    norms, weights = [], []
+    for looked in (False, True):
+        model = model_of(WIDTHS, bias=False)
+        optimizer = gems(model, tasks=TASKS, update_proj_gap=100)
+        train(model, optimizer, 2)
+        for number, task in enumerate(TASKS * (1 + accumulated)):
+            with optimizer.task(task):
+                model(input_of(number)).square().mean().backward()
+        if looked:
+            assert optimizer._intake.gradients
+        norms.append(torch.stack(list(optimizer.clip_grad_norm_(1e-3).values())))
+        optimizer.step()
+        weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-12, atol=0)
+    assert float(norms[0].min()) > 1e-3
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
