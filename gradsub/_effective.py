@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradsub.capture import can_fuse
-from gradsub.null_space._collect import evaluating
+from gradsub.null_space._features import evaluating
 
 # What may move of an answer that must stay, as a share of what moves of others: more than rounding of low precision.
 _TOLERANCE = 0.05

@@ -80,14 +80,7 @@ def _collect(chosen: argparse.Namespace) -> None:
         raise ValueError(f"--out {str(chosen.out)!r}: there is no folder {str(chosen.out.absolute().parent)!r}")
     if chosen.out.is_dir():
         raise ValueError(f"--out {str(chosen.out)!r} is a folder: name a file in it")
-    settings = {
-        "side": chosen.side,
-        "energy": chosen.energy,
-        "threshold": chosen.threshold,
-        "max_rank": chosen.max_rank,
-        "layer_memory_budget": chosen.layer_memory_budget,
-    }
-    null_space = NullSpace(**settings)
+    null_space = NullSpace(chosen.side, chosen.energy, chosen.threshold, chosen.max_rank, chosen.layer_memory_budget)
     normalize = chosen.threshold is None if chosen.normalize is None else chosen.normalize
     fit, fresh = _parts(_read(chosen.text))
     model, tokenizer = _load(chosen.model, getattr(torch, chosen.dtype), chosen.device)
@@ -101,15 +94,15 @@ def _collect(chosen: argparse.Namespace) -> None:
 
     def add(into: NullSpace, some: Sequence[Tensor], what: str, **options: Any) -> NullSpace:
         batches = _Batches(model, tokenizer, some, chosen.batch, chosen.device, what)
-        return into.collect(model, batches, chosen.target_modules, normalize=normalize, **options)
+        options = {"target_modules": chosen.target_modules, **options}
+        return into.collect(model, batches, normalize=normalize, **options)
 
     if chosen.layers_at_once is not None:
         add(null_space, windows, "collecting", layers_at_once=chosen.layers_at_once, out=chosen.out)
         shares, names = {}, list(null_space)
         for start in range(0, len(names), chosen.layers_at_once):
-            others = NullSpace(chosen.side)
-            batches = _Batches(model, tokenizer, held_out, chosen.batch, chosen.device, "held-out text")
-            others.collect(model, batches, names[start:][: chosen.layers_at_once], normalize=normalize)
+            group = names[start:][: chosen.layers_at_once]
+            others = add(NullSpace(chosen.side), held_out, "held-out text", target_modules=group)
             shares.update(null_space.residual_energy(others))
         _say([(tokens, sum(shares.values()) / len(shares))], shares)
     else:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsub.layers import named_parameters
-from gradsub.null_space._collect import Observe, call, eager, evaluating
 from gradsub.null_space._elementwise import Unsuitable, derivative, dtypes_of
+from gradsub.null_space._features import Observe, call, eager, evaluating
 from gradsub.subspace import is_distributed
 
 Loss = Callable[[nn.Module, Any], Tensor]

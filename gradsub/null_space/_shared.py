@@ -53,6 +53,11 @@ class SharedStatistics:
             self.versions.pop(name, None)
             self.normalized.pop(name, None)
 
+    def uneven(self, other: SharedStatistics) -> list[str]:
+        """The layers in both whose features are known to have come with another choice of ``normalize``."""
+        mine, theirs = self.normalized, other.normalized
+        return [name for name in other.by_name if name in mine and name in theirs and mine[name] is not theirs[name]]
+
     def distinct(self) -> dict[str, Statistics]:
         """Every object once, under the first layer that holds it."""
         firsts: dict[int, str] = {}
