@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsub.null_space._null_space import SIDES, NullSpace
 
 _STAGES = (4, 2, 1)  # the residual is measured after a quarter, a half and all of the tokens
-_NEAR = 0.1  # text is enough that leaves at most a tenth more than any amount of it would,
+_MORE = 0.1  # text is enough that leaves at most a tenth more than any amount of it would,
 _LEAST = 1e-3  # or this share of the energy more
 
 
@@ -157,7 +157,7 @@ class Trend:
     def enough(self) -> int | None:
         """The tokens that leave a tenth more of fresh text than of their own at most; None: that cannot be told."""
         tokens, above = self.tokens, self.share - self.floor
-        while above > max(_NEAR * self.floor, _LEAST):
+        while above > max(_MORE * self.floor, _LEAST):
             if self.ratio is None or self.ratio >= 1.0 or tokens > 1000 * self.tokens:
                 return None
             tokens, above = 2 * tokens, above * self.ratio

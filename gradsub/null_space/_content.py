@@ -23,7 +23,6 @@ class Content:
     """What is known of layers: their statistics, and the directions that these come to.
 
     Args:
-        criterion: how many directions are protected.
         budget: bytes that a layer's statistics may take between calls, or None.
     """
 

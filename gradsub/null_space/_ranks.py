@@ -44,7 +44,6 @@ class SharedBatches(OwnBatches):
     sharded model needs every rank.
 
     Args:
-        ranks: the ranks.
         batches: the same on every rank.
         device: where the ranks compare them.
     """
@@ -99,7 +98,6 @@ def merged_over_ranks(
     Covariances are summed; sketches are merged in the order of the ranks. A rank that has seen nothing takes part.
 
     Args:
-        ranks: the ranks.
         mine: what this one has seen.
         device: where the statistics are.
         dealt: as of `OwnBatches`; the same on every rank.
@@ -111,7 +109,7 @@ def merged_over_ranks(
     """
     distinct = mine.distinct()
     firsts = {id(statistics): name for name, statistics in distinct.items()}
-    described = ranks.gather(
+    described = ranks.of_all(
         {
             "error": None if error is None else f"{type(error).__name__}: {error}",
             "dealt": dealt,
@@ -160,7 +158,7 @@ def on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
         found.append(action())
     except Exception as error:
         failure = error
-    messages = ranks.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = ranks.of_all(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for rank, message in enumerate(messages):

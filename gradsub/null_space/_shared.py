@@ -28,7 +28,6 @@ class SharedStatistics:
         """Let the layer take in one piece of data.
 
         Args:
-            name: the layer.
             steps: the states that this piece of data has led from and to so far, for all layers; extended here.
             first: what the data alone makes.
             more: adds the data to a state, in place.
