@@ -11,8 +11,6 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
     """Columns as wide as what stands in them, without those that are empty; the first column is of names.
 
     Args:
-        head: the columns' names.
-        rows: of cells.
         numbers: which columns are flush right.
     """
     kept = [place for place in range(len(head)) if not rows or any(row[place] for row in rows)]
