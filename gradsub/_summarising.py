@@ -34,53 +34,29 @@ def summarise(
             shared.update({tensor.untyped_storage().data_ptr(): _bytes(tensor) for tensor in kept})
             host = sum(map(_bytes, kept))
             total = sum(_bytes(value) for value in held.values() if isinstance(value, Tensor))
-            free = said.why_not_protected(parameter)
             name = layout.name(parameter) if layer is None else layer.name
-            free = loose.pop(name, free)
+            free = loose.pop(name, said.why_not_protected(parameter))
+            frozen = not parameter.requires_grad
+            shape: tuple[int, ...]
+            ranks: tuple[int, ...]
             if layer is None:
-                why = said.why_not_decomposed(parameter, group, left_out)
-                frozen = not parameter.requires_grad
-                found.append(
-                    ParameterSummary(
-                        name,
-                        tuple(parameter.shape),
-                        (),
-                        "none" if frozen else "generic",
-                        "",
-                        layout.guard.protected_share(parameter),
-                        total,
-                        0,
-                        0 if frozen else max(1, len(tasks)) * _bytes(parameter),
-                        "it is frozen" if frozen else why,
-                        None if frozen else free,
-                    )
-                )
-                continue
+                shape, ranks, refresh = tuple(parameter.shape), (), ""
+                share, transient = layout.guard.protected_share(parameter), max(1, len(tasks)) * _bytes(parameter)
+                why = "it is frozen" if frozen else said.why_not_decomposed(parameter, group, left_out)
+                capture = "generic"
+            else:
+                shape, ranks, refresh = layer.whole_shape, layer.widths, "sketch" if layer.sketched else "svd"
+                share, transient, why = 1 - layer.free / layer.dimension, _transient(layer), None
+                capture = "generic" if layout.fused(parameter) is None else "fused"
+            if frozen:
+                capture, transient, free = "none", 0, None
             found.append(
-                ParameterSummary(
-                    name,
-                    layer.whole_shape,
-                    layer.widths,
-                    _capture(layout, parameter),
-                    "sketch" if layer.sketched else "svd",
-                    1 - layer.free / layer.dimension,
-                    total - host,
-                    host,
-                    _transient(layer) if parameter.requires_grad else 0,
-                    None,
-                    free if parameter.requires_grad else None,
-                )
+                ParameterSummary(name, shape, ranks, capture, refresh, share, total - host, host, transient, why, free)
             )
     notes = [
         f"{name}: {reason}" for name, reason in {**left_out, **loose}.items() if name not in {p.name for p in found}
     ]
     return Summary(tuple(tasks), layout.side, found, layout.guard.protects, sum(shared.values()), tuple(notes))
-
-
-def _capture(layout: Layout, parameter: Tensor) -> str:
-    if not parameter.requires_grad:
-        return "none"
-    return "generic" if layout.fused(parameter) is None else "fused"
 
 
 def _transient(layer: Layer) -> int:
