@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from gradsub._blocks import Blocks
 from gradsub._layout import Layout
 from gradsub._said import Said
 from gradsub.memory import bytes_of
@@ -19,14 +18,19 @@ _PROTECTION = (PROTECTED, FREE, ANCHOR)
 
 
 def summarise(
-    tasks: Sequence[str], layout: Layout, said: Said, groups: Sequence[Mapping[str, Any]], blocks: Blocks
+    tasks: Sequence[str],
+    layout: Layout,
+    said: Said,
+    groups: Sequence[Mapping[str, Any]],
+    layers: Mapping[Tensor, Layer],
+    state: Mapping[Tensor, Any],
 ) -> Summary:
     """The summary of an optimizer with these groups."""
     found, shared = [], {}
     left_out, loose = said.left_out(), said.loose()
     for group in groups:
         for parameter in group["params"]:
-            held, layer = blocks.state.get(parameter, {}), blocks.layers.get(parameter)
+            held, layer = state.get(parameter, {}), layers.get(parameter)
             # Of vectors they stay on the device, since every step needs them.
             kept = (
                 [held[key] for key in _PROTECTION if key in held] if layer is not None and layout.guard.on_host else []

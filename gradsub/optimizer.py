@@ -706,7 +706,13 @@ class GemsOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         with torch.no_grad():
             reader = StateDictReader(
-                self.param_groups, self._blocks, self._layout, self._bank, self._inner, self._stepper.moments == "reset"
+                self.param_groups,
+                self.state,
+                self._blocks,
+                self._layout,
+                self._bank,
+                self._inner,
+                self._stepper.moments == "reset",
             )
             loaded = reader.read(state_dict)
             self._weighing.load(loaded.weighing)
@@ -818,7 +824,7 @@ class GemsOptimizer(Optimizer):
             >>> summary.not_decomposed
             {'bias': 'it is a vector'}
         """
-        return summarise(self.tasks, self._layout, self._said, self.param_groups, self._blocks)
+        return summarise(self.tasks, self._layout, self._said, self.param_groups, self._blocks.layers, self.state)
 
     def close(self) -> None:
         """Give parameters and modules back: no hook of this optimizer stays on them, no forward pass of its own."""

@@ -40,13 +40,14 @@ class StateDictReader:
     """Makes of a state dict what an optimizer goes on from, or says why that cannot be.
 
     Args:
-        blocks: their state says what is expected.
+        state: the optimizer's, which says what is expected.
         begins_anew: whether a new basis resets the base optimizer's state.
     """
 
     def __init__(
         self,
         groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Any],
         blocks: Blocks,
         layout: Layout,
         bank: SubspaceBank,
@@ -55,7 +56,7 @@ class StateDictReader:
     ) -> None:
         self._begins_anew = begins_anew
         self._groups = groups
-        self._state = blocks.state
+        self._state = state
         self._layers = blocks.layers
         self._proxies = blocks.proxies_of
         self._layout = layout
