@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsub._layout import Layout
+from gradsub._guard import Guard
 from gradsub._measure import GATE_MEMORY, previous_step
+from gradsub._plain import ProtectedVectors, RestingRows
 from gradsub._probe import Traits
-from gradsub._resting import RestingRows
 from gradsub._state import INNER, hand_down, is_weighing, kind_of_loaded, loaded_inner, prefixed, show_block, show_plain
-from gradsub._vectors import ProtectedVectors
 from gradsub.inner import Inner
 from gradsub.subspace import SKETCHES, Block, Layer, Protected, SubspaceBank, make_blocks
 from gradsub.update import FREE, MASTER, PENDING_DECAY, PROTECTED, initialise_update, protected_in
@@ -27,20 +26,13 @@ class Blocks:
     """Builds blocks, splits them, and lets them follow to what a conversion, a checkpoint or a null space has brought.
 
     Args:
-        bank: the bases.
-        inner: the base optimizer.
-        state: the optimizer's.
-        tasks: their names.
-        layout: knows what is protected.
         aligned: whether the steps taken in the tasks' own subspaces are kept for the gate.
         stacks: whether what is stepped entry by entry is stepped as one stack.
         master_weights: whether float32 copies of lower-precision weights are kept.
         anchor: whether the protected part of each weight is kept and set back at refreshes.
 
     Attributes:
-        all: the blocks.
         state: the optimizer's; another one where torch has put another one in its place.
-        layers: by parameter.
         plain: the parameters without subspaces.
         vectors: those of them that are protected.
         rows: of embeddings among them that rest.
@@ -52,7 +44,7 @@ class Blocks:
         inner: Inner,
         state: State,
         tasks: Sequence[str],
-        layout: Layout,
+        guard: Guard,
         aligned: bool,
         stacks: bool,
         master_weights: bool,
@@ -62,7 +54,7 @@ class Blocks:
         self._inner = inner
         self.state = state
         self._tasks = tasks
-        self._layout = layout
+        self._guard = guard
         self._aligned = aligned
         self._stacks = stacks
         self._master_weights = master_weights
@@ -82,9 +74,7 @@ class Blocks:
 
         Args:
             group: its index.
-            layers: of the group.
             fused: the weights that are captured by their own backward pass.
-            traits: what is known of the base optimizer.
         """
         self.layers.update({layer.parameter: layer for layer in layers})
         self._fused.update(fused)
@@ -115,8 +105,8 @@ class Blocks:
         """Take parameters without subspaces, and hold what is protected of them, or rests."""
         self.plain.extend(plain)
         for parameter in plain:
-            self.vectors.protect(parameter, self._layout.vector(parameter), self.state)
-            self.rows.hold(parameter, self._layout.resting(parameter))
+            self.vectors.protect(parameter, self._guard.vector(parameter), self.state)
+            self.rows.hold(parameter, self._guard.resting(parameter))
 
     def _initialise(self, layer: Layer) -> None:
         initialise_update(layer, self.state[layer.parameter], self._master_weights, self._anchor)
@@ -180,7 +170,6 @@ class Blocks:
         """Bring the state of parameters to the dtype, device and memory format that they have by now.
 
         Args:
-            parameters: those that were converted.
             on_device: whether a parameter's base optimizer keeps counts on the device.
         """
         for parameter in parameters:
@@ -220,24 +209,24 @@ class Blocks:
                 wide = torch.promote_types(dtype, torch.float32) if directions else dtype
                 state[key] = value.to(parameter.device, wide)
                 if directions and parameter in self.layers:
-                    state[key] = self._layout.keep(Protected(state[key], key == FREE), parameter).directions
+                    state[key] = self._guard.keep(Protected(state[key], key == FREE), parameter).directions
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """A step of the plain parameters in here moves nothing of them that is protected or rests."""
-        with self.vectors.held(self._layout, self.state), self.rows.held(self._layout, self.plain):
+        with self.vectors.held(self._guard, self.state), self.rows.held(self._guard, self.plain):
             yield
 
     def follow(self, layer: Layer) -> None:
         """Take up what the null space has come to know of a layer since."""
-        if self._layout.outdated(layer.parameter):
-            protected = self._layout.grown(layer)
+        if self._guard.outdated(layer.parameter):
+            protected = self._guard.grown(layer)
             if protected is not layer.protected:
                 self._protect(layer, protected)
 
     def _protect(self, layer: Layer, protected: Protected | None) -> None:
         """Take up protected directions; bases and what is kept of the weight follow."""
-        layer.protected = None if protected is None else self._layout.keep(protected, layer.parameter)
+        layer.protected = None if protected is None else self._guard.keep(protected, layer.parameter)
         self._initialise(layer)
         self._bank.enforce(layer)
 
@@ -250,14 +239,14 @@ class Blocks:
             kept = protected_in(self.state.get(parameter, {}))
             layer = self.layers.get(parameter)
             if kept is not None:
-                self._layout.reconsider(parameter)
+                self._guard.reconsider(parameter)
             if layer is None:
-                directions = self._layout.vector(parameter) if kept is None else kept.directions
+                directions = self._guard.vector(parameter) if kept is None else kept.directions
                 self.vectors.protect(parameter, directions, self.state)
             elif kept is None:
-                self._protect(layer, layer.protected if self._layout.knows(parameter) else None)
+                self._protect(layer, layer.protected if self._guard.knows(parameter) else None)
             else:
-                layer.protected = self._layout.keep(kept, parameter)
+                layer.protected = self._guard.keep(kept, parameter)
                 self._initialise(layer)
 
     def take_over(self) -> None:

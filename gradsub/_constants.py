@@ -14,20 +14,13 @@ class Constants:
         self._sent: dict[str, tuple[Hashable, int, Tensor]] = {}
 
     def send(
-        self,
-        name: str,
-        key: Hashable,
-        device: torch.device,
-        dtype: torch.dtype,
-        numbers: Callable[[], Any],
+        self, name: str, key: Hashable, device: torch.device, dtype: torch.dtype, numbers: Callable[[], Any]
     ) -> Tensor:
         """A tensor of ``numbers()``; one that somebody else has written to is made anew.
 
         Args:
             name: of what they are; the last ones of a name are remembered.
             key: changes whenever they do.
-            device: of the result.
-            dtype: likewise.
             numbers: makes them, as nested lists.
         """
         key = (key, device, dtype)

@@ -21,10 +21,8 @@ class Coverage:
     """Looks at a model for parameters that move what is meant to stay.
 
     Args:
-        model: names the layers, or None.
         given: the base optimizer's parameters.
         held: the weights and vectors that are moved inside of their null space alone.
-        names: what reports call a parameter.
         targeted: the layers that ``target_modules`` names. What of these requires a gradient is expected to move, also
             where the base optimizer does not have it; of others what it has. What is frozen does not.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradsub.capture import can_fuse
-from gradsub.null_space._collect import evaluating
+from gradsub.null_space._features import evaluating
 
 # What may move of an answer that must stay, as a share of what moves of others: more than rounding of low precision.
 _TOLERANCE = 0.05
@@ -42,18 +42,13 @@ def carries_protection(module: nn.Module, input_side: bool, transposed: bool) ->
     D that satisfies D k = 0 for a random input k, or k^T D = 0 for a random direction k of outputs.
 
     Args:
-        module: the layer; its weight is a parameter.
         input_side: whether inputs are protected, or outputs.
         transposed: whether the weight is ``in_features x out_features``.
     """
     weight = own_weight(module)
     if weight is None or can_fuse(module):
         return weight is not None
-    generator = torch.Generator(device="cpu").manual_seed(0)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(weight)
-
+    noise = _noise_like(weight)
     W = weight.detach()
     change = noise(*W.shape) * (W.square().mean().sqrt() if bool(W.any()) else 1.0)
     axis = 1 if input_side != transposed else 0
@@ -75,17 +70,12 @@ def adapts_as_told(outer: nn.Module, held: Mapping[nn.Module, bool], input_side:
     LoRA's does: B A x stays if A moves off x and B off A x. DoRA's does not, which divides by the norm of W + B A.
 
     Args:
-        outer: the module.
         held: its layers that move, and whether their weight is ``in_features x out_features``.
         input_side: whether inputs are protected, or outputs.
     """
-    generator = torch.Generator(device="cpu").manual_seed(0)
     weights = {layer: weight for layer in held if (weight := own_weight(layer)) is not None}
     like = next(iter(weights.values()))
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(like)
-
+    noise = _noise_like(like)
     inputs: dict[nn.Module, Tensor] = {}
     handles = [layer.register_forward_hook(lambda layer, given, _: inputs.update({layer: given[0]})) for layer in held]
     kept = {layer: weight.detach().clone() for layer, weight in weights.items()}
@@ -132,10 +122,8 @@ def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:
     weight = own_weight(layer)
     if weight is None or weight.ndim != 2:
         return False
-    generator = torch.Generator(device="cpu").manual_seed(0)
-    first, second = torch.randn(2, _ROWS, weight.shape[1], generator=generator, dtype=torch.float32, device="cpu").to(
-        weight
-    )
+    noise = _noise_like(weight)
+    first, second = noise(2, _ROWS, weight.shape[1])
     x = torch.cat([first, second, first + second, torch.zeros_like(first)])
     added: Tensor | float = 0.0
     asked: list[Any] = []
@@ -149,9 +137,7 @@ def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:
         # A module that draws random numbers itself may not change what the user draws next.
         with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad(), evaluating(outer):
             plain = outer(x)
-            added = torch.randn(*plain.shape, generator=generator, dtype=torch.float32, device="cpu").to(
-                plain
-            )  # of another shape, the sum fails
+            added = noise(*plain.shape).to(plain)  # of another shape, the sum fails
             moved = outer(x) - plain
         if torch.equal(asked[0], x) and bool((moved - added).norm() <= _TOLERANCE * added.norm()):
             return True
@@ -162,3 +148,9 @@ def stands_for(outer: nn.Module, layer: nn.Module, frozen: bool) -> bool:
         return False  # it takes or returns something else
     finally:
         handle.remove()
+
+
+def _noise_like(like: Tensor) -> Callable[..., Tensor]:
+    """Draws normal numbers of any shape in a tensor's format and place; torch's own generators are left alone."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").to(like)

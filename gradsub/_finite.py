@@ -43,11 +43,7 @@ def find_nonfinite(
     """What is NaN or Inf, by task, or None; waits for the device once.
 
     Args:
-        losses: by task.
-        gathered: the gradients of the layers.
         others: by task, further gradients.
-        tasks: their names.
-        outside: gradients of no task.
         in_common: sums over the ranks that hold different parts of the gradients.
     """
     flags = [(f"the loss of task {tasks[task]!r}", loss) for task, loss in losses.items()]

@@ -25,9 +25,6 @@ class Fit:
     is at least about u (1 + k / N) / (1 - k / N) on others: k / N is the mean leverage of a token, the part of what is
     protected that is there for its sake. Of independent Gaussian features with spectra 1 / i^a, a from 0.5 to 2, fresh
     ones were found 1 to 2.5 times that.
-
-    Args:
-        null_space: or None, of which nothing can be said.
     """
 
     def __init__(self, null_space: NullSpace | None) -> None:

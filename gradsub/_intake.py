@@ -14,7 +14,6 @@ from gradsub._finite import find_nonfinite
 from gradsub._missed import Missed
 from gradsub.capture import (
     MIXED,
-    Captured,
     ClippingWatcher,
     FusedCapture,
     Gathered,
@@ -38,11 +37,7 @@ class Intake:
     """Collects until the step, and makes of what this rank captured what all ranks did.
 
     Args:
-        bank: the bases that gradients are projected on.
-        exchange: sums over ranks.
-        name: what errors call a parameter.
         parameters: all that the optimizer has; the capture adds those that it watches.
-        tasks: whether there are any.
     """
 
     def __init__(
@@ -56,8 +51,9 @@ class Intake:
         self._bank = bank
         self._exchange = exchange
         self._unscaling = Unscaling()
-        self._outside = _Outside(self._unscaling, exchange)
-        self.capture = GenericCapture(bank, name, self._outside, parameters)
+        self._missed = Missed(tasks)
+        outside = partial(_see_outside, self._unscaling, exchange, self._missed)
+        self.capture = GenericCapture(bank, name, outside, parameters)
         self.fused = FusedCapture(bank, self.capture)
         self.samples: dict[int, float] = {}
         self.mixed_samples = 0.0
@@ -65,18 +61,12 @@ class Intake:
         self._clipped = False
         self._open: str | None = None
         self._cleared = 0
-        self._missed = Missed(tasks)
         self._clipping = ClippingWatcher(self._saw_clipping)
 
     @property
     def held(self) -> Held:
         """What was captured."""
         return self.capture.held
-
-    @property
-    def gradients(self) -> dict[int, dict[Tensor, Captured]]:
-        """The same by task and parameter."""
-        return self.held.by_parameter()
 
     @property
     def rounding(self) -> float:
@@ -88,7 +78,6 @@ class Intake:
         """Everything that is captured in here belongs to the parts' tasks.
 
         Args:
-            parts: the rows of each task.
             samples: by task, what they count.
             what: how errors call this block.
             mixed: parameters without subspaces take the gradient of the block's loss as it is, whosever it is.
@@ -132,7 +121,7 @@ class Intake:
                     self.samples[task] = self.samples.get(task, 0.0) + count
                 self.mixed_samples += sum(samples.values()) if mixed else 0.0
             else:
-                self._outside.emptied = what
+                self._missed.emptied = what
         if not arrived and self.losses.keys() != seen.keys():
             self._exchange.check_nothing_kept_back()
 
@@ -140,7 +129,6 @@ class Intake:
         """Note the task's loss while its backward passes run.
 
         Args:
-            task: whose loss it is.
             loss: the loss, if ``backward()`` itself may be called on something else.
         """
         if loss is None:
@@ -183,9 +171,6 @@ class Intake:
         """Leaves with the captured gradients in ``.grad``, which a `GradScaler` is about to divide and to check.
 
         They are summed over the ranks before, so that all ranks find the same Inf.
-
-        Args:
-            scaler: what it keeps of the optimizer.
 
         Raises:
             RuntimeError: gradients were clipped before.
@@ -273,14 +258,7 @@ class Intake:
     def find_nonfinite(
         self, tasks: Sequence[str], gathered: Sequence[Gathered], plain: Iterable[Tensor], outside: Sequence[Tensor]
     ) -> str | None:
-        """What is NaN or Inf, in words, or None; waits for the device once.
-
-        Args:
-            tasks: their names.
-            gathered: the layers' gradients.
-            plain: the parameters that are no layers'.
-            outside: gradients that were not captured.
-        """
+        """What is NaN or Inf, in words, or None; waits for the device once."""
         others = {
             task: [captured.tensors()[0] for each in plain if (captured := held.get(each)) is not None]
             for task, held in self.held.single.items()
@@ -310,19 +288,10 @@ class Intake:
     def say_missed(self) -> None:
         """At a step: warn once of each kind of gradient that went another way than its user may think."""
         # Not at zero_grad, which may stand between a block and a gradient after it.
-        missed, outside = self._missed, self._outside
-        missed.say_strayed(outside.strayed)
-        missed.say_unclipped(self._clipped)
-        missed.say_untasked(bool(self.held), outside.arrived, outside.emptied)
-        outside.emptied = outside.strayed = None
-        outside.arrived = False
+        self._missed.say(bool(self.held), self._clipped)
 
     def check_closed(self, what: str) -> None:
-        """Raise a RuntimeError inside of a task, whose samples are not counted before its block is closed.
-
-        Args:
-            what: is asked for.
-        """
+        """Raise a RuntimeError inside of a task, whose samples are not counted before its block is closed."""
         if self._open is not None:
             raise RuntimeError(
                 f"{what} inside of {self._open}: what belongs to a task is complete once its block is closed; call it "
@@ -344,25 +313,9 @@ class Intake:
         self._exchange.reset()
 
 
-class _Outside:
-    """Is told of every gradient of no task.
-
-    Attributes:
-        emptied: how errors call a block of this step that was closed without a gradient, or None.
-        strayed: the same, once a gradient has arrived after it.
-        arrived: whether any has.
-    """
-
-    def __init__(self, unscaling: Unscaling, exchange: Exchange) -> None:
-        self._unscaling = unscaling
-        self._exchange = exchange
-        self.emptied: str | None = None
-        self.strayed: str | None = None
-        self.arrived = False
-
-    def __call__(self, parameter: Tensor) -> None:
-        if self._unscaling.skipped:
-            self._exchange.reset()  # what the ranks had summed is of a step that a scaler has left out
-        self._exchange.check_open()
-        self.arrived = True
-        self.strayed = self.emptied
+def _see_outside(unscaling: Unscaling, exchange: Exchange, missed: Missed, parameter: Tensor) -> None:
+    """A gradient of no task has arrived."""
+    if unscaling.skipped:
+        exchange.reset()  # what the ranks had summed is of a step that a scaler has left out
+    exchange.check_open()
+    missed.see_outside()

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from gradsub._effective import own_weight
-from gradsub._fit import Fit
+from gradsub._guard import Guard, called
 from gradsub._left_out import smaller_side
-from gradsub._placement import Placement
-from gradsub._unprotected import embeds_alone, uses_of
+from gradsub._unprotected import uses_of
 from gradsub.capture import can_fuse
-from gradsub.layers import is_linear, is_transposed, named_layers, named_parameters, select_layers, some
+from gradsub.layers import is_transposed, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
-from gradsub.subspace import Layer, Protected, Shards, is_distributed, local, shards_of
+from gradsub.subspace import Layer, Shards, is_distributed, local, shards_of
 
 # Numbers of entries: up to here a weight's whole gradient costs less than the bookkeeping that avoids it, in every step
 # and, since an exact decomposition is cheap as well, at a refresh.
@@ -36,24 +35,13 @@ class _Target:
 
 
 class Layout:
-    """Decides which parameters are trained inside subspaces, what they are called and what is protected in them.
+    """Decides which parameters are trained inside subspaces, and knows what they are called.
 
     Args:
-        side: the side of the weight that the bases span.
-        tasks: how many tasks have a subspace of their own.
-        null_space: the protected directions, or None.
         model: names the layers; without it the parameters' own names serve, where the base optimizer has them.
-        target_modules: which layers of ``model``.
-        master_weights: whether float32 copies of lower-precision weights are kept.
-        capture: ``"auto"``, ``"fused"`` or ``"generic"``.
-        refresh: ``"auto"``, ``"sketch"`` or ``"svd"``.
-        protection: ``"auto"``, ``"device"`` or ``"host"``: where protected directions lie between refreshes.
-        anchor: whether the protected part of each weight is kept, too.
 
     Attributes:
         given: whether each of the base optimizer's parameters is in a group with subspace=True.
-        held: the parameters that move inside their null space alone, by what name, and of how many directions (d) how
-            many are protected (k); None if rows of an embedding rest.
     """
 
     def __init__(
@@ -69,39 +57,25 @@ class Layout:
         protection: str = "auto",
         anchor: bool = False,
     ) -> None:
-        if null_space is not None and null_space.side != side:
-            raise ValueError(
-                f"side={side!r}, but null_space was collected for side={null_space.side!r}: make both the same"
-            )
         self.side = side
         self._master_weights = master_weights
         self._capture = capture
         self._refresh = refresh
         self._tasks = tasks
-        self._placement = Placement(protection)
-        self._anchor = anchor
-        self._null_space = null_space
-        self.fit = Fit(null_space)
         self._model = model
         self.targets: dict[Tensor, _Target] | None = None
         self.computed: list[str] = []
-        self._aliases: dict[Tensor, list[str]] = defaultdict(list)
         self.given: dict[Tensor, bool] = {}
-        self.held: dict[Tensor, tuple[str, int, int] | None] = {}
         self.names: dict[Tensor, str] = {}
-        self._seen: dict[Tensor, tuple[int, ...]] = {}
         self.count = 0
         self._warned: set[str] = set()
         self._shards: Shards | None = None
-        self._vectors: set[Tensor] = set()
         self.uses = {} if model is None else uses_of(model)
+        self.guard = Guard(null_space, side, model, self.uses, self.names, protection, anchor)
         if model is not None:
             self.targets, self.computed = _targets(model, target_modules)
             for name, parameter in named_parameters(model):
                 self.names.setdefault(parameter, name)
-            for name, module in named_layers(model):
-                if is_linear(module) and (weight := own_weight(module)) is not None:
-                    self._aliases[weight].append(name)
 
     @property
     def compiled(self) -> bool:
@@ -111,7 +85,7 @@ class Layout:
 
     def name(self, parameter: Tensor) -> str:
         """What reports and errors call a parameter."""
-        return self.names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
+        return called(parameter, self.names)
 
     def add_group(self, group: Mapping[str, Any], position: int) -> list[Layer]:
         """The layers among a parameter group's parameters; the others take the plain inner step."""
@@ -123,55 +97,29 @@ class Layout:
             self.names.setdefault(parameter, names[place] if names else f"param_groups[{position}][{place}]")
             self.given[parameter] = group["subspace"]
             self.check_dtype(parameter)
-            protecting = self.protecting(parameter)
+            known = self.guard.knows(parameter)
             too_small = parameter.ndim >= 2 and parameter.numel() > 0 and group["rank"] >= smaller_side(parameter)
-            if not self._decomposed(parameter, group, bool(protecting)):
+            if not self._decomposed(parameter, group, known):
                 if group["subspace"] and too_small and self.targets is None:
                     full_rank.append(self.name(parameter))
-                if protecting and parameter.ndim == 1:
-                    self._add_vector(parameter, protecting)
-                elif not protecting and self.resting(parameter) is not None:
-                    self.held[parameter] = None
+                if known and parameter.ndim == 1:
+                    self._add_vector(parameter)
+                elif not known:
+                    self.guard.add_resting(parameter)
                 continue
             if too_small:
                 full_rank.append(self.name(parameter))
-            layers.append(self._layer(parameter, group, index, protecting))
+            layers.append(self._layer(parameter, group, index))
         self._warn_full_rank(full_rank, group["rank"])
         return layers
 
-    def resting(self, parameter: Tensor) -> Tensor | None:
-        """Of an embedding of which some rows rest: which ones move (V, of truth values)."""
-        rows = {} if self._null_space is None else self._null_space._free_rows
-        uses = self.uses.get(parameter, ())
-        if not rows or parameter.ndim != 2 or not (embeds_alone(uses) or self._model is None):
-            return None
-        called = [self.name(parameter), *(f"{name}.{use.key}" for use in uses for name in use.names)]
-        free = next((rows[name] for name in called if name in rows), None)
-        if free is not None and len(free) != len(parameter):
-            raise ValueError(
-                f"null_space remembers new_tokens of {len(free)} rows for {self.name(parameter)}, which has "
-                f"{len(parameter)}: call freeze_unprotected again after the embedding was resized"
-            )
-        return free
-
-    def _add_vector(self, parameter: Tensor, protecting: list[str]) -> None:
+    def _add_vector(self, parameter: Tensor) -> None:
         try:
             shards_of(parameter, self.name(parameter))
         except ValueError as error:
             self._warn("distributed vector", f"{error}. It is not protected; freeze it if it is to stay")
             return
-        self._vectors.add(parameter)
-        self._seen[parameter] = self._versions(protecting)
-        protected = self.vector(parameter)
-        assert protected is not None
-        self.held[parameter] = (self.name(parameter), *protected.shape)
-
-    def vector(self, parameter: Tensor) -> Tensor | None:
-        """The protected directions (d x k) of a vector, such as a norm's weight, if the null space knows it."""
-        if parameter not in self._vectors:
-            return None
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return self._protected(self.protecting(parameter), parameter, parameter.numel(), dtype).to(parameter.device)
+        self.guard.add_vector(parameter)
 
     def _decomposed(self, parameter: Tensor, group: Mapping[str, Any], protected: bool) -> bool:
         if not self.may_decompose(parameter, group):
@@ -183,10 +131,10 @@ class Layout:
         if not group["subspace"] or parameter.ndim < 2 or not parameter.is_floating_point() or not parameter.numel():
             return False
         if self.targets is None:
-            return self.resting(parameter) is None
+            return self.guard.resting(parameter) is None
         return parameter in self.targets
 
-    def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int, protecting: list[str]) -> Layer:
+    def _layer(self, parameter: Tensor, group: Mapping[str, Any], index: int) -> Layer:
         target = (self.targets or {}).get(parameter)
         axis = 1 if self.side == "input" else 0
         if target is not None and target.transposed:
@@ -203,12 +151,7 @@ class Layout:
             shards=shards,
         )
         layer.sketched = self._sketched(layer)
-        if not protecting:
-            return layer
-        layer.protected = self.keep(self._smaller(protecting, parameter, layer.dimension, layer.dtype), parameter)
-        self.held[parameter] = (layer.name, layer.dimension, layer.dimension - layer.free)
-        self._seen[layer.parameter] = self._versions(protecting)
-        self.fit.look(layer, protecting)
+        self.guard.add_layer(layer)
         return layer
 
     def widths(self, parameter: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
@@ -282,91 +225,6 @@ class Layout:
             return None
         return list(target.modules), target.transposed
 
-    def renewed(self, parameter: Tensor, kept: Tensor) -> Tensor:
-        """The directions to protect now; at least ``kept``, and ``kept`` itself where nothing was added.
-
-        Args:
-            parameter: a layer's weight, or a vector.
-            kept: what was protected before (d x k).
-        """
-        names = self.protecting(parameter)
-        if self._null_space is None or not names:
-            return kept
-        self._seen[parameter] = self._versions(names)
-        for name in names:
-            kept = self._null_space.extended(name, kept)
-        return kept
-
-    def keep(self, protected: Protected, parameter: Tensor) -> Protected:
-        """What is protected in a layer, as it is kept between refreshes: where it is to lie, in the smaller form.
-
-        An anchor needs K itself.
-        """
-        protected = Protected(protected.whole()) if self._anchor else protected.smaller()
-        return Protected(self._placement.keep(protected.directions, parameter.device), protected.complement)
-
-    def grown(self, layer: Layer) -> Protected | None:
-        """What is protected in a layer now: at least what was, and the very same where nothing was added."""
-        if layer.protected is None:
-            return None
-        whole = layer.protected.whole()
-        found = self.renewed(layer.parameter, whole)
-        return layer.protected if found is whole else Protected(found)
-
-    def knows(self, parameter: Tensor) -> bool:
-        """Whether the null space has something for a parameter."""
-        return bool(self.protecting(parameter))
-
-    def reconsider(self, parameter: Tensor) -> None:
-        """Directions came from elsewhere: at the next occasion the null space says what it knows beyond them."""
-        if self.protecting(parameter):
-            self._seen[parameter] = ()
-
-    def outdated(self, parameter: Tensor) -> bool:
-        """Whether the null space has seen more of a parameter since its directions were last taken."""
-        return parameter in self._seen and self._seen[parameter] != self._versions(self.protecting(parameter))
-
-    def _versions(self, names: list[str]) -> tuple[int, ...]:
-        assert self._null_space is not None
-        return tuple(self._null_space.version(name) for name in names)
-
-    def protecting(self, parameter: Tensor) -> list[str]:
-        """The names under which the null space knows the parameter."""
-        if self._null_space is None:
-            return []
-        names = [*self._aliases.get(parameter, ()), self.name(parameter).removesuffix(".weight")]
-        return [name for name in dict.fromkeys(names) if name in self._null_space]
-
-    def _smaller(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Protected:
-        """What a weight's layers protect, in the smaller form where the null space has that at hand."""
-        assert self._null_space is not None
-        if len(names) > 1 or self._anchor or self._null_space.protected_fraction(names[0]) <= 0.5:
-            return Protected(self._protected(names, parameter, dimension, dtype))
-        free = self._null_space.complement(names[0], dtype)
-        self._check_length(names[0], free, parameter, dimension)
-        return Protected(free, complement=True)
-
-    def _protected(self, names: list[str], parameter: Tensor, dimension: int, dtype: torch.dtype) -> Tensor:
-        """K (d x k) of a parameter; of a weight that several modules share, what protects all of them."""
-        assert self._null_space is not None
-        bases = [self._null_space.basis(name, dtype) for name in names]
-        for name, basis in zip(names, bases, strict=True):
-            self._check_length(name, basis, parameter, dimension)
-        if len(bases) == 1:
-            return bases[0]
-        several = torch.cat([basis.to(parameter.device) for basis in bases], dim=1)
-        vectors, values, _ = torch.linalg.svd(several, full_matrices=False)
-        union: Tensor = vectors[:, values > 1e-5 * values[0]]
-        return union
-
-    def _check_length(self, name: str, directions: Tensor, parameter: Tensor, dimension: int) -> None:
-        if directions.shape[0] != dimension:
-            raise ValueError(
-                f"null_space has directions of length {directions.shape[0]} for {name!r}, but the weight "
-                f"{tuple(parameter.shape)} has {dimension} on side={self.side!r}: "
-                "collect it on this model, for this side"
-            )
-
     def check_dtype(self, parameter: Tensor) -> None:
         """Raise if a parameter is complex; say once if rounding its weights undoes the protection."""
         if parameter.is_complex():
@@ -374,7 +232,7 @@ class Layout:
                 f"{self.name(parameter)} is complex ({parameter.dtype}): pass torch.view_as_real of it as the parameter"
             )
         low = parameter.is_floating_point() and torch.finfo(parameter.dtype).bits < 32
-        if low and self._null_space is not None and not self._master_weights:
+        if low and self.guard.protects and not self._master_weights:
             self._warn(
                 "low precision",
                 f"the weights are {parameter.dtype}: rounding them after each step moves the protected directions by "
@@ -382,27 +240,12 @@ class Layout:
                 "pass master_weights=True",
             )
 
-    def protected_share(self, parameter: Tensor) -> float:
-        """k / d of a vector that the null space knows."""
-        protected = self.vector(parameter)
-        return 0.0 if protected is None else protected.shape[1] / protected.shape[0]
-
-    @property
-    def protects(self) -> bool:
-        """Whether there is a null space."""
-        return self._null_space is not None
-
-    @property
-    def on_host(self) -> bool:
-        """Whether protected directions lie in the host's memory between refreshes."""
-        return self._placement.on_host
-
     def _warn_full_rank(self, names: list[str], rank: int) -> None:
         if not names:
             return
         what = (
             "they get a basis of min(m, n) columns, as many as a gradient can have directions, so nothing is saved"
-            if self.targets is not None or self._null_space is not None
+            if self.targets is not None or self.guard.protects
             else "they are not decomposed and take the plain inner step"
         )
         self._warn("full rank", f"rank={rank} >= min(m, n) for {some(names)}: {what}; lower rank to change that")

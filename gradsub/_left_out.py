@@ -58,12 +58,9 @@ def left_out(
     """What is left out, by reason.
 
     Args:
-        model: names the layers.
-        target_modules: which of them.
         given: the base optimizer's parameters, and whether their group asks for subspaces.
         targets: the weights to decompose, and their layers' names.
         computed: layers whose weight is no parameter.
-        name: what reports call a parameter.
 
     Raises:
         ValueError: the base optimizer trains another copy of the model.

@@ -10,7 +10,6 @@ def optional(module: str, extra: str, what: str) -> Any:
     """The module.
 
     Args:
-        module: its name.
         extra: of gradsub, that installs it.
         what: needs it.
 

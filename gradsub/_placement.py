@@ -31,12 +31,7 @@ class Placement:
         return self._where != "device"
 
     def keep(self, K: Tensor, device: torch.device) -> Tensor:
-        """K where it is to lie: itself if it lies there, or an equal tensor that does.
-
-        Args:
-            K: (d x k).
-            device: of the layer.
-        """
+        """K where it is to lie: itself if it lies there, or an equal tensor that does."""
         on_host = self.on_host
         found = K.to("cpu" if on_host else device)
         key = (found.shape, found.dtype, found.device, device.type, tuple(found.flatten()[:4].tolist()))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradsub.linalg import subspace_angles
-from gradsub.report import LayerReport, Report
+from gradsub.report import LayerReport, Report, ratio
 from gradsub.subspace import Block, Layer, SubspaceBank
 
 
@@ -83,12 +83,7 @@ def _held(measured: Measurements) -> Tensor:
 
 
 def make_report(
-    bank: SubspaceBank,
-    tasks: Sequence[str],
-    measured: Measurements,
-    known: LastKnown,
-    angles: bool,
-    leak: bool,
+    bank: SubspaceBank, tasks: Sequence[str], measured: Measurements, known: LastKnown, angles: bool, leak: bool
 ) -> Report:
     """Read the measurements of the last step; waits for the device."""
     gramians, norms = measured.gramian.tolist(), measured.squared_norms.tolist()
@@ -104,7 +99,7 @@ def make_report(
         for k in here:
             squares[k] = norms[row][k]
             if squares[k] != squares[k]:
-                estimate = _ratio(held[row][k], shares.get((layer.index, k), 0.0))
+                estimate = ratio(held[row][k], shares.get((layer.index, k), 0.0))
                 # No subspace holds more than there is.
                 squares[k] = max(estimate, own[k] ** 2, gramians[row][k][k]) if estimate == estimate else estimate
             elif (row, k) not in measured.sketched:
@@ -117,7 +112,7 @@ def make_report(
             step=steps[row],
             gradient_norms={tasks[k]: math.sqrt(squares[k]) for k in here},
             cosines={
-                (tasks[a], tasks[b]): _ratio(gramian[a][b], math.sqrt(gramian[a][a]) * math.sqrt(gramian[b][b]))
+                (tasks[a], tasks[b]): ratio(gramian[a][b], math.sqrt(gramian[a][a]) * math.sqrt(gramian[b][b]))
                 for a, b in itertools.combinations(here, 2)
             },
             energy=_energies(tasks, here, gramian, own, squares),
@@ -184,11 +179,7 @@ def _leak(layer: Layer) -> float | None:
         basis = layer.block.stacks["basis"][layer.row]
         protected = layer.protected.to(basis.device)
         inside = torch.linalg.matrix_norm(basis - protected.leaves(basis))
-        return _ratio(float(inside), float(torch.linalg.matrix_norm(basis)))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else math.nan
+        return ratio(float(inside), float(torch.linalg.matrix_norm(basis)))
 
 
 def _share(part: float, whole: float) -> float:

@@ -37,19 +37,13 @@ _SAID = {
 
 
 class Said:
-    """Looks at what a layout decided, and remembers of what it has spoken.
-
-    Args:
-        layout: decides what is decomposed and protected.
-        null_space: the protected directions, or None.
-        model: names the layers, or None.
-        target_modules: which layers of ``model``.
-    """
+    """Looks at what a layout decided, and remembers of what it has spoken."""
 
     def __init__(
         self, layout: Layout, null_space: NullSpace | None, model: nn.Module | None, target_modules: str | Iterable[str]
     ) -> None:
         self._layout = layout
+        self._guard = layout.guard
         self._null_space = null_space
         self._model = model
         self._target_modules = target_modules
@@ -69,7 +63,7 @@ class Said:
         if self._null_space is None:
             return
         layout = self._layout
-        if not any(map(layout.knows, layout.names)) and not any(map(self._knows, layout.computed)):
+        if not any(map(self._guard.knows, layout.names)) and not any(map(self._knows, layout.computed)):
             known = list(self._null_space)[:4]
             raise ValueError(
                 f"null_space knows the layers {known} ... but none of the optimizer's parameters goes by such a name: "
@@ -78,7 +72,7 @@ class Said:
         coverage = self._coverage()
         self._check_adapters(coverage)
         self._warn_protection()
-        layout.fit.say(stacklevel=4)
+        self._guard.fit.say(stacklevel=4)
         self._warn_loose(self._null_space, coverage)
         self._warn_free([parameter for parameter in layout.given if self._moves_freely(parameter)], stacklevel=4)
 
@@ -109,18 +103,16 @@ class Said:
 
     def loose(self) -> dict[str, str]:
         """By name, what the null space knows, but something moves that does not obey it: why."""
-        if self._null_space is None:
-            return {}
-        coverage = self._coverage()
-        reasons = {name: coverage.loose(name, self._layout.side == "input") for name in self._null_space}
+        return self._loose(self._coverage(), self._null_space or ())
+
+    def _loose(self, coverage: Coverage, names: Iterable[str]) -> dict[str, str]:
+        reasons = {name: coverage.loose(name, self._layout.side == "input") for name in names}
         return {name: reason for name, reason in reasons.items() if reason is not None}
 
     def why_not_decomposed(self, parameter: Tensor, group: Mapping[str, Any], left_out: Mapping[str, str]) -> str:
         """Why a parameter of a group is not trained inside subspaces, in a few words.
 
         Args:
-            parameter: takes the plain inner step.
-            group: its own.
             left_out: by name, what was found out already.
         """
         if not group["subspace"]:
@@ -138,20 +130,20 @@ class Said:
 
     def why_not_protected(self, parameter: Tensor) -> str | None:
         """Why a parameter's updates may go anywhere, in a few words; None if they may not, or nothing is protected."""
-        if self._null_space is None or parameter in self._layout.held or self._layout.resting(parameter) is not None:
+        if self._null_space is None or parameter in self._guard.held or self._guard.resting(parameter) is not None:
             return None
-        if self._layout.knows(parameter):
+        if self._guard.knows(parameter):
             return "it takes the plain inner step, which does not obey null_space"
         return "null_space has nothing for it"
 
     def _coverage(self) -> Coverage:
         layout = self._layout
         targeted = [*layout.computed, *(name for target in (layout.targets or {}).values() for name in target.names)]
-        return Coverage(self._model, layout.given, layout.held, layout.names, targeted)
+        return Coverage(self._model, layout.given, self._guard.held, layout.names, targeted)
 
     def _check_adapters(self, coverage: Coverage) -> None:
         """Raise if no adapter can have any effect: B A x of a frozen layer's x, where B may move along no A x."""
-        held = [(parameter, kept) for parameter, kept in self._layout.held.items() if kept is not None]
+        held = [(parameter, kept) for parameter, kept in self._guard.held.items() if kept is not None]
         layers = {name: count >= dimension for parameter, (name, dimension, count) in held if parameter.ndim > 1}
         if not any(layers.values()):
             return
@@ -172,11 +164,9 @@ class Said:
     def _warn_loose(self, null_space: NullSpace, coverage: Coverage) -> None:
         """Name what the null space knows, but something moves that does not obey it."""
         found: dict[str, list[str]] = defaultdict(list)
-        for name in null_space:
-            reason = None if name in self._reported else coverage.loose(name, self._layout.side == "input")
-            if reason is not None:
-                self._reported.add(name)
-                found[reason].append(name)
+        for name, reason in self._loose(coverage, [name for name in null_space if name not in self._reported]).items():
+            found[reason].append(name)
+            self._reported.add(name)
         if found:
             listed = "; ".join(f"{some(names, _NAMED)}: {reason}" for reason, names in found.items())
             warnings.warn(
@@ -190,7 +180,7 @@ class Said:
         """Whether nothing holds a parameter of the base optimizer, nobody has said so yet, and that is not meant."""
         if parameter in self._told or not self._layout.given[parameter] or not parameter.numel():
             return False
-        if parameter in self._layout.held:
+        if parameter in self._guard.held:
             uses = self._layout.uses.get(parameter, ())
             return parameter.ndim > 1 and not embeds_alone(uses) and not known_everywhere(uses, self._knows)
         name = self._layout.name(parameter)
@@ -208,7 +198,7 @@ class Said:
         training = [parameter for parameter in free if parameter.requires_grad]
         self._told.update(free)
         plain = [
-            parameter for parameter in training if parameter not in self._layout.held and self._layout.knows(parameter)
+            parameter for parameter in training if parameter not in self._guard.held and self._guard.knows(parameter)
         ]
         if plain:
             names = some([self._layout.name(parameter) for parameter in plain], _NAMED)
@@ -235,7 +225,7 @@ class Said:
         new, self._looked = list(self._layout.given)[self._looked :], len(self._layout.given)
         found: dict[str, list[str]] = defaultdict(list)
         for parameter in new:
-            known, held = self._layout.protecting(parameter), self._layout.held.get(parameter)
+            known, held = self._guard.protecting(parameter), self._guard.held.get(parameter)
             if held is not None:
                 name, dimension, count = held
                 if count >= dimension:

@@ -2,29 +2,37 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from gradsub.null_space._null_space import check_side
 from gradsub.subspace import MOMENT_RULES
 
-ORTHOGONALIZATIONS = ("none", "shared_first")
-NONFINITE_RULES = ("raise", "skip", "ignore")
-CAPTURES = ("auto", "fused", "generic")
-REFRESHES = ("auto", "sketch", "svd")
-PLACES = ("auto", "device", "host")
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "orthogonalize": ("none", "shared_first"),
+    "moments": MOMENT_RULES,
+    "nonfinite": ("raise", "skip", "ignore"),
+    "capture": ("auto", "fused", "generic"),
+    "refresh": ("auto", "sketch", "svd"),
+    "protection": ("auto", "device", "host"),
+}
 # What a parameter group holds that the base optimizer must not see.
 NOT_INNER = frozenset(
     {"params", "param_names", "tasks", "side", "subspace", "rank", "task_rank", "update_proj_gap", "scale", "lr_scale"}
 )
 
 
-def check_choice(argument: str, value: object, choices: Iterable[str]) -> None:
-    """Raise a ValueError unless ``value`` is one of ``choices``."""
-    if value not in tuple(choices):
-        raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, choices))}")
+def base_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a group's options that are the base optimizer's."""
+    return {key: value for key, value in group.items() if key not in NOT_INNER}
+
+
+def check_choices(**chosen: object) -> None:
+    """Raise a ValueError unless each argument is one of the choices that it has."""
+    for argument, value in chosen.items():
+        if value not in CHOICES[argument]:
+            raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, CHOICES[argument]))}")
 
 
 def check_count(argument: str, value: object, *, optional: bool = False) -> None:
@@ -92,16 +100,3 @@ def check_lr_scale(value: object, numbers_too: bool = False) -> None:
     other = numbers_too and isinstance(value, numbers.Real) and not isinstance(value, bool)
     if value is not None and value != "adamw" and not other:
         raise ValueError(f"lr_scale={value!r} must be None or 'adamw'")
-
-
-def check_arguments(
-    side: str, orthogonalize: str, moments: str, nonfinite: str, capture: str, refresh: str, protection: str
-) -> None:
-    """Raise a ValueError if one of the optimizer's choices does not exist."""
-    check_side(side)
-    check_choice("orthogonalize", orthogonalize, ORTHOGONALIZATIONS)
-    check_choice("moments", moments, MOMENT_RULES)
-    check_choice("nonfinite", nonfinite, NONFINITE_RULES)
-    check_choice("capture", capture, CAPTURES)
-    check_choice("refresh", refresh, REFRESHES)
-    check_choice("protection", protection, PLACES)

@@ -11,22 +11,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[
     """Columns as wide as what stands in them, without those that are empty; the first column is of names.
 
     Args:
-        head: the columns' names.
-        rows: of cells.
         numbers: which columns are flush right.
     """
     kept = [place for place in range(len(head)) if not rows or any(row[place] for row in rows)]
     lines = [[head[place] for place in kept], *([_cell(row, place) for place in kept] for row in rows)]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(kept))]
-
-    def joined(line: Sequence[str]) -> str:
-        cells = zip(line, widths, kept, strict=True)
-        return "  ".join(
-            cell.rjust(width) if numbers[place] else cell.ljust(width) for cell, width, place in cells
-        ).rstrip()
-
-    first, *others = map(joined, lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    first, *others = aligned(lines, [numbers[place] for place in kept])
     return "\n".join([first, "-" * (sum(widths) + 2 * (len(widths) - 1)), *others])
+
+
+def aligned(lines: Sequence[Sequence[str]], numbers: Sequence[bool]) -> list[str]:
+    """The lines, with columns as wide as what stands in them; those of numbers are flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number else cell.ljust(width)
+            for cell, width, number in zip(line, widths, numbers, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def _cell(row: Sequence[str], place: int) -> str:

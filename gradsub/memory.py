@@ -229,64 +229,58 @@ def model_bytes(
     decomposed = {layer.parameter for layer in layers}
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
 
-    def adamw(counts: list[int], itemsizes: list[int]) -> tuple[int, int]:
-        whole = sum(count * size for count, size in zip(counts, itemsizes, strict=True))
-        return moments * whole, 4 * len(counts) if moments > 1 else 0
+    def whole(weights: int, sizes: list[int]) -> MethodBytes:
+        steps = 4 * len(sizes) if moments > 1 else 0
+        return MethodBytes(weights, sum(sizes), moments=moments * sum(sizes), bookkeeping=steps)
 
-    own, steps = adamw([p.numel() for p in trained], [p.itemsize for p in trained])
-    found = {
-        "AdamW": MethodBytes(weights, sum(p.numel() * p.itemsize for p in trained), moments=own, bookkeeping=steps)
-    }
-    sizes = [
-        (min(rank, *layer.whole_shape) * side, layer.parameter.itemsize)
+    adapters = [
+        min(rank, *layer.whole_shape) * side * layer.parameter.itemsize
         for layer in layers
         for side in layer.whole_shape
     ]
-    own, steps = adamw([count for count, _ in sizes], [size for _, size in sizes])
-    adapters = sum(count * size for count, size in sizes)
-    found["LoRA"] = MethodBytes(weights + adapters, adapters, moments=own, bookkeeping=steps)
+    found = {
+        "AdamW": whole(weights, [p.numel() * p.itemsize for p in trained]),
+        "LoRA": whole(weights + sum(adapters), adapters),
+    }
     plain = [parameter for parameter in trained if parameter not in decomposed]
-    own, steps = adamw([p.numel() for p in plain], [p.itemsize for p in plain])
-    shares = _shares(null_space, layers)
+    rest = whole(weights, [p.numel() * p.itemsize for p in plain])
     wholes = [max(1, tasks) * layer.parameter.numel() * layer.dtype.itemsize for layer in layers if not layer.sketched]
-    vectors = sum(_of_vector(null_space, layout.name(p), p) for p in plain if p.ndim == 1)
     masters = [layer for layer in layers if master_weights and layer.parameter.dtype != layer.dtype]
-    for name in ("gradsub", "gradsub, null space") if null_space is not None else ("gradsub",):
+    owners = {_owner(layer.name, null_space, inputs): layer.name for layer in layers}
+
+    def ours(shares: Mapping[str, float], vectors: int) -> MethodBytes:
         each = {
-            layer.name: _bytes_of(
-                layer, rank, task_rank, tasks, moments, shares.get(layer.name, 0.0) if "," in name else 0.0, protection
-            )
-            for layer in layers
+            layer.name: bytes_of(layer, moments, shares.get(layer.name, 0.0), protection=protection) for layer in layers
         }
-        owners = {_owner(layer.name, null_space, inputs): layer.name for layer in layers}
         kept = [each[layer] for layer in owners.values()]
-        found[name] = MethodBytes(
+        sums = {
+            kind: sum(getattr(found, kind) for found in (rest, *each.values()))
+            for kind in ("bases", "moments", "bookkeeping", "joint", "captured", "sketches")
+        }
+        return MethodBytes(
             weights,
-            max(1, tasks) * sum(p.numel() * p.itemsize for p in plain) + sum(wholes),
-            bases=sum(b.bases for b in each.values()),
-            moments=sum(b.moments for b in each.values()) + own,
-            bookkeeping=sum(b.bookkeeping for b in each.values()) + steps,
-            protection=(sum(b.protection for b in kept) if protection == "device" else 0)
-            + (vectors if "," in name else 0),
+            max(1, tasks) * rest.gradients + sum(wholes),
+            protection=sum(found.protection - found.host for found in kept) + vectors,
             master=sum(layer.parameter.numel() * layer.dtype.itemsize for layer in masters),
-            joint=sum(b.joint for b in each.values()),
-            captured=sum(b.captured for b in each.values()),
-            sketches=sum(b.sketches for b in each.values()),
-            host=sum(b.host for b in kept),
+            host=sum(found.host for found in kept),
+            **sums,
         )
+
+    found["gradsub"] = ours({}, 0)
+    if null_space is not None:
+        vectors = sum(_of_vector(null_space, layout.name(p), p) for p in plain if p.ndim == 1)
+        found["gradsub, null space"] = ours(_shares(null_space, layers), vectors)
     return ModelBytes(found)
 
 
-def _bytes_of(
-    layer: Layer, rank: int, task_rank: int | None, tasks: int, moments: int, share: float, protection: str
-) -> LayerBytes:
-    out_features, in_features = layer.whole_shape
+def bytes_of(layer: Layer, moments: int = 2, share: float = 0.0, *, protection: str = "host") -> LayerBytes:
+    """`layer_bytes` of a layer of which this share of the directions is protected."""
+    rank, *own = layer.widths
     return layer_bytes(
-        out_features,
-        in_features,
+        *layer.whole_shape,
         rank=rank,
-        task_rank=task_rank,
-        tasks=tasks,
+        task_rank=own[0] if own else None,
+        tasks=len(own),
         side="input" if layer.axis == 1 else "output",
         moments=moments,
         protected=round(share * layer.dimension),
@@ -305,9 +299,9 @@ def _of_vector(null_space: NullSpace | Mapping[str, float] | None, name: str, pa
     return size * round(null_space.protected_fraction(name) * parameter.numel())
 
 
-def _shares(null_space: NullSpace | Mapping[str, float] | None, layers: list[Layer]) -> Mapping[str, float]:
-    if null_space is None or isinstance(null_space, Mapping):
-        return null_space or {}
+def _shares(null_space: NullSpace | Mapping[str, float], layers: list[Layer]) -> Mapping[str, float]:
+    if isinstance(null_space, Mapping):
+        return null_space
     return {layer.name: null_space.protected_fraction(layer.name) for layer in layers if layer.name in null_space}
 
 

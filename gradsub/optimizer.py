@@ -8,7 +8,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import is_
 from typing import Any
 
 import torch
@@ -17,27 +16,27 @@ from torch.optim import Optimizer
 
 from gradsub import _settings as settings
 from gradsub._blocks import Blocks
+from gradsub._checkpoint import StateDictReader, Stateful
 from gradsub._facade import put_before
 from gradsub._finite import NonFiniteError
+from gradsub._groups import Adopted, check_group_count, lay_out
 from gradsub._intake import Intake
 from gradsub._layout import Layout
-from gradsub._loading import StateDictReader
-from gradsub._lr_scale import asks
 from gradsub._measure import needs_alignment
-from gradsub._probe import PLAIN, Probes, Traits
+from gradsub._probe import Probes, Traits
 from gradsub._reporting import LastKnown, Measurements, make_report
 from gradsub._said import Said
 from gradsub._state import group_parameters, show_shards
-from gradsub._stateful import Stateful
 from gradsub._step import Stepper
 from gradsub._summarising import summarise
 from gradsub.capture import MIXED, Gathered, MixedRows, Part, scaler_reading, scaler_stepping
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
-from gradsub.inner import Inner, check_wrappable, decoupled_shrinkage
+from gradsub.inner import Inner, check_wrappable
 from gradsub.layers import ALL_LINEAR
 from gradsub.linalg._arithmetic import full_precision, widest
 from gradsub.null_space import NullSpace
+from gradsub.null_space._null_space import check_side
 from gradsub.report import Report
 from gradsub.subspace import Layer, SubspaceBank
 from gradsub.summary import Summary
@@ -70,9 +69,9 @@ class GemsOptimizer(Optimizer):
         side="output":  R = B^T G (r x n),  dW = scale (B_sh d_sh + sum_k g_k B_k d_k)
 
     with gates g_k that are positive and sum to 1. Since every basis is orthogonal to K, so is every update, whatever
-    the base optimizer does; decoupled weight decay is projected likewise, and of protected layers collected until the
-    next refresh. The wrapper takes ``base`` over: both
-    show the same ``param_groups``, so that a scheduler built on either of them steers, and ``base.step()`` is its own.
+    the base optimizer does. Decoupled weight decay is projected likewise; that of protected layers is collected until
+    the next refresh. The wrapper takes ``base`` over: both show the same ``param_groups``, so that a scheduler built on
+    either of them steers, and ``base.step()`` is the wrapper's.
 
     Gradients of ``backward()`` inside `task` are captured and do not appear in ``p.grad``; gradients from outside stay
     there, are free for clipping and belong to the shared subspace alone. `step` consumes what was captured.
@@ -100,15 +99,15 @@ class GemsOptimizer(Optimizer):
         side: ``"input"``: bases span input directions, and protected inputs give the same output as before;
             ``"output"``: bases span output directions, as published.
         orthogonalize: ``"none"``: bases are independent; ``"shared_first"``: task bases are orthogonal to the shared
-            one (that of a task whose gradient is absent or zero when that one changes: from its next gradient on).
+            basis. If a task has no gradient when the shared basis changes, its basis is corrected at its next gradient.
         gate: ``"heuristic"``, ``"uniform"``, ``"hypergradient"``, or a callable from `GateInputs` to gates (L, K).
         null_space: the protected directions; None protects nothing. A layer that it knows, but whose product changes
             by anything else than a decomposed weight, is named by a warning with the reason. So is, with its share of
             the trained weights, whatever else trains and is not held: `freeze_unprotected` freezes it.
         model: names the layers. With it exactly the targeted linear layers are decomposed; without it every floating
             parameter with min(m, n) > rank, where one with more than two dimensions counts as the matrix
-            ``out x (in * kernel)``. All other parameters take the plain inner step on G_sh, of which a vector that
-            ``null_space`` knows (`NullSpace.collect_gradients`) keeps the part in its null space.
+            ``out x (in * kernel)``. All other parameters take the base optimizer's plain step on G_sh, of which a
+            vector that ``null_space`` knows (`NullSpace.collect_gradients`) keeps the part in its null space.
         target_modules: which layers of ``model``, by peft's convention: ``"all-linear"``, a regular expression, or
             names.
         seed: of the random test matrices; torch's global generator is never used.
@@ -131,9 +130,8 @@ class GemsOptimizer(Optimizer):
         refresh: where bases come from. ``"svd"``: the whole gradient, decomposed before the step, all layers in the
             same step. ``"sketch"``: products G^T Omega with max(2 r, r + 64) random directions in two consecutive
             steps, after which the basis changes; layers of one shape do so together, and shapes take turns.
-            ``"auto"``: sketches for layers with more than 65,536 entries that are captured by their own backward pass,
-            as far as their rank is so small that a sketch costs less than the whole gradient, and for all sharded ones;
-            else decompositions, all in the same step.
+            ``"auto"`` sketches a layer that is sharded, or that is captured by its own backward pass, has more than
+            65,536 entries, and whose sketch is cheaper than its gradient. All others are decomposed.
         protection: where protected directions lie between refreshes, which alone need them: ``"host"``: in the host's
             memory; they come to the device layer by layer. ``"device"``: they stay there. ``"auto"``: the host.
         anchor: also keep the protected part W K of each weight, beside the directions, and set it back once in
@@ -210,7 +208,15 @@ class GemsOptimizer(Optimizer):
         process_group: Any = None,
     ) -> None:
         check_wrappable(base)
-        settings.check_arguments(side, orthogonalize, moments, nonfinite, capture, refresh, protection)
+        check_side(side)
+        settings.check_choices(
+            orthogonalize=orthogonalize,
+            moments=moments,
+            nonfinite=nonfinite,
+            capture=capture,
+            refresh=refresh,
+            protection=protection,
+        )
         self.tasks = settings.check_tasks(tasks)
         own = {
             "tasks": self.tasks,
@@ -244,8 +250,7 @@ class GemsOptimizer(Optimizer):
         )
         self._said = Said(self._layout, null_space, model, target_modules)
         self._skipped = 0
-        self._placed: dict[Tensor, Any] = {}
-        self._adopted: list[tuple[list[Tensor], dict[str, Any]]] = []
+        self._adopted = Adopted()
         self._measured: Measurements | None = None
         self._known = LastKnown()
         super().__init__([dict(group) for group in base.param_groups], {**base.defaults, **own})
@@ -254,8 +259,8 @@ class GemsOptimizer(Optimizer):
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name, parameters)
         self._intake = Intake(self._bank, self._exchange, self._layout.name, parameters, bool(self.tasks))
         probes = Probes(base)
-        found = [self._lay_out(base, probes, group, position) for position, group in enumerate(self.param_groups)]
-        self._check_group_count(base, probes, [layers for layers, _ in found])
+        found = [self._lay_out(base, probes, position) for position in range(len(self.param_groups))]
+        check_group_count(self.param_groups, [layers for layers, _ in found], base, probes)
         self._said.check()
         # Nothing can be refused any more: only now is the base optimizer taken over, with the very dictionaries that
         # others may hold.
@@ -268,18 +273,15 @@ class GemsOptimizer(Optimizer):
         stacks = moments != "reset"
         known = self._bank, self._inner
         self._blocks = Blocks(
-            *known, self.state, self.tasks, self._layout, needs_alignment(gates), stacks, master_weights, anchor
+            *known, self.state, self.tasks, self._layout.guard, needs_alignment(gates), stacks, master_weights, anchor
         )
         self._stepper = Stepper(self._blocks, *known, self.tasks, gates, weigh, moments, lr_scale)
         for position, (layers, traits) in enumerate(found):
             self._adopt(position, layers, traits)
-        trained = group_parameters(self.param_groups)
-        self._weighing = {"surgery": Stateful("surgery", weigh, trained), "gate": Stateful("gate", gates, trained)}
-        for layer in list(self._blocks.layers.values())[:1] if self.tasks else []:
-            count = len(self.tasks)
-            for part in self._weighing.values():
-                device = layer.parameter.device
-                part.expect(torch.zeros(count, count, dtype=widest(device), device=device))
+        self._weighing = Stateful({"surgery": weigh, "gate": gates}, group_parameters(self.param_groups))
+        if self.tasks and self._blocks.layers:
+            count, device = len(self.tasks), next(iter(self._blocks.layers)).device
+            self._weighing.expect(torch.zeros(count, count, dtype=widest(device), device=device))
         self._show_callables()
 
     @property
@@ -385,10 +387,7 @@ class GemsOptimizer(Optimizer):
             yield rows
 
     def backward(
-        self,
-        losses: Mapping[str, Tensor],
-        samples: Mapping[str, float] | None = None,
-        retain_graph: bool = False,
+        self, losses: Mapping[str, Tensor], samples: Mapping[str, float] | None = None, retain_graph: bool = False
     ) -> None:
         """One backward pass a task, from losses that may share one forward pass.
 
@@ -600,29 +599,12 @@ class GemsOptimizer(Optimizer):
     # --- groups and state --------------------------------------------------------------------------------------------
 
     def _check_unedited(self) -> None:
-        """Raise if somebody else has put other parameters into the groups, or thrown the state away.
+        """Raise if somebody else has edited the groups, or thrown the state away.
 
         Raises:
             RuntimeError: what was adopted when the optimizer was built is no longer there.
         """
-        groups, adopted = self.param_groups, self._adopted
-        if len(groups) != len(adopted) or not all(
-            len(group["params"]) == len(held) and all(map(is_, group["params"], held))
-            for group, (held, _) in zip(groups, adopted, strict=True)
-        ):
-            raise RuntimeError(
-                "optimizer.param_groups holds other parameters than the optimizer was built with, and subspaces, "
-                "hooks and state belong to those: freeze a parameter to leave it out, add some with "
-                "optimizer.add_param_group(), and to replace or remove some call optimizer.close() and build a new "
-                "optimizer"
-            )
-        for position, (group, (_, fixed)) in enumerate(zip(groups, adopted, strict=True)):
-            edited = {key: group[key] for key, value in fixed.items() if group[key] != value}
-            if edited:
-                raise RuntimeError(
-                    f"param_groups[{position}] has {edited} now, it was built with {fixed}: bases have that many "
-                    "columns from the first step to the last. Put it back; for other ranks build a new optimizer"
-                )
+        self._adopted.check(self.param_groups)
         state = self.state
         if state is not self._blocks.state or not all("basis" in state.get(p, ()) for p in self._blocks.layers):
             raise RuntimeError(
@@ -637,49 +619,18 @@ class GemsOptimizer(Optimizer):
         super().add_param_group(param_group)
         if "_inner" not in self.__dict__:
             return  # called by torch's constructor: the groups are adopted together once everything is there
-        group = self.param_groups[-1]
-        count = self._layout.count
+        position, count = len(self.param_groups) - 1, self._layout.count
         try:
-            found = self._lay_out(self._inner.base, self._inner.probes, group, len(self.param_groups) - 1)
+            found = self._lay_out(self._inner.base, self._inner.probes, position)
             self._said.check()
         except Exception:
             self.param_groups.pop()
             self._layout.count = count  # which seeds what is random in a layer
             raise
-        self._adopt(len(self.param_groups) - 1, *found)
+        self._adopt(position, *found)
 
-    def _lay_out(
-        self, base: Optimizer, probes: Probes, group: dict[str, Any], position: int
-    ) -> tuple[list[Layer], Traits]:
-        """The group's layers, and what steps depend on."""
-        settings.check_group(group)
-        known = (_base_options(group), group["params"], base.state)
-        decomposable = any(self._layout.may_decompose(parameter, group) for parameter in group["params"])
-        traits = probes.traits(*known) if decomposable else PLAIN
-        layers = self._layout.add_group(group, position)
-        odd = probes.odd_size(*known) if layers and asks(group, self.defaults["lr_scale"]) else None
-        if odd is not None:
-            raise ValueError(
-                "lr_scale='adamw' makes updates as large as those of whole weights, where the base optimizer's steps "
-                f"have one size; those of {type(base).__name__} {odd}: leave lr_scale out (a gradient step bears the "
-                "same rate in a subspace), or wrap torch.optim.AdamW, or Muon with adjust_lr_fn='match_rms_adamw'"
-            )
-        if layers:
-            decoupled_shrinkage(traits, group)  # which says what it lacks before anything is changed
-        sharded = next((layer.name for layer in layers if layer.splits_coordinates), None)
-        if sharded is not None and not probes.rows_are_independent(*known):
-            raise ValueError(
-                f"base={type(base).__name__} looks at whole matrices, but {sharded} is sharded and each rank steps its "
-                'own rows: wrap an elementwise optimizer such as torch.optim.AdamW, or pass side="output"'
-            )
-        return layers, traits
-
-    def _check_group_count(self, base: Optimizer, probes: Probes, layers: Sequence[Sequence[Layer]]) -> None:
-        both = [bool(mine) + (len(mine) < len(g["params"])) for g, mine in zip(self.param_groups, layers, strict=True)]
-        for group, mine in zip(self.param_groups, layers, strict=True):
-            if mine:
-                probes.check_group_count(_base_options(group), group["params"], base.state, sum(both))
-                return
+    def _lay_out(self, base: Optimizer, probes: Probes, position: int) -> tuple[list[Layer], Traits]:
+        return lay_out(self.param_groups[position], position, self._layout, base, probes, self.defaults["lr_scale"])
 
     def _adopt(self, position: int, layers: list[Layer], traits: Traits) -> None:
         group = self.param_groups[position]
@@ -690,14 +641,13 @@ class GemsOptimizer(Optimizer):
         proxies = self._blocks.adopt(position, layers, fused, traits)
         plain = [parameter for parameter in group["params"] if parameter not in self._blocks.layers]
         self._blocks.hold(plain)
-        self._inner.add_group(_base_options(group), traits, plain, proxies)
+        self._inner.add_group(settings.base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:
             if (found := fused.get(layer.parameter)) is not None:
                 self._intake.fused.adopt(layer, *found)
         self._blocks.show()
-        self._placed.update({parameter: _place(parameter) for parameter in group["params"]})
-        self._adopted.append((list(group["params"]), {key: group[key] for key in ("rank", "task_rank", "subspace")}))
+        self._adopted.add(group)
 
     @torch.no_grad()
     def _follow_conversions(self) -> None:
@@ -706,14 +656,7 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: gradients were captured before it.
         """
-        changed = {
-            parameter: place
-            for parameter, place in self._placed.items()
-            # In this order and without a call: it is asked of every parameter, at every task and step.
-            if parameter.dtype is not place[0]
-            or parameter.device != place[1]
-            or (place[2] is not None and parameter.stride() != place[2])
-        }
+        changed = self._adopted.converted()
         if not changed:
             return
         self._intake.forget_skipped()
@@ -733,7 +676,7 @@ class GemsOptimizer(Optimizer):
             self._layout.check_dtype(parameter)
         self._blocks.convert(changed, on_device.__getitem__)
         for parameter in changed:
-            self._placed[parameter] = _place(parameter)
+            self._adopted.follow(parameter)
             layer = self._blocks.layers.get(parameter)
             if layer is not None:
                 self._intake.fused.convert(layer)
@@ -765,15 +708,14 @@ class GemsOptimizer(Optimizer):
             reader = StateDictReader(
                 self.param_groups,
                 self.state,
-                self._blocks.layers,
-                self._blocks.proxies_of,
+                self._blocks,
                 self._layout,
                 self._bank,
                 self._inner,
                 self._stepper.moments == "reset",
             )
             loaded = reader.read(state_dict)
-            self._load_callables(loaded.weighing)
+            self._weighing.load(loaded.weighing)
             # Nothing can be refused any more.
             self._intake.clear()
             self._known = LastKnown()  # of other gradients
@@ -783,27 +725,6 @@ class GemsOptimizer(Optimizer):
                 after(self)
                 self._settle()  # it may have put other tensors into the state
         self._show_callables()
-
-    def _load_callables(self, saved: Mapping[str, Any]) -> None:
-        """Give surgery and gate the state that they had, both or none."""
-        undo: Callable[[], None] | None = None
-        for what, part in self._weighing.items():
-            mine = {key: value for key, value in saved.items() if key.startswith(f"{what}.") or key == what}
-            if bool(mine) != bool(part.parts):
-                warnings.warn(
-                    f"the state_dict has no state of {what}=, as an earlier version's, or one without state: it begins "
-                    "anew"
-                    if part.parts
-                    else f"the state_dict has a state of {what}=, but {what}= here has none",
-                    stacklevel=4,
-                )
-                continue
-            try:
-                undo = part.load(mine) if mine else undo
-            except ValueError:
-                if undo is not None:
-                    undo()
-                raise
 
     def _settle(self) -> None:
         """Everybody goes on from what is in the state."""
@@ -832,8 +753,7 @@ class GemsOptimizer(Optimizer):
         """Put the state of surgery and gate where checkpoints find it: beside that of one layer."""
         holder = next((layer.parameter for layer in self._blocks.layers.values()), None)
         if holder is not None:
-            for part in self._weighing.values():
-                self.state[holder].update(part.state())
+            self.state[holder].update(self._weighing.state())
 
     def __getstate__(self) -> dict[str, Any]:
         # torch keeps only defaults, state and groups; a copy or a pickle of a wrapper needs what it wraps as well.
@@ -912,16 +832,6 @@ class GemsOptimizer(Optimizer):
         self._intake.capture.remove()
 
 
-def _base_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a group's options that are the base optimizer's."""
-    return {key: value for key, value in group.items() if key not in settings.NOT_INNER}
-
-
-def _place(parameter: Tensor) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None]:
-    """What a conversion changes; the strides only where there is more than one memory format."""
-    return parameter.dtype, parameter.device, parameter.stride() if parameter.ndim > 2 else None
-
-
 _OWN_ATTRIBUTES = frozenset(
     {
         "tasks",
@@ -938,7 +848,6 @@ _OWN_ATTRIBUTES = frozenset(
         "_stepper",
         "_inner",
         "_weighing",
-        "_placed",
         "_adopted",
     }
 )

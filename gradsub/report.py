@@ -91,7 +91,7 @@ class Report:
         """
         product = self.gramian.get((first, second), self.gramian.get((second, first), math.nan))
         squares = (self.gramian.get((name, name), math.nan) for name in (first, second))
-        return _ratio(product, math.prod(math.sqrt(square) for square in squares))
+        return ratio(product, math.prod(math.sqrt(square) for square in squares))
 
     def mean_cosine(self, first: str, second: str) -> float:
         """The mean over the layers of two tasks' cosine, in either order; NaN if no layer saw both."""
@@ -141,7 +141,7 @@ class Report:
             if energy * square == energy * square:
                 kept.append(energy * square)
                 whole.append(square)
-        return _ratio(math.fsum(kept), math.fsum(whole))
+        return ratio(math.fsum(kept), math.fsum(whole))
 
     def _means(self, prefix: str, values: Callable[[LayerReport], Mapping[Any, float]]) -> dict[str, float]:
         """By name, means over the layers that have a number, weighted by their sizes."""
@@ -149,7 +149,7 @@ class Report:
         for layer in self.layers:
             for key, value in values(layer).items():
                 if math.isfinite(value):
-                    sums.setdefault("/".join(filter(None, (prefix, _joined(key)))), []).append((value, layer.size))
+                    sums.setdefault("/".join(filter(None, (prefix, _flat_name(key)))), []).append((value, layer.size))
         return {
             name: math.fsum(value * size for value, size in found) / sum(size for _, size in found)
             for name, found in sums.items()
@@ -252,17 +252,18 @@ def _row(layer: LayerReport) -> dict[str, Any]:
         ("overlap", layer.overlaps),
         ("angle", smallest),
     )
-    row.update({f"{kind}/{_joined(key)}": value for kind, values in kinds for key, value in values.items()})
+    row.update({f"{kind}/{_flat_name(key)}": value for kind, values in kinds for key, value in values.items()})
     return row
 
 
 def _by_name(value: Any) -> Any:
-    return {_joined(key): each for key, each in value.items()} if isinstance(value, dict) else value
+    return {_flat_name(key): each for key, each in value.items()} if isinstance(value, dict) else value
 
 
-def _joined(key: str | tuple[str, ...]) -> str:
+def _flat_name(key: str | tuple[str, ...]) -> str:
     return "|".join(key) if isinstance(key, tuple) else key
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """NaN where there is nothing."""
     return part / whole if whole > 0 else math.nan

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from gradsub._probe._twin import Options, Sample
 _SIZE: Final = (
     0.05  # how well sizes of steps have to agree: Newton-Schulz iterations leave singular values of .7 to 1.2
 )
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -69,49 +72,43 @@ class Probes:
     """Runs copies of a base optimizer on a small matrix; groups whose options have one `pattern` share a result.
 
     Nothing of the optimizer, no random number generator and no hook is touched. It costs some 120 steps of one matrix.
-
-    Args:
-        base: the optimizer.
+    Each question is about a group: its options, its parameters, and what the optimizer put into the states of these
+    when it was built.
     """
 
     def __init__(self, base: Optimizer) -> None:
         self._base = base
-        self._traits: dict[Any, Traits] = {}
-        self._independent: dict[Any, bool] = {}
-        self._odd_sizes: dict[Any, str | None] = {}
+        self._answers: dict[Any, Any] = {}
+
+    def _ask(
+        self,
+        what: str,
+        question: Callable[[Optimizer, Options, Sample], Answer],
+        options: Options,
+        parameters: Sequence[Tensor],
+        states: Mapping[Tensor, Any],
+    ) -> Answer:
+        key = what, patterns(options)
+        if key not in self._answers:
+            self._answers[key] = question(self._base, options, _sample(parameters, states))
+        answer: Answer = self._answers[key]
+        return answer
 
     def traits(self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> Traits:
         """Compare steps from one place, and on from there, with steps from 0 each time, as inside a subspace.
 
         Of an optimizer that can be wrapped they are the same.
 
-        Args:
-            options: of the group.
-            parameters: of the group.
-            states: what the optimizer put into its state when it was built.
-
         Raises:
             ValueError: steps need a closure, or depend on where the parameter stands or started otherwise than by a
                 length that is a continuous function of the parameter's.
         """
-        key = patterns(options)
-        if key not in self._traits:
-            sample = _sample(parameters, states)
-            traits = _traits(Trial(self._base, options, sample))
-            entrywise = not traits.relative and _entries_are_independent(self._base, options, sample)
-            self._traits[key] = replace(traits, entrywise=entrywise)
-        return self._traits[key]
+        return self._ask("traits", _traits, options, parameters, states)
 
     def check_group_count(
         self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any], count: int
     ) -> None:
         """Raise if the optimizer keeps something for each of its groups, and would be given more of them.
-
-        Args:
-            options: of a group.
-            parameters: of the group.
-            states: what the optimizer put into its state when it was built.
-            count: how many groups it would be given.
 
         Raises:
             ValueError: with so many groups it raises, or leaves some out, and with its own number it does not.
@@ -131,31 +128,21 @@ class Probes:
         self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]
     ) -> bool:
         """Whether some rows of a matrix are stepped alone as they are with the others."""
-        key = patterns(options)
-        if key not in self._independent:
-            sample = _sample(parameters, states)
-            whole = Trial(self._base, options, sample).from_zero(STEPS)
-            part = Trial(self._base, options, sample, rows=ROWS // 2).from_zero(STEPS)
-            pairs = zip(whole.steps, part.steps, strict=True)
-            self._independent[key] = all(close(a[: ROWS // 2], b) for a, b in pairs)
-        return self._independent[key]
+        return self._ask("rows", _rows_are_independent, options, parameters, states)
 
     def odd_size(self, options: Options, parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> str | None:
-        """Why the root mean square of a step's entries is not the same for every gradient and shape; None if it is.
-
-        Args:
-            options: of the group.
-            parameters: of the group.
-            states: what the optimizer put into its state when it was built.
-        """
-        key = patterns(options)
-        if key not in self._odd_sizes:
-            sample = _sample(parameters, states)
-            self._odd_sizes[key] = _odd_size(self._base, options, sample, self.traits(options, parameters, states))
-        return self._odd_sizes[key]
+        """Why the root mean square of a step's entries is not the same for every gradient and shape; None if it is."""
+        traits = self.traits(options, parameters, states)
+        return self._ask("odd size", partial(_odd_size, traits), options, parameters, states)
 
 
-def _odd_size(base: Optimizer, options: Options, sample: Sample, traits: Traits) -> str | None:
+def _rows_are_independent(base: Optimizer, options: Options, sample: Sample) -> bool:
+    whole = Trial(base, options, sample).from_zero(STEPS).steps
+    part = Trial(base, options, sample, rows=ROWS // 2).from_zero(STEPS).steps
+    return all(close(a[: ROWS // 2], b) for a, b in zip(whole, part, strict=True))
+
+
+def _odd_size(traits: Traits, base: Optimizer, options: Options, sample: Sample) -> str | None:
     if traits.relative:
         return "are as long as the parameter is"
     trial = Trial(base, options, sample)
@@ -184,7 +171,8 @@ def _entries_are_independent(base: Optimizer, options: Options, sample: Sample) 
     return all(close(a[0], b) for a, b in zip(stack.steps, part.steps, strict=True))
 
 
-def _traits(trial: Trial) -> Traits:
+def _traits(base: Optimizer, options: Options, sample: Sample) -> Traits:
+    trial = Trial(base, options, sample)
     inside, alone = trial.from_zero(STEPS), trial.alone(STEPS)
     if not inside.moved and not alone.moved:
         inside, alone = trial.from_zero(MORE_STEPS), trial.alone(MORE_STEPS)
@@ -199,7 +187,8 @@ def _traits(trial: Trial) -> Traits:
     elif trial.comes_back(inside, alone):
         raise ValueError(trial.refusal("takes other steps in the long run where the parameter started elsewhere"))
     moments, unknown = trial.moments()
-    return Traits(relative, trial.decay(), inside.counters, moments=moments, unknown=unknown)
+    entrywise = not relative and _entries_are_independent(base, options, sample)
+    return Traits(relative, trial.decay(), inside.counters, entrywise, moments, unknown)
 
 
 def _sample(parameters: Sequence[Tensor], states: Mapping[Tensor, Any]) -> Sample:

@@ -154,7 +154,7 @@ class Trial:
                     twin.group["lr"] = rate
                 for number in range(STEPS):
                     reseed(number)
-                    twin.take(factor * self._gradients[number], torch.zeros_like(self._start), 0.0)
+                    twin.step(factor * self._gradients[number], torch.zeros_like(self._start), 0.0)
                 held = twin.optimizer.state.get(twin.weight, {})
                 return {
                     key: value.detach().double().clone()
@@ -205,7 +205,7 @@ class Trial:
             before, steps, places = dict(twin.group), [], []
             for number, position in enumerate(positions):
                 reseed(number)
-                place, step = twin.take(factor * self._gradients[number], position, pull)
+                place, step = twin.step(factor * self._gradients[number], position, pull)
                 places.append(place)
                 steps.append(step)
             changed = {key for key in twin.group if key not in before or not same(before[key], twin.group[key])}

@@ -79,7 +79,7 @@ class Twin:
                 key: constant_like(value, sample.parameter, self.weight) for key, value in sample.state.items()
             }
 
-    def take(self, gradient: Tensor, position: Tensor | None, pull: float) -> tuple[Tensor, Tensor]:
+    def step(self, gradient: Tensor, position: Tensor | None, pull: float) -> tuple[Tensor, Tensor]:
         """Where the matrix was, and a step from there."""
         if position is not None:
             self.weight.copy_(position)
@@ -146,10 +146,7 @@ def isolated(device: torch.device) -> Iterator[Callable[[int], None]]:
         if accelerator is not None:
             accelerator.manual_seed(number)
 
-    hooks: tuple[Any, ...] = (
-        torch_optimizer._global_optimizer_pre_hooks,
-        torch_optimizer._global_optimizer_post_hooks,
-    )
+    hooks: tuple[Any, ...] = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
     kept = [dict(each) for each in hooks]
     numbers, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as stack:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradsub.capture import MIXED, Captured
 from gradsub.distributed._ranks import Ranks
+from gradsub.linalg._arithmetic import widest
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,15 @@ def agree(
     A rank whose batch lacks a task, or whose forward pass did not reach a parameter, learns here that others have it.
 
     Args:
-        ranks: the ranks.
         device: where they sum.
         parameters: those whose gradients are to be summed, in the same order on every rank.
         gradients: by task, what this rank has captured.
         samples: by task, and for `MIXED` the rows of all mixed batches.
         losses: by task, where a loss was seen.
         outside: the parameters whose ``p.grad`` is to be averaged.
-        tasks: K.
         rounding: epsilon of the coarsest format in which a gradient was computed.
     """
-    dtype = torch.float32 if device.type == "mps" else torch.float64
+    dtype = widest(device)
     keys = [*range(tasks), MIXED]
     counts = [samples.get(key, 0.0) for key in keys]
     seen = [counts[task] if task in losses else 0.0 for task in range(tasks)]
@@ -93,3 +92,25 @@ def agree(
         outside=[parameters[place] for place in from_outside],
         rounding=rounding,
     )
+
+
+def check_replicas(ranks: Ranks, parameters: Sequence[Tensor], names: Callable[[Tensor], str]) -> None:
+    """Raise where the ranks' weights differ before the first step, since nothing would ever bring them together.
+
+    Compared are two sums of each weight, in float64 where the device has it; waits for the device.
+
+    Raises:
+        RuntimeError: naming the first parameter that differs, on every rank.
+    """
+    device = parameters[0].device
+    sums = []
+    for parameter in parameters:
+        exact = parameter.detach().to(widest(device))
+        sums += [exact.sum().to(device), exact.square().sum().to(device)]
+    least, greatest = ranks.extremes(torch.stack(sums).nan_to_num())
+    for place, same in enumerate((least == greatest).tolist()):
+        if not same:
+            raise RuntimeError(
+                f"the ranks start from different weights ({names(parameters[place // 2])}): seed them alike, wrap the "
+                "model in DistributedDataParallel, or broadcast the weights from rank 0, before the first step"
+            )

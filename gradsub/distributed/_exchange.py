@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradsub._sums import sum_over
 from gradsub.capture import MIXED, Held
-from gradsub.distributed._agreement import Agreement, agree
+from gradsub.distributed._agreement import Agreement, agree, check_replicas
 from gradsub.distributed._ranks import Ranks
 from gradsub.distributed._reduction import complete_sharded, merge_plain, reduce_captured, reduce_outside
-from gradsub.distributed._replicas import check_replicas
-from gradsub.distributed._wrapped import data_parallel
+from gradsub.linalg._arithmetic import widest
 from gradsub.subspace import Layer, SubspaceBank, is_distributed, sharded_over
 
 
@@ -21,10 +21,7 @@ class Exchange:
     """Between capture and step: makes of every rank's gradients those of all; nothing while there is one rank.
 
     Args:
-        process_group: see `Ranks`.
         model: if it is a ``DistributedDataParallel``, it averages gradients from outside tasks itself.
-        tasks: K.
-        names: what errors call a parameter.
         parameters: all that the optimizer has, also those that come later.
     """
 
@@ -138,9 +135,7 @@ class Exchange:
 
         Args:
             held: what was captured; replaced by that of all ranks.
-            samples: by task.
             mixed: rows of mixed batches.
-            losses: by task.
             merge: whether the tasks' gradients of parameters without subspaces are only needed as a sum.
             rounding: epsilon of the coarsest format in which a gradient was computed.
             bank: tells what is due, and so what the others have captured.
@@ -196,11 +191,27 @@ class Exchange:
         """`fully_shard` weighs the ranks equally, which is right for equal numbers of samples only."""
         counts = [samples.get(task, 0.0) for task in (*range(self._tasks), MIXED)]
         device = self._parameters[0].device
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        least, greatest = self._ranks.extremes(torch.tensor(counts, dtype=dtype, device=device))
+        least, greatest = self._ranks.extremes(torch.tensor(counts, dtype=widest(device), device=device))
         if not torch.equal(least, greatest):
             raise RuntimeError(
                 "under fully_shard every rank needs the same number of samples of every task, since it averages the "
                 f"ranks with equal weights; this rank has {counts[:-1]} of tasks 0 to {self._tasks - 1} and "
                 f"{counts[-1]} in mixed batches"
             )
+
+
+def data_parallel(model: nn.Module | None) -> DistributedDataParallel | None:
+    """The ``DistributedDataParallel`` around a model, also inside of ``torch.compile``'s wrapper.
+
+    Raises:
+        ValueError: its graph was declared static.
+    """
+    while model is not None and not isinstance(model, DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        model = inner if isinstance(inner, nn.Module) else None
+    if model is not None and model.static_graph:
+        raise ValueError(
+            "model is a DistributedDataParallel with static_graph=True, which cannot be silent inside of tasks, as "
+            "torch has no no_sync() for static graphs: wrap the model with static_graph=False"
+        )
+    return model

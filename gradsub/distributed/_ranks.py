@@ -54,7 +54,7 @@ class Ranks:
         dist.all_reduce(both, op=dist.ReduceOp.MAX, group=self.group)
         return -both[0], both[1]
 
-    def gather(self, value: Any) -> list[Any]:
+    def of_all(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks; anything that can be pickled."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)

@@ -45,10 +45,7 @@ def reduce_captured(
     flat bucket for each dtype and device.
 
     Args:
-        ranks: the ranks.
         bank: tells what is due, and so what the others have captured.
-        parameters: those whose gradients are to be summed.
-        layers: those of them that are decomposed.
         gradients: by task; replaced.
         agreement: who has what.
     """
@@ -157,10 +154,7 @@ def merge_plain(
     merged = sorted(plain & set().union(*agreement.present.values()))
     present = {task: [place for place in places if place not in plain] for task, places in agreement.present.items()}
     return replace(
-        agreement,
-        mixed=total,
-        weights={**agreement.weights, MIXED: 1.0},
-        present={**present, MIXED: merged},
+        agreement, mixed=total, weights={**agreement.weights, MIXED: 1.0}, present={**present, MIXED: merged}
     )
 
 

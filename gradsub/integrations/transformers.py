@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -13,35 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import IterableDataset
-from torch.utils.hooks import RemovableHandle
 
 from gradsub.capture import MixedRows
-from gradsub.distributed._wrapped import data_parallel
+from gradsub.distributed import data_parallel
 from gradsub.integrations._accumulation import Batch, account
 from gradsub.integrations._arguments import telling_rows_apart
+from gradsub.integrations._callbacks import AtTheStart, GemsReportCallback, find_gems
 from gradsub.integrations._collator import TaskCollator, count_labels
-from gradsub.integrations._losses import row_losses
+from gradsub.integrations._hearing import Ear, row_losses
 from gradsub.optimizer import GemsOptimizer
 
-try:
-    from transformers import Trainer, TrainerCallback
-except ImportError as missing:
-    raise ImportError(
-        "gradsub's mixin, factory and callback for the Trainer need transformers: pip install 'gradsub[transformers]'"
-    ) from missing
-
 __all__ = ["GemsFactory", "GemsReportCallback", "GemsTrainerMixin", "find_gems"]
-
-
-def find_gems(optimizer: Any) -> GemsOptimizer | None:
-    """The `GemsOptimizer` inside of what a library has wrapped around it; None if there is none.
-
-    Args:
-        optimizer: an optimizer, or a wrapper with an attribute ``optimizer``, as accelerate's.
-    """
-    while optimizer is not None and not isinstance(optimizer, GemsOptimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    return optimizer
 
 
 class GemsTrainerMixin:
@@ -104,8 +85,7 @@ class GemsTrainerMixin:
         self._task_column = task_column
         self._count_samples = count_samples
         self._task_losses = task_losses
-        self._listener: Callable[[Any], None] | None = None
-        self._heard: tuple[nn.Module, RemovableHandle] | None = None
+        self._ear = Ear()
         super().__init__(*arguments, **options)
         me: Any = self
         if gems is not None and find_gems(me.optimizer) is not None:
@@ -123,7 +103,7 @@ class GemsTrainerMixin:
                 )
         # The optimizer weighs the processes by their samples: each one's loss is a mean over its own.
         self._equal_ranks = not getattr(me.args, "average_tokens_across_devices", True)
-        me.add_callback(_AtTheStart(me))
+        me.add_callback(AtTheStart(me))
 
     @contextmanager
     def _own_mean(self) -> Iterator[None]:
@@ -325,26 +305,11 @@ class GemsTrainerMixin:
         """
         return ()
 
-    @contextmanager
-    def _hearing(self, model: nn.Module, rows: MixedRows, labels: Any, batch: Batch) -> Iterator[None]:
+    def _hearing(self, model: nn.Module, rows: MixedRows, labels: Any, batch: Batch) -> AbstractContextManager[None]:
         """Tell the gate the tasks' losses, from what the first forward pass in here returns."""
         if not self._task_losses:
-            yield
-            return
-        if self._heard is None or self._heard[0] is not model:
-            if self._heard is not None:
-                self._heard[1].remove()
-            self._heard = model, model.register_forward_hook(_Ear(self))
-        self._listener = partial(self._tell, rows, labels, batch)
-        try:
-            yield
-        finally:
-            self._listener = None
-
-    def _hear(self, outputs: Any) -> None:
-        listener, self._listener = self._listener, None
-        if listener is not None:
-            listener(outputs)
+            return nullcontext()
+        return self._ear.listening(model, partial(self._tell, rows, labels, batch))
 
     def _tell(self, rows: MixedRows, labels: Any, batch: Batch, outputs: Any) -> None:
         me: Any = self
@@ -365,44 +330,6 @@ class GemsTrainerMixin:
         scaler = getattr(me.accelerator, "scaler", None)
         means = means if scaler is None else scaler.scale(means)
         rows.tell({self.gems.tasks[task]: mean for task, mean in zip(present, means.unbind(), strict=True)})
-
-
-class _Ear:
-    """A forward hook of a model that outlives its Trainer; copies and pickles of the model do not take it along."""
-
-    def __init__(self, trainer: GemsTrainerMixin) -> None:
-        self._trainer = weakref.ref(trainer)
-
-    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        trainer = self._trainer()
-        if trainer is not None:
-            trainer._hear(outputs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Deaf, ()
-
-
-class _Deaf:
-    """What an `_Ear` is in a copy."""
-
-    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        return None
-
-
-class _AtTheStart(TrainerCallback):
-    """Each training, and each attempt of ``auto_find_batch_size``, begins with nothing captured and its own callbacks.
-
-    What an attempt left that was interrupted between backward and step is of no step of the next one.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self._trainer.gems.zero_grad()
-        for callback in self._trainer.callback_handler.callbacks:
-            if isinstance(callback, GemsReportCallback):
-                callback.begin(self._trainer)
 
 
 class GemsFactory:
@@ -436,51 +363,9 @@ class GemsFactory:
         Raises:
             ValueError: the base optimizer cannot be wrapped.
         """
+        from transformers import Trainer  # here: what says that it is not installed is imported first
+
         maker: Any = object.__new__(Trainer)  # what makes an optimizer needs no more of a Trainer than this
         maker.args, maker.model, maker.optimizer, maker.optimizer_cls_and_kwargs = args, model, None, None
         base = maker.create_optimizer()
         return GemsOptimizer(base, **{"model": model, **telling_rows_apart({"tasks": tasks, **gems})})
-
-
-class GemsReportCallback(TrainerCallback):
-    """Logs the last step's report whenever the Trainer logs its loss: flat numbers, to wherever the Trainer logs to.
-
-    The names are those of `Report.scalars`, after a prefix. A report waits for the device.
-
-    Args:
-        trainer: the Trainer, for ``trainer.add_callback(GemsReportCallback(trainer))``; None: a Trainer with
-            `GemsTrainerMixin` that gets it in ``callbacks=[GemsReportCallback()]`` enters itself.
-        prefix: of all names.
-        leak: whether it is measured how much of the bases lies in what the null space protects; the protected
-            directions come to the device for it. Spare it where these are large and logging is frequent.
-    """
-
-    def __init__(self, trainer: Any = None, prefix: str = "gems/", leak: bool = True) -> None:
-        self.trainer = trainer
-        self.prefix = prefix
-        self.leak = leak
-        self._given = trainer is not None
-
-    def begin(self, trainer: Any) -> None:
-        """Log to this Trainer, which begins to train, unless another one was given."""
-        if not self._given:
-            self.trainer = trainer
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **rest: Any) -> None:
-        """Log the report beside the Trainer's loss.
-
-        Raises:
-            ValueError: no Trainer was given, or its optimizer is another one.
-        """
-        if not logs or "loss" not in logs:
-            return
-        if self.trainer is None:
-            raise ValueError("GemsReportCallback has no Trainer: use trainer.add_callback(GemsReportCallback(trainer))")
-        gems = find_gems(rest.get("optimizer"))
-        if gems is None:
-            raise ValueError("GemsReportCallback wants a GemsOptimizer in the Trainer; see GemsFactory")
-        found = gems.report(angles=False, leak=self.leak).scalars()
-        if not found:
-            return
-        # A subclass's log() adds what it has measured, which it does to the entry of the loss.
-        Trainer.log(self.trainer, {f"{self.prefix}{name}": value for name, value in found.items()})

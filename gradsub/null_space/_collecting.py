@@ -9,29 +9,28 @@ from torch import Tensor, nn
 
 from gradsub.distributed import Ranks
 from gradsub.layers import some
-from gradsub.null_space._collect import observe_features, unit_rows
 from gradsub.null_space._content import Content
+from gradsub.null_space._features import observe_features, unit_rows
 from gradsub.null_space._gradients import Loss, observe_gradients
-from gradsub.null_space._ranks import Deal, Turns, gather
+from gradsub.null_space._ranks import OwnBatches, SharedBatches, merged_over_ranks
 from gradsub.null_space._shared import Steps
 
-Dealt = Iterable[tuple[Any, bool]]
 _NO_BATCH = "batches is empty: collect needs at least one batch of general-domain data"
 
 
-def gathered(
+def collect_into(
     content: Content,
     model: nn.Module,
     batches: Iterable[Any],
     ranks: Ranks,
     shard: bool,
-    collect: Callable[[Content, Dealt], int],
+    collect: Callable[[Content, OwnBatches], int],
 ) -> None:
     """Let ``collect`` add what batches show to the content, on every rank with its part, which ends with all of it."""
     if ranks.size == 1:
         before = set(content.shared.by_name)
         try:
-            if not collect(content, ((batch, True) for batch in batches)):
+            if not collect(content, OwnBatches(batches)):
                 raise ValueError(_NO_BATCH)
         except BaseException:
             # Or the same batches would count twice when they are collected again.
@@ -39,47 +38,45 @@ def gathered(
             raise
         return
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    deal = Deal(ranks, batches, device) if shard else None
+    mine = SharedBatches(ranks, batches, device) if shard else OwnBatches(batches)
     increment, failure = content.like(), None
     try:
-        collect(increment, ((batch, True) for batch in batches) if deal is None else deal)
+        collect(increment, mine)
     except Exception as error:
         failure = error
-    increment.shared = gather(ranks, increment.shared, device, None if deal is None else deal.count, failure)
+    increment.shared = merged_over_ranks(ranks, increment.shared, device, mine.dealt, failure)
     if not increment.shared.by_name:
         raise ValueError(_NO_BATCH)
     content.merge(increment)
 
 
 def collect_features(
-    into: Content, batches: Dealt, *, model: nn.Module, layers: Mapping[str, nn.Module], side: str, normalize: bool
+    into: Content, batches: OwnBatches, *, model: nn.Module, layers: Mapping[str, nn.Module], side: str, normalize: bool
 ) -> int:
     """Run the batches and take in the layers' features of those that count; how many ran."""
     latest: tuple[Tensor, Tensor, Steps] | None = None
-    turns = Turns(batches)
 
     def observe(name: str, features: Tensor) -> None:
         nonlocal latest
-        if not turns.counts:
+        if not batches.counts:
             return
         if latest is None or latest[0] is not features:
             latest = features, unit_rows(features) if normalize else features, []
         into.add(name, *latest[1:])
         into.shared.normalized[name] = normalize
 
-    return observe_features(model, layers, turns, side, observe)
+    return observe_features(model, layers, batches, side, observe)
 
 
-def collect_gradients(into: Content, batches: Dealt, *, model: nn.Module, loss: Loss) -> int:
+def collect_gradients(into: Content, batches: OwnBatches, *, model: nn.Module, loss: Loss) -> int:
     """Run the batches and take in the vectors' gradients of those that count; how many ran."""
-    turns = Turns(batches)
     increment = into.like()
 
     def observe(name: str, gradients: Tensor) -> None:
-        if turns.counts:
+        if batches.counts:
             increment.add(name, gradients, [])
 
-    count, left_out = observe_gradients(model, turns, loss, observe)
+    count, left_out = observe_gradients(model, batches, loss, observe)
     increment.shared.drop(left_out)
     if left_out:
         listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(left_out.items()))

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradsub.null_space._null_space import SIDES, NullSpace
 
 _STAGES = (4, 2, 1)  # the residual is measured after a quarter, a half and all of the tokens
-_NEAR = 0.1  # text is enough that leaves at most a tenth more than any amount of it would,
+_MORE = 0.1  # text is enough that leaves at most a tenth more than any amount of it would,
 _LEAST = 1e-3  # or this share of the energy more
 
 
@@ -80,14 +80,7 @@ def _collect(chosen: argparse.Namespace) -> None:
         raise ValueError(f"--out {str(chosen.out)!r}: there is no folder {str(chosen.out.absolute().parent)!r}")
     if chosen.out.is_dir():
         raise ValueError(f"--out {str(chosen.out)!r} is a folder: name a file in it")
-    settings = {
-        "side": chosen.side,
-        "energy": chosen.energy,
-        "threshold": chosen.threshold,
-        "max_rank": chosen.max_rank,
-        "layer_memory_budget": chosen.layer_memory_budget,
-    }
-    null_space = NullSpace(**settings)
+    null_space = NullSpace(chosen.side, chosen.energy, chosen.threshold, chosen.max_rank, chosen.layer_memory_budget)
     normalize = chosen.threshold is None if chosen.normalize is None else chosen.normalize
     fit, fresh = _parts(_read(chosen.text))
     model, tokenizer = _load(chosen.model, getattr(torch, chosen.dtype), chosen.device)
@@ -101,15 +94,15 @@ def _collect(chosen: argparse.Namespace) -> None:
 
     def add(into: NullSpace, some: Sequence[Tensor], what: str, **options: Any) -> NullSpace:
         batches = _Batches(model, tokenizer, some, chosen.batch, chosen.device, what)
-        return into.collect(model, batches, chosen.target_modules, normalize=normalize, **options)
+        options = {"target_modules": chosen.target_modules, **options}
+        return into.collect(model, batches, normalize=normalize, **options)
 
     if chosen.layers_at_once is not None:
         add(null_space, windows, "collecting", layers_at_once=chosen.layers_at_once, out=chosen.out)
         shares, names = {}, list(null_space)
         for start in range(0, len(names), chosen.layers_at_once):
-            others = NullSpace(chosen.side)
-            batches = _Batches(model, tokenizer, held_out, chosen.batch, chosen.device, "held-out text")
-            others.collect(model, batches, names[start:][: chosen.layers_at_once], normalize=normalize)
+            group = names[start:][: chosen.layers_at_once]
+            others = add(NullSpace(chosen.side), held_out, "held-out text", target_modules=group)
             shares.update(null_space.residual_energy(others))
         _say([(tokens, sum(shares.values()) / len(shares))], shares)
     else:
@@ -164,7 +157,7 @@ class Trend:
     def enough(self) -> int | None:
         """The tokens that leave a tenth more of fresh text than of their own at most; None: that cannot be told."""
         tokens, above = self.tokens, self.share - self.floor
-        while above > max(_NEAR * self.floor, _LEAST):
+        while above > max(_MORE * self.floor, _LEAST):
             if self.ratio is None or self.ratio >= 1.0 or tokens > 1000 * self.tokens:
                 return None
             tokens, above = 2 * tokens, above * self.ratio

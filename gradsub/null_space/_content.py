@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradsub.layers import some
+from gradsub.linalg._arithmetic import widest
 from gradsub.null_space._covariance import NARROWEST_SINGLE, Covariance
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._directions import Directions
@@ -15,14 +16,13 @@ from gradsub.null_space._protection import Protection, leading, protect
 from gradsub.null_space._scratch import Scratch
 from gradsub.null_space._shared import SharedStatistics, Steps
 from gradsub.null_space._sketch import Sketch
-from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
+from gradsub.null_space._statistics import Spectrum, Statistics
 
 
 class Content:
     """What is known of layers: their statistics, and the directions that these come to.
 
     Args:
-        criterion: how many directions are protected.
         budget: bytes that a layer's statistics may take between calls, or None.
     """
 
@@ -95,9 +95,7 @@ class Content:
                     f"other has {theirs.kind} statistics of width {theirs.dimension} for {name!r}, this null space "
                     f"{mine.kind} ones of width {mine.dimension}: collect both on the same model"
                 )
-        both = {name: (self.shared.normalized.get(name), other.shared.normalized.get(name)) for name in sources}
-        uneven = [name for name, pair in both.items() if None not in pair and pair[0] is not pair[1]]
-        if uneven:
+        if uneven := self.shared.uneven(other.shared):
             raise ValueError(f"other has {some(uneven)} with another choice of normalize: collect both alike")
         known = self.shared.by_name
         final = [name for name, each in sources.items() if name in known and isinstance(each, Directions)]
@@ -108,9 +106,7 @@ class Content:
             for name, source in sources.items():
                 self.shared.advance(name, steps[id(source)], source.copy, partial(_merge, source))
                 self._protected.pop(name, None)
-                told = next((was for was in both[name] if was is not None), None)
-                if told is not None:
-                    self.shared.normalized[name] = told
+        self.shared.normalized = {**other.shared.normalized, **self.shared.normalized}
 
     def directions(self) -> SharedStatistics:
         """The directions of all layers without their statistics."""
@@ -174,7 +170,7 @@ class Content:
 
     def _empty(self, rows: Tensor) -> Statistics:
         budget, dimension, device = self.budget, rows.shape[1], rows.device
-        if budget is None or dimension**2 * accumulation_dtype(device).itemsize <= budget:
+        if budget is None or dimension**2 * widest(device).itemsize <= budget:
             narrow = rows.dtype == torch.float64 or dimension < NARROWEST_SINGLE
             return Covariance.empty(dimension, device, single=self.criterion.coarse and not narrow)
         return Sketch.within(budget, dimension, rows.dtype, device)

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsub.linalg._arithmetic import full_precision, largest_magnitude
-from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
+from gradsub.linalg._arithmetic import full_precision, largest_magnitude, widest
+from gradsub.null_space._statistics import Spectrum, Statistics
 
 NARROWEST_SINGLE = 256
 """Narrower features cost nothing noticeable in float64."""
@@ -17,7 +17,7 @@ _COLUMNS = 192  # of one block of products; narrower ones are slow on a CPU
 
 
 class Covariance:
-    """The exact statistics: X^T X as one sum in the accumulation dtype, so accumulators merge by addition.
+    """The exact statistics: X^T X as one sum in the widest format, so accumulators merge by addition.
 
     X^T X is symmetric: only blocks of its rows from the diagonal on are kept, .53 of the numbers where d is large,
     .67 where it is 576. The whole is made when it is asked for.
@@ -41,7 +41,7 @@ class Covariance:
     def empty(
         cls, dimension: int, device: torch.device, single: bool = False, dtype: torch.dtype | None = None
     ) -> Covariance:
-        dtype = accumulation_dtype(device) if dtype is None else dtype
+        dtype = widest(device) if dtype is None else dtype
         blocks = [
             torch.zeros(stop - start, dimension - start, dtype=dtype, device=device)
             for start, stop in _ranges(dimension)

@@ -45,17 +45,7 @@ class Criterion:
 
     def count(self, spectrum: Spectrum) -> int:
         """The number of leading eigenvectors to protect."""
-        values = spectrum.eigenvalues
-        # Beyond the numerical rank an eigenvector is rounding noise: protecting it would only cost capacity.
-        numerical_rank = int((values > values[0] * spectrum.resolution).sum())
-        if self.threshold is not None:
-            chosen = int((values + spectrum.error >= self.threshold).sum())
-        elif self.energy is not None and self.energy < 1.0:
-            chosen = int((values.cumsum(0) < self.energy * spectrum.energy).sum()) + 1
-        else:
-            chosen = numerical_rank
-        chosen = min(chosen, numerical_rank)
-        return chosen if self.max_rank is None else min(chosen, self.max_rank)
+        return self.count_beyond(spectrum.eigenvalues, 0.0, spectrum, spectrum.resolution, 0)
 
     def count_beyond(self, values: Tensor, held: float, spectrum: Spectrum, resolution: float, already: int) -> int:
         """How many more directions to protect beside ``already`` protected ones that hold the energy ``held``.
@@ -67,12 +57,13 @@ class Criterion:
             resolution: values below this share of the largest eigenvalue are rounding noise.
             already: how many directions are protected.
         """
+        # Beyond the numerical rank a direction is rounding noise: protecting it would only cost capacity.
         real = int((values > float(spectrum.eigenvalues[0]) * resolution).sum())
         if self.threshold is not None:
             chosen = int((values + spectrum.error >= self.threshold).sum())
         elif self.energy is not None and self.energy < 1.0:
             # A hair less than asked for, or rounding would add a direction to a basis that just satisfies it.
-            wanted = self.energy * spectrum.energy * (1.0 - 1e-6) - held
+            wanted = self.energy * spectrum.energy * (1.0 - 1e-6 if already else 1.0) - held
             chosen = 0 if wanted <= 0.0 else int((values.cumsum(0) < wanted).sum()) + 1
         else:
             chosen = real

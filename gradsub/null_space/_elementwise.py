@@ -25,8 +25,6 @@ def derivative(
         module: is run once more.
         key: the vector's name in it.
         parameter: v (d).
-        inputs: of the module's forward pass.
-        named: likewise.
 
     Returns:
         a (..., d), or None if y does not depend on v.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsub._optional import optional
 from gradsub.null_space._covariance import Covariance
 from gradsub.null_space._directions import Directions
 from gradsub.null_space._fitted_on import FittedOn, belongs
@@ -53,7 +54,7 @@ def write(
         tensors.update(fitted_on.tensors(shared.by_name))
         written = scratch.folder / target.name
         try:
-            files.save_file(tensors, str(written), metadata)
+            files.torch.save_file(tensors, str(written), metadata)
         except files.SafetensorError as error:  # also where the disk is full
             raise OSError(f"path={os.fspath(path)!r} cannot be written ({error}): make room there") from error
         with written.open("rb+") as file:
@@ -150,17 +151,6 @@ def _whole_number(name: str, what: str, value: Any) -> int:
 
 
 def _safetensors() -> Any:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "saving and loading a NullSpace needs safetensors: pip install 'gradsub[safetensors]'"
-        ) from error
-
-    class Files:
-        save_file = staticmethod(safetensors.torch.save_file)
-        safe_open = staticmethod(safetensors.safe_open)
-        SafetensorError = safetensors.SafetensorError
-
-    return Files
+    what = "saving and loading a NullSpace"
+    optional("safetensors.torch", "safetensors", what)  # an attribute of the package from then on
+    return optional("safetensors", "safetensors", what)

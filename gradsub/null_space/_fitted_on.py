@@ -45,7 +45,6 @@ class FittedOn:
         """How far W K is from what it was, as a share of the larger of both; None if that is not known.
 
         Args:
-            name: the layer.
             weight: W as it is now.
             axis: of the weight, along which the directions lie.
             directions: K (d x k), or what K leaves.

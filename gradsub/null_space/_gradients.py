@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gradsub.layers import named_parameters
-from gradsub.null_space._collect import Observe, call, eager, evaluating
 from gradsub.null_space._elementwise import Unsuitable, derivative, dtypes_of
+from gradsub.null_space._features import Observe, call, eager, evaluating
 from gradsub.subspace import is_distributed
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -102,14 +102,14 @@ class _Watch:
             for parameter in derivatives:
                 self._dtypes[parameter] |= dtypes_of(output, inputs, parameter)
 
-            def take(gradient: Tensor) -> None:
+            def see(gradient: Tensor) -> None:
                 wide = torch.promote_types(gradient.dtype, torch.float32)
                 for parameter, along in derivatives.items():
                     self._dtypes[parameter].add(gradient.dtype)
                     rows = gradient.detach().to(wide) * along.to(wide)
                     self._rows[parameter].append(rows.reshape(-1, parameter.numel()))
 
-            output.register_hook(take)  # type: ignore[no-untyped-call]
+            output.register_hook(see)  # type: ignore[no-untyped-call]
             # An activation in place would take the place of the output, and the hook would be gone.
             return output.clone()
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsub._table import aligned
 from gradsub.distributed import Ranks
 from gradsub.layers import ALL_LINEAR, select_layers
-from gradsub.null_space._collect import unit_rows
-from gradsub.null_space._collecting import check_groups, check_seen, collect_features, collect_gradients, gathered
+from gradsub.null_space._collecting import check_groups, check_seen, collect_features, collect_gradients, collect_into
 from gradsub.null_space._content import Content
 from gradsub.null_space._criterion import Criterion
+from gradsub.null_space._features import unit_rows
 from gradsub.null_space._files import DamagedError, read, write
 from gradsub.null_space._fitted_on import FittedOn
 from gradsub.null_space._gradients import own_loss
@@ -25,7 +26,6 @@ from gradsub.null_space._residual import residual_shares
 from gradsub.null_space._scratch import Scratch
 from gradsub.null_space._shared import SharedStatistics
 from gradsub.null_space._statistics import Statistics
-from gradsub.null_space._table import Row, render
 
 SIDES = ("input", "output")
 
@@ -199,7 +199,7 @@ class NullSpace:
             for start in range(0, len(names), layers_at_once or len(names)):
                 group = {name: layers[name] for name in names[start:][:layers_at_once]}
                 observed = partial(collect_features, model=model, layers=group, side=self.side, normalize=normalize)
-                gathered(self._content, model, batches, ranks, shard, observed)
+                collect_into(self._content, model, batches, ranks, shard, observed)
                 if layers_at_once is not None or scratch is not None:
                     on_every_rank(ranks, partial(self._content.condense, group, scratch))
             check_seen(self._content, names, self._unseen)
@@ -263,7 +263,7 @@ class NullSpace:
         Source: projecting updates off gradients of what is to be kept is OGD (arXiv 1910.07104).
         """
         observed = partial(collect_gradients, model=model, loss=loss or own_loss)
-        gathered(self._content, model, batches, Ranks(process_group), shard, observed)
+        collect_into(self._content, model, batches, Ranks(process_group), shard, observed)
         return self
 
     def update(self, name: str, features: Tensor) -> None:
@@ -310,12 +310,12 @@ class NullSpace:
         return self
 
     def basis(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The protected directions K (d x k) of the layer ``name``: orthonormal columns, strongest first.
+        """The protected directions K (d x k) of the layer ``name``, which span what the null space leaves out.
 
-        The null space is what they leave, `complement`. Whichever of the two is smaller is kept. Where that is the
-        complement, K is computed from the statistics, again if nobody has the last one any more; layers with the same
-        input get the same tensor. Without statistics (``save(path, statistics=False)``) its columns are in no order
-        then. Do not change the result.
+        Its columns are orthonormal, strongest first; those of the null space itself are `complement`. Whichever of the
+        two is smaller is kept. Where that is the complement, K is computed from the statistics, again if nobody has the
+        last one any more; layers with the same input get the same tensor. Without statistics
+        (``save(path, statistics=False)``) its columns are in no order then. Do not change the result.
 
         Args:
             name: the layer.
@@ -462,11 +462,13 @@ class NullSpace:
             layer          2          1     0.500  0.8000  exact       2
             statistics: 0.0 MB
         """
-        rows = []
+        lines = [["layer", "dimension", "protected", "fraction", "energy", "kind", "tokens"]]
         for name, statistics in self._shared.by_name.items():
             found = self._protection(name)
-            rows.append(Row(name, found.dimension, found.count, found.energy, statistics.kind, statistics.count))
-        return render(rows, sum(statistics.nbytes for statistics in self._shared.distinct().values()))
+            numbers = found.dimension, found.count, f"{found.count / found.dimension:.3f}", f"{found.energy:.4f}"
+            lines.append([name, *map(str, numbers), statistics.kind, str(statistics.count)])
+        nbytes = sum(statistics.nbytes for statistics in self._shared.distinct().values())
+        return "\n".join([*aligned(lines, [False, *[True] * 6]), f"statistics: {nbytes / 1e6:.1f} MB"])
 
     @property
     def _shared(self) -> SharedStatistics:

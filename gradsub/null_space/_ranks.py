@@ -20,23 +20,40 @@ _DIFFERENT = (
 )
 
 
-class Deal:
-    """This rank's batches, every ``ranks.size``-th of all, and whether each counts.
+class OwnBatches:
+    """Batches of this rank alone.
+
+    Attributes:
+        counts: whether the batch whose turn it is counts.
+        dealt: how many batches there are on all ranks together; None if each has its own.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        self.counts = True
+        self.dealt: int | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._batches)
+
+
+class SharedBatches(OwnBatches):
+    """Of batches that are the same on every rank, every ``ranks.size``-th.
 
     Where the last round has too few for all, the other ranks run a batch that does not count: the forward pass of a
     sharded model needs every rank.
 
     Args:
-        ranks: the ranks.
         batches: the same on every rank.
         device: where the ranks compare them.
     """
 
     def __init__(self, ranks: Ranks, batches: Iterable[Any], device: torch.device) -> None:
-        self._ranks, self._batches, self._device = ranks, batches, device
-        self.count = 0
+        super().__init__(batches)
+        self._ranks, self._device = ranks, device
+        self.dealt: int = 0
 
-    def __iter__(self) -> Iterator[tuple[Any, bool]]:
+    def __iter__(self) -> Iterator[Any]:
         """The batches.
 
         Raises:
@@ -50,23 +67,10 @@ class Deal:
         if not torch.equal(least, greatest):
             raise ValueError(_DIFFERENT)
         while held:
-            self.count += len(held)
-            mine = ranks.index < len(held)
-            yield held[ranks.index if mine else 0], mine
+            self.dealt += len(held)
+            self.counts = ranks.index < len(held)
+            yield held[ranks.index if self.counts else 0]
             held = list(itertools.islice(batches, ranks.size))
-
-
-class Turns:
-    """Batches one after the other, and whether the one whose turn it is counts."""
-
-    def __init__(self, batches: Iterable[tuple[Any, bool]]) -> None:
-        self._batches = batches
-        self.counts = True
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch, counts in self._batches:
-            self.counts = counts
-            yield batch
 
 
 def _fingerprint(value: list[Any]) -> list[float]:
@@ -86,7 +90,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def gather(
+def merged_over_ranks(
     ranks: Ranks, mine: SharedStatistics, device: torch.device, dealt: int | None, error: Exception | None
 ) -> SharedStatistics:
     """The statistics of all ranks' features, the same bits on every rank.
@@ -94,10 +98,9 @@ def gather(
     Covariances are summed; sketches are merged in the order of the ranks. A rank that has seen nothing takes part.
 
     Args:
-        ranks: the ranks.
         mine: what this one has seen.
         device: where the statistics are.
-        dealt: how many batches were dealt out, if they were; the same on every rank.
+        dealt: as of `OwnBatches`; the same on every rank.
         error: what ended this rank's part early; it is raised here, and the other ranks learn of it.
 
     Raises:
@@ -106,7 +109,7 @@ def gather(
     """
     distinct = mine.distinct()
     firsts = {id(statistics): name for name, statistics in distinct.items()}
-    described = ranks.gather(
+    described = ranks.of_all(
         {
             "error": None if error is None else f"{type(error).__name__}: {error}",
             "dealt": dealt,
@@ -155,7 +158,7 @@ def on_every_rank(ranks: Ranks, action: Callable[[], Result]) -> Result:
         found.append(action())
     except Exception as error:
         failure = error
-    messages = ranks.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = ranks.of_all(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for rank, message in enumerate(messages):

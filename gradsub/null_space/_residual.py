@@ -15,10 +15,8 @@ def residual_shares(content: Content, held_out: Content) -> dict[str, float]:
     names = [name for name in known if name in others]
     if not names:
         raise ValueError(f"held_out knows {sorted(others)}, none of the layers here: {sorted(known)}")
-    told = {name: (content.shared.normalized.get(name), held_out.shared.normalized.get(name)) for name in names}
-    uneven = [name for name, pair in told.items() if None not in pair and pair[0] is not pair[1]]
-    if uneven:
-        here = told[uneven[0]][0]
+    if uneven := held_out.shared.uneven(content.shared):
+        here = content.shared.normalized[uneven[0]]
         raise ValueError(
             f"held_out has features of {some(uneven)} with normalize={not here}, here they are with normalize={here}: "
             f"collect it with normalize={here}"

@@ -28,7 +28,6 @@ class SharedStatistics:
         """Let the layer take in one piece of data.
 
         Args:
-            name: the layer.
             steps: the states that this piece of data has led from and to so far, for all layers; extended here.
             first: what the data alone makes.
             more: adds the data to a state, in place.
@@ -52,6 +51,11 @@ class SharedStatistics:
             self.by_name.pop(name, None)
             self.versions.pop(name, None)
             self.normalized.pop(name, None)
+
+    def uneven(self, other: SharedStatistics) -> list[str]:
+        """The layers in both whose features are known to have come with another choice of ``normalize``."""
+        mine, theirs = self.normalized, other.normalized
+        return [name for name in other.by_name if name in mine and name in theirs and mine[name] is not theirs[name]]
 
     def distinct(self) -> dict[str, Statistics]:
         """Every object once, under the first layer that holds it."""

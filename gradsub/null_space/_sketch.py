@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsub.linalg._arithmetic import widest
 from gradsub.linalg._range_finder import exact_svd
-from gradsub.null_space._statistics import Spectrum, Statistics, accumulation_dtype
+from gradsub.null_space._statistics import Spectrum, Statistics
 
 
 class Sketch:
@@ -25,7 +26,7 @@ class Sketch:
     with the smallest l among them, and for any order of the rows.
 
     Precision: rows rest in the format of the first features, float32 at least (a relative rounding of 6e-8 a row and
-    step); all decompositions are in the accumulation dtype. The steps use the Gram matrix of the buffer, whose error
+    step); all decompositions are in the `widest` format. The steps use the Gram matrix of the buffer, whose error
     is 1e-16 of the largest eigenvalue of A^T A, as that of the exact covariance is; the eigenvectors come from an SVD.
 
     Source: Liberty, "Simple and deterministic matrix sketching", KDD 2013, arXiv 1206.0594; Ghashami et al., "Frequent
@@ -87,7 +88,7 @@ class Sketch:
 
     def add(self, rows: Tensor) -> None:
         rows = rows.to(self._buffer)
-        energy = float(torch.linalg.vector_norm(rows, dtype=accumulation_dtype(rows.device)).square())
+        energy = float(torch.linalg.vector_norm(rows, dtype=widest(rows.device)).square())
         if not math.isfinite(energy):
             raise ValueError(f"features exceed the range of the sketch's {rows.dtype}: scale them down")
         self._append(rows)
@@ -106,7 +107,7 @@ class Sketch:
         return copy.deepcopy(self)
 
     def spectrum(self, quick: bool = False) -> Spectrum:
-        held = self._buffer[: self._filled].to(accumulation_dtype(self._buffer.device))
+        held = self._buffer[: self._filled].to(widest(self._buffer.device))
         resolution = self.dimension * max(torch.finfo(held.dtype).eps, torch.finfo(self._buffer.dtype).eps ** 2)
         count = max(self.count, 1)
         if not self._filled:
@@ -117,7 +118,7 @@ class Sketch:
     def energy(self, basis: Tensor | None = None) -> float:
         if basis is None:
             return self._energy / max(self.count, 1)
-        held = self._buffer[: self._filled].to(accumulation_dtype(self._buffer.device))
+        held = self._buffer[: self._filled].to(widest(self._buffer.device))
         return float((held @ basis.to(held)).square().sum()) / max(self.count, 1)
 
     def state(self) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class Sketch:
 
     def _shrink(self) -> None:
         kept = self._buffer.shape[0] // 2
-        wide = self._buffer.to(accumulation_dtype(self._buffer.device))
+        wide = self._buffer.to(widest(self._buffer.device))
         values, vectors = torch.linalg.eigh(wide @ wide.mT)
         values, vectors = values.flip(0).clamp_min(0.0), vectors.flip(1)
         loss = values[kept]
@@ -161,7 +162,7 @@ def _check_rows(rows: Tensor, state: dict[str, Any]) -> None:
     for key, value in (("energy", energy), ("loss", state.get("loss"))):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
             raise ValueError(f"{key}={value!r} must be a finite number that is not negative")
-    held = float(torch.linalg.vector_norm(rows, dtype=accumulation_dtype(rows.device)).square())
+    held = float(torch.linalg.vector_norm(rows, dtype=widest(rows.device)).square())
     if held > energy * (1.0 + 1e-3):
         raise ValueError(f"the rows hold more energy ({held:.6g}) than the features had ({energy:.6g})")
     if state["count"] == 0 and energy:

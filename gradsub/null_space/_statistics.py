@@ -7,15 +7,6 @@ import torch
 from torch import Tensor
 
 
-def accumulation_dtype(device: torch.device) -> torch.dtype:
-    """float64 wherever the device has it.
-
-    A covariance squares the condition number of the features, so float32 sums lose every direction below 3e-4 of the
-    largest one; float64 sums lose those below 1e-8.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 @dataclass(frozen=True)
 class Spectrum:
     """What is known of the leading eigenpairs of a covariance C (d x d), in squared feature units.
@@ -39,6 +30,9 @@ class Statistics(Protocol):
     """The uncentred second moment C = (1 / N) sum_i x_i x_i^T of a stream of features, exact or approximate.
 
     Rows may come in any order and in any division into batches. `restore` undoes `tensor` and `state`.
+
+    They are summed in the `widest` format: a covariance squares the condition number of the features, so float32 sums
+    lose every direction below 3e-4 of the largest one; float64 sums lose those below 1e-8.
     """
 
     count: int

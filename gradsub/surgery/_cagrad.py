@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from ._checks import check_gramian, check_interval
-from ._hull import Array, constant_weights, nearest_to_zero, present_tasks, to_weights
+from ._hull import Array, nearest_to_zero, weights_on_host
 
 
 def cagrad(gramian: Tensor, *, c: float = 0.5, norm_eps: float = 1e-4) -> Tensor:
@@ -58,12 +58,7 @@ def cagrad(gramian: Tensor, *, c: float = 0.5, norm_eps: float = 1e-4) -> Tensor
     check_gramian(gramian)
     check_interval("c", c, 0.0)
     check_interval("norm_eps", norm_eps, 0.0)
-    tasks = present_tasks(gramian)
-    if tasks is None:
-        return constant_weights(math.nan, gramian)
-    if tasks.indices.size == 0:
-        return constant_weights(1 / gramian.shape[0], gramian)
-    return to_weights(_conflict_averse(tasks.gradients, c, norm_eps), tasks.indices, gramian)
+    return weights_on_host(gramian, lambda gradients: _conflict_averse(gradients, c, norm_eps))
 
 
 def _conflict_averse(gradients: Array, c: float, norm_eps: float) -> Array:

@@ -2,7 +2,6 @@
 
 import math
 
-import torch
 from torch import Tensor
 
 
@@ -24,19 +23,3 @@ def check_interval(name: str, value: float, low: float, high: float = math.inf) 
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         interval = f"in [{low}, {high}]" if high < math.inf else f">= {low}"
         raise ValueError(f"{name} must be a number {interval}, got {value!r}: choose one in that range.")
-
-
-def check_target(target: float | Tensor, tasks: int) -> None:
-    """Raise unless ``target`` is a cosine or a (tasks, tasks) tensor of them."""
-    if not isinstance(target, Tensor):
-        check_interval("target", target, -1.0, 1.0)
-    elif tuple(target.shape) != (tasks, tasks) or not target.is_floating_point():
-        raise ValueError(
-            f"target must be a number or a floating-point tensor of shape {(tasks, tasks)}, like gramian, got shape "
-            f"{tuple(target.shape)} of {target.dtype}: give one cosine per ordered pair of tasks."
-        )
-
-
-def widen(values: Tensor) -> Tensor:
-    """``values`` in the format of the computation: float64 stays, everything narrower becomes float32."""
-    return values.detach() if values.dtype == torch.float64 else values.detach().float()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import widen
+from gradsub.linalg._arithmetic import widen
 
 
 class Cosines(NamedTuple):

@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_gramian, check_interval, check_target, widen
+from gradsub.linalg._arithmetic import widen
+
+from ._checks import check_gramian, check_interval
 from ._cosines import cosines, visiting_order, weights_of
 
 
@@ -53,7 +55,7 @@ def gradvac(gramian: Tensor, *, target: float | Tensor, generator: torch.Generat
     """
     check_gramian(gramian)
     tasks = gramian.shape[0]
-    check_target(target, tasks)
+    _check_target(target, tasks)
     order = visiting_order(tasks, generator, gramian.device)
     return _vaccinate(gramian, _as_targets(target, gramian), order).weights
 
@@ -169,6 +171,17 @@ class _Vaccinated(NamedTuple):
 
     weights: Tensor
     met: Tensor
+
+
+def _check_target(target: float | Tensor, tasks: int) -> None:
+    """Raise unless ``target`` is a cosine or a (tasks, tasks) tensor of them."""
+    if not isinstance(target, Tensor):
+        check_interval("target", target, -1.0, 1.0)
+    elif tuple(target.shape) != (tasks, tasks) or not target.is_floating_point():
+        raise ValueError(
+            f"target must be a number or a floating-point tensor of shape {(tasks, tasks)}, like gramian, got shape "
+            f"{tuple(target.shape)} of {target.dtype}: give one cosine per ordered pair of tasks."
+        )
 
 
 def _as_targets(target: float | Tensor, gramian: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Geometry on the host: gradients recovered from their Gramian, and the point of a convex hull nearest to zero."""
 
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -12,47 +13,30 @@ Array: TypeAlias = npt.NDArray[np.float64]
 _EPS = float(np.finfo(np.float64).eps)
 
 
-class PresentTasks(NamedTuple):
-    """The tasks that have a gradient.
+def weights_on_host(gramian: Tensor, weigh: Callable[[Array], Array]) -> Tensor:
+    """What ``weigh`` makes of the gradients (P x P, rows) of the P tasks that have one; waits for the device.
 
-    Attributes:
-        indices: (P,) their places among all K tasks, ascending.
-        gradients: (P, P) rows with the Gramian of these tasks, in the unit in which their squared norms sum to 1.
-    """
+    The rows have the tasks' Gramian, in float64, in the unit in which their squared norms sum to 1. The square root is
+    taken of the cosines, not of the Gramian: one scale for all tasks would bury a small gradient in the rounding error
+    of a large one. Negative eigenvalues are rounding and count as 0.
 
-    indices: npt.NDArray[np.int64]
-    gradients: Array
-
-
-def present_tasks(gramian: Tensor) -> PresentTasks | None:
-    """Vectors with this Gramian, in float64; None if it is not finite. Waits for the device.
-
-    The square root is taken of the cosines, not of the Gramian: one scale for all tasks would bury a small gradient in
-    the rounding error of a large one. Negative eigenvalues are rounding and count as 0.
+    Returns:
+        the weights of all tasks, like the Gramian: 0 for the absent, equal ones with sum 1 if all are, NaN if the
+        Gramian is not finite.
     """
     G = gramian.detach().to(device="cpu", dtype=torch.float64).numpy()
+    weights = np.full(len(G), 1 / len(G))
+    present = np.flatnonzero(np.diagonal(G) > 0)
     if not np.isfinite(G).all():
-        return None
-    indices = np.flatnonzero(np.diagonal(G) > 0)
-    G = G[np.ix_(indices, indices)]
-    if indices.size == 0:
-        return PresentTasks(indices, G)
-    norms = np.sqrt(np.diagonal(G))
-    values, vectors = np.linalg.eigh(G / norms[:, None] / norms)
-    units = vectors * np.sqrt(values.clip(min=0))
-    return PresentTasks(indices, norms[:, None] / np.linalg.norm(norms) * units)
-
-
-def to_weights(values: Array, indices: npt.NDArray[np.int64], like: Tensor) -> Tensor:
-    """The present tasks' weights among those of all tasks (0 for the absent), as a tensor like the Gramian."""
-    weights = np.zeros(like.shape[0])
-    weights[indices] = values
-    return torch.from_numpy(weights).to(device=like.device, dtype=like.dtype)
-
-
-def constant_weights(value: float, like: Tensor) -> Tensor:
-    """The same weight for every task of the Gramian."""
-    return torch.full((like.shape[0],), value, device=like.device, dtype=like.dtype)
+        weights[:] = np.nan
+    elif present.size:
+        G = G[np.ix_(present, present)]
+        norms = np.sqrt(np.diagonal(G))
+        values, vectors = np.linalg.eigh(G / norms[:, None] / norms)
+        units = vectors * np.sqrt(values.clip(min=0))
+        weights[:] = 0.0
+        weights[present] = weigh(norms[:, None] / np.linalg.norm(norms) * units)
+    return torch.from_numpy(weights).to(device=gramian.device, dtype=gramian.dtype)
 
 
 def nearest_to_zero(points: Array) -> Array:

@@ -1,11 +1,9 @@
 """The multiple-gradient descent algorithm."""
 
-import math
-
 from torch import Tensor
 
 from ._checks import check_gramian
-from ._hull import constant_weights, nearest_to_zero, present_tasks, to_weights
+from ._hull import nearest_to_zero, weights_on_host
 
 
 def mgda(gramian: Tensor) -> Tensor:
@@ -47,9 +45,4 @@ def mgda(gramian: Tensor) -> Tensor:
         1810.04650. Wolfe, "Finding the nearest point in a polytope", Mathematical Programming 1976.
     """
     check_gramian(gramian)
-    tasks = present_tasks(gramian)
-    if tasks is None:
-        return constant_weights(math.nan, gramian)
-    if tasks.indices.size == 0:
-        return constant_weights(1 / gramian.shape[0], gramian)
-    return to_weights(nearest_to_zero(tasks.gradients), tasks.indices, gramian)
+    return weights_on_host(gramian, nearest_to_zero)

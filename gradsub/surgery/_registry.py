@@ -6,7 +6,6 @@ from typing import Any, Final
 from ._cagrad import cagrad
 from ._dwa import DWA
 from ._famo import FAMO
-from ._foreign import unwrapped
 from ._gradvac import GradVac
 from ._inputs import Surgery
 from ._mgda import mgda
@@ -64,4 +63,22 @@ def resolve_surgery(surgery: str | Surgery) -> Any:
             f"surgery={surgery!r} must be one of {sorted(SURGERIES)} or a callable from a (K, K) Gramian to (K,) "
             "weights: pass one of these."
         )
-    return unwrapped(surgery)
+    return _unwrapped(surgery)
+
+
+def _unwrapped(surgery: Any) -> Any:
+    """The surgery, or TorchJD's weighting of an aggregator, which would take a Gramian for gradients.
+
+    Raises:
+        ValueError: an aggregator that has none of a Gramian.
+    """
+    weighting = getattr(surgery, "gramian_weighting", None)
+    if callable(weighting):
+        return weighting
+    aggregates = any(base.__name__ == "Aggregator" for base in type(surgery).__mro__)
+    if aggregates:
+        raise ValueError(
+            f"surgery={type(surgery).__name__}() aggregates gradients, but a surgery sees their Gramian alone: pass a "
+            "weighting of a Gramian, such as torchjd.aggregation.UPGradWeighting()"
+        )
+    return surgery

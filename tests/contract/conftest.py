@@ -6,7 +6,7 @@ import pytest
 
 from gradsub._probe import Probes
 
-_SHARED: dict[type, tuple[dict[Any, Any], dict[Any, Any]]] = {}
+_SHARED: dict[type, dict[Any, Any]] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,6 @@ def _one_trial_for_a_class(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def shared(self: Probes, base: Any) -> None:
         build(self, base)
-        self._traits, self._independent = _SHARED.setdefault(type(base), ({}, {}))
+        self._answers = _SHARED.setdefault(type(base), {})
 
     monkeypatch.setattr(Probes, "__init__", shared)

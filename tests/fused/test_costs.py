@@ -54,7 +54,7 @@ def test_state_and_captured_gradients_are_what_the_formula_says(capture, side, r
         if step == 3 or refresh == "sketch":
             for layer in (model[0], model[2]):
                 expected = layer_bytes(layer.out_features, layer.in_features, rank=8, tasks=3, side=side)
-                held = [optimizer._intake.gradients[task][layer.weight] for task in range(3)]
+                held = [optimizer._intake.held.by_parameter()[task][layer.weight] for task in range(3)]
                 assert bytes_of(each.projected for each in held) == expected.captured
                 sketches = [each.sketch for each in held if each.sketch is not None]
                 state = optimizer.state[layer.weight]
@@ -130,7 +130,7 @@ def test_where_gradients_lie_depends_on_the_tasks_of_the_last_step_and_what_is_c
     for number, tasks in enumerate(steps):
         for model, optimizer in zip(models, optimizers, strict=True):
             backward_of(model, optimizer, tasks, number)
-        held = optimizers[0]._intake.gradients
+        held = optimizers[0]._intake.held.by_parameter()
         # A task's first gradient comes as a whole.
         projected = {task: [each.projected for each in mine.values()] for task, mine in held.items()}
         here = {task for task, mine in projected.items() if mine[0] is not None}
@@ -190,7 +190,7 @@ def test_no_gradient_of_a_weights_size_between_refreshes(refresh):
     weights = 160 * 160 * 4
     assert max(size for size in made if size != weights) < weights
     grown = [size for size in made if size == weights]
-    captured = optimizer._intake.gradients
+    captured = optimizer._intake.held.by_parameter()
     assert not captured
     assert len(grown) <= 2 * len(TASKS) * 2 * 3 + 8  # views of the two weights
 

@@ -170,7 +170,7 @@ def test_autograd_grad_is_not_captured_and_second_derivatives_are_right():
         train(each, optimizer, 1)
         with optimizer.task("a"):
             (slope,) = torch.autograd.grad(each(x).square().sum(), x, create_graph=True)
-            assert not optimizer._intake.gradients
+            assert not optimizer._intake.held.by_parameter()
             slope.square().sum().backward()
         optimizer.step()
         ends.append(flat(each))
@@ -345,7 +345,7 @@ def test_a_backward_pass_under_autocast_of_a_forward_pass_outside_it(transposed,
             if step == 0:
                 optimizer.step()
                 optimizer.zero_grad()
-        held = optimizer._intake.gradients[0]
+        held = optimizer._intake.held.by_parameter()[0]
         found.append([each.projected for each in held.values() if each.projected is not None])
     for exact, rounded in zip(*found, strict=True):
         torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03 * float(exact.abs().max()))

@@ -65,7 +65,7 @@ def test_looking_at_single_gradients_changes_no_step(passes, looked_after, side)
             with optimizer.task(task):
                 model(input_of(number + 2), left_out, bare).square().mean().backward()
         if number in looked_after:
-            assert optimizers[0]._intake.gradients
+            assert optimizers[0]._intake.held.by_parameter()
     for optimizer in optimizers:
         optimizer.step()
     for mine, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -97,7 +97,7 @@ def test_gradients_of_one_layer_never_reach_another():
         model(input_of(7)).square().mean().backward()
     stacked = copy.deepcopy(optimizer._intake.held)
     weights = [layer.weight for layer in model if isinstance(layer, nn.Linear)]
-    single = optimizer._intake.gradients[0]
+    single = optimizer._intake.held.by_parameter()[0]
     found = next(stacked.tensors(0))
     for row, weight in enumerate(weights):
         gradient = torch.autograd.grad(model(input_of(7)).square().mean(), weight)[0]
@@ -118,7 +118,7 @@ def test_a_norm_is_the_same_of_stacks_and_of_single_gradients(accumulated):
             with optimizer.task(task):
                 model(input_of(number)).square().mean().backward()
         if looked:
-            assert optimizer._intake.gradients
+            assert optimizer._intake.held.by_parameter()
         norms.append(torch.stack(list(optimizer.clip_grad_norm_(1e-3).values())))
         optimizer.step()
         weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from gradsub import GemsOptimizer
 from gradsub.integrations._accumulation import account
 from gradsub.integrations._collator import TaskCollator, count_labels
-from gradsub.integrations._losses import row_losses
+from gradsub.integrations._hearing import row_losses
 
 ROWS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=6)
 

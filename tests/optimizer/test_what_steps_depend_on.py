@@ -439,5 +439,5 @@ def test_two_hundred_groups_cost_one_trial():
     base = torch.optim.AdamW([{"params": [weight], "lr": 0.1 / (i + 1)} for i, weight in enumerate(weights)])
     start = time.perf_counter()
     optimizer = GemsOptimizer(base, tasks=TASKS, rank=2)
-    assert len(optimizer._inner.probes._traits) == 1
+    assert len(optimizer._inner.probes._answers) == 1
     assert time.perf_counter() - start < 5  # a trial for each would take longer

@@ -1,16 +1,16 @@
-"""Norm weights and biases that a null space knows: the base optimizer steps them, and each step is projected."""
+"""Parameters without subspaces: the base optimizer steps them, and what it may not move is put back."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsub._layout import Layout
+from gradsub._guard import Guard
 from gradsub._sums import sum_over
 from gradsub.subspace import Shards, local, shards_of
 from gradsub.update import PROTECTED
@@ -33,9 +33,7 @@ class ProtectedVectors:
         """Protect these directions of a vector from now on.
 
         Args:
-            vector: a parameter that the base optimizer steps.
             protected: K (d x k), orthonormal; of a sharded vector for all of its entries. None lets it move freely.
-            state: the optimizer's.
         """
         if protected is None:
             self._shards.pop(vector, None)
@@ -44,12 +42,12 @@ class ProtectedVectors:
             state[vector][PROTECTED] = protected.to(vector.device)
 
     @contextmanager
-    def held(self, layout: Layout, state: State) -> Iterator[None]:
+    def held(self, guard: Guard, state: State) -> Iterator[None]:
         """A step in here moves no vector along what is protected, what the null space learnt of it since included."""
         stepped = [vector for vector in self._shards if vector.grad is not None]
         for vector in stepped:
-            if layout.outdated(vector):
-                self.protect(vector, layout.renewed(vector, state[vector][PROTECTED]), state)
+            if guard.outdated(vector):
+                self.protect(vector, guard.renewed(vector, state[vector][PROTECTED]), state)
         before = [local(vector).clone() for vector in stepped]
         try:
             yield
@@ -81,3 +79,44 @@ class ProtectedVectors:
             for position, part in zip(positions, torch.split(summed, [len(parts[p]) for p in positions]), strict=True):
                 parts[position] = part
         return parts
+
+
+class RestingRows:
+    """Puts the rows of tokens that general text uses back after every step: no gradient, moment or decay moves them.
+
+    Masking their gradient would not do: decay and moments move rows without one.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[Tensor, Tensor] = {}
+        self._given: dict[Tensor, Tensor] = {}
+
+    def hold(self, embedding: Tensor, free: Tensor | None) -> None:
+        """From now on only ``free`` rows (V, of truth values) of ``embedding`` (V x d) move; None: all of them."""
+        if free is None:
+            self._free.pop(embedding, None)
+            self._given.pop(embedding, None)
+            return
+        shards = shards_of(embedding, "an embedding")
+        mine = free if shards is None else free[shards.start : shards.stop]
+        self._free[embedding] = mine[:, None].to(embedding.device)
+        self._given[embedding] = free
+
+    @contextmanager
+    def held(self, guard: Guard, plain: Iterable[Tensor]) -> Iterator[None]:
+        """A step of these parameters in here leaves the rows as they were; also those that were named since."""
+        for parameter in plain:
+            if parameter.ndim == 2 and parameter.grad is not None:
+                free = guard.resting(parameter)
+                if free is not self._given.get(parameter):
+                    self.hold(parameter, free)
+        stepped = [embedding for embedding in self._free if embedding.grad is not None]
+        before = [local(embedding).clone() for embedding in stepped]
+        try:
+            yield
+        finally:
+            for embedding, old in zip(stepped, before, strict=True):
+                free, here = self._free[embedding], local(embedding)
+                if free.device != here.device:
+                    free = self._free[embedding] = free.to(here.device)
+                torch.where(free, here, old, out=here)

@@ -5,85 +5,86 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradsub._hidden import ModuleState
+from gradsub._checkpoint._hidden import ModuleState
 
 # A callable holds another one, that a generator: deeper ones are somebody else's.
 _DEEPEST = 4
 
 
 class Stateful:
-    """What of a callable has state: random generators, and objects that have `state_dict` and `load_state_dict`.
+    """What of callables has state: random generators, and objects that have `state_dict` and `load_state_dict`.
 
-    They are looked for in the callable itself, in the arguments that a ``functools.partial`` binds, in the object of a
-    bound method, in the variables of a closure and in attributes. A model or an optimizer that holds some of the
+    They are looked for in the callables themselves, in the arguments that a ``functools.partial`` binds, in the object
+    of a bound method, in the variables of a closure and in attributes. A model or an optimizer that holds some of the
     trained parameters is saved elsewhere and left alone.
 
     Args:
-        what: how errors call it, and where its keys begin.
-        thing: the callable.
+        callables: by the arguments that they were given as, with which their keys begin.
         parameters: those that are trained.
     """
 
-    def __init__(self, what: str, thing: Any, parameters: Collection[Tensor]) -> None:
-        self._what = what
-        self.parts = dict(_parts(thing, what, {id(parameter) for parameter in parameters}, set()))
+    def __init__(self, callables: Mapping[str, Any], parameters: Collection[Tensor]) -> None:
+        trained = {id(parameter) for parameter in parameters}
+        self._parts = {argument: dict(_parts(each, argument, trained, set())) for argument, each in callables.items()}
 
     def expect(self, gramian: Tensor) -> None:
         """Let the parts whose state depends on the number of tasks learn it now: its shapes must not depend on data.
 
         A distributed checkpoint is read into the state that is there.
         """
-        for part in self.parts.values():
+        for part in self._all().values():
             expect = getattr(part, "expect", None)
             if expect is not None and _is_stateful(part):
                 expect(gramian)
 
     def state(self) -> dict[str, Any]:
         """A copy of all state: tensors and numbers under flat keys, which every kind of checkpoint can hold."""
-        found: dict[str, Any] = {}
-        for path, part in self.parts.items():
-            if isinstance(part, torch.Generator):
-                found[path] = part.get_state()
-            else:
-                found.update(_flat(path, part.state_dict()))
-        return found
+        return _flat_all(self._all())
 
-    def load(self, saved: Mapping[str, Any]) -> Callable[[], None]:
-        """Go on from what `state` gave.
-
-        Returns:
-            a function that takes it back.
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave; a callable of which there is no state, or is none to be loaded, is named.
 
         Raises:
             ValueError: other keys, or values that a part refuses; nothing was changed.
         """
-        there, here = saved.keys(), self.state().keys()
-        if there != here:
-            raise ValueError(
-                f"state_dict: {self._what} has the state {sorted(there)} there and {sorted(here)} here: pass the same "
-                f"{self._what}=, or remove these keys from the state_dict to begin it anew"
-            )
-        before = copy.deepcopy({path: _state_of(part) for path, part in self.parts.items()})
-
-        def undo() -> None:
-            for path, part in self.parts.items():
-                _load(part, before[path])
-
+        chosen: dict[str, Any] = {}
+        for argument, parts in self._parts.items():
+            there, here = ({key for key in keys if key.split(".")[0] == argument} for keys in (saved, _flat_all(parts)))
+            if bool(there) != bool(parts):
+                warnings.warn(
+                    f"the state_dict has no state of {argument}=, as an earlier version's, or one without state: it "
+                    "begins anew"
+                    if parts
+                    else f"the state_dict has a state of {argument}=, but {argument}= here has none",
+                    stacklevel=4,
+                )
+                continue
+            if there != here:
+                raise ValueError(
+                    f"state_dict: {argument} has the state {sorted(there)} there and {sorted(here)} here: pass the "
+                    f"same {argument}=, or remove these keys from the state_dict to begin it anew"
+                )
+            chosen.update(parts)
+        before = copy.deepcopy({path: _state_of(part) for path, part in chosen.items()})
         try:
-            for path, part in self.parts.items():
+            for path, part in chosen.items():
                 mine = saved[path] if isinstance(part, torch.Generator) else _nested(path, part.state_dict(), saved)
                 _check_like(f"{path!r}", mine, _state_of(part))
                 _load(part, mine)
         except Exception as error:
-            undo()
-            raise ValueError(f"state_dict: the state of {self._what} does not fit {path!r}: {error}") from error
-        return undo
+            for loaded, state in before.items():
+                _load(chosen[loaded], state)
+            raise ValueError(f"state_dict: the state of {path.split('.')[0]} does not fit {path!r}: {error}") from error
+
+    def _all(self) -> dict[str, Any]:
+        return {path: part for parts in self._parts.values() for path, part in parts.items()}
 
 
 def _parts(
@@ -150,6 +151,10 @@ def _load(part: Any, state: Any) -> None:
         part.set_state(state.cpu())
     else:
         part.load_state_dict(state)
+
+
+def _flat_all(parts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for path, part in parts.items() for key, value in _flat(path, _state_of(part)).items()}
 
 
 def _flat(path: str, value: Any) -> dict[str, Any]:

@@ -19,9 +19,6 @@ class ModuleState:
     Some of TorchJD's weightings keep a moving average in an attribute, or in a buffer that is None before the first
     call. `expect` finds these out by trying: it calls a copy with two Gramians and looks at which attributes have
     become others. What a saved state holds then has the same names and shapes before the first call as after it.
-
-    Args:
-        module: the weighting.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -43,8 +40,8 @@ class ModuleState:
             except Exception:
                 return  # a gate, or one of so many tasks only
         # A module whose own state has its shapes from the start is saved by it.
-        settled = _shapes(before.state_dict()) == _shapes(tried.state_dict())
-        own = set(before.state_dict()) if settled else set()
+        shaped = _shapes(before.state_dict()) == _shapes(tried.state_dict())
+        own = set(before.state_dict()) if shaped else set()
         first, after = dict(_attributes(before)), dict(_attributes(tried))
         for path, value in after.items():
             if path not in own and _is_plain(value) and not _same(first.get(path), value):

@@ -16,20 +16,13 @@ ANYTHING = object()
 
 
 def convert(
-    what: str,
-    value: Any,
-    like: Any,
-    parameter: Tensor,
-    device: torch.device | None = None,
-    finite: bool = True,
+    what: str, value: Any, like: Any, parameter: Tensor, device: torch.device | None = None, finite: bool = True
 ) -> Any:
     """A copy of a saved value as it is used here: its dtype, device and memory format are those of ``like``.
 
     Args:
         what: names it in errors.
-        value: from a state dict.
         like: what stands in its place here, or would; a number for a tensor and the reverse are converted.
-        parameter: whose state it is.
         device: where numbers go, if not where ``like`` is.
         finite: whether NaN and Inf are refused.
 

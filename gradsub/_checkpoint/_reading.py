@@ -1,9 +1,7 @@
-"""What a state dict has to say: all of it is checked and converted before anything of the optimizer changes."""
-
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +9,12 @@ import torch
 from torch import Tensor
 
 from gradsub import _settings as settings
-from gradsub._converting import ANYTHING, check_usual, convert, count_of, described, is_finite
+from gradsub._blocks import Blocks
+from gradsub._checkpoint._converting import ANYTHING, check_usual, convert, count_of, described, is_finite
 from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
-from gradsub.subspace import (
-    SKETCHES,
-    Layer,
-    Protected,
-    SubspaceBank,
-    is_distributed,
-    orthonormality,
-)
+from gradsub.subspace import SKETCHES, Layer, Protected, SubspaceBank, is_distributed, orthonormality
 from gradsub.update import ANCHOR, FREE, PENDING_DECAY, PROTECTED, protected_in
 
 NULL_SPACE = frozenset({ANCHOR, FREE, PROTECTED})
@@ -36,8 +28,6 @@ class Loaded:
     """What to go on from; every tensor is a copy, in the dtype and the memory format, and where, it is used here.
 
     Attributes:
-        groups: complete parameter groups.
-        state: by parameter.
         weighing: the state of the callables that weigh the tasks.
     """
 
@@ -50,13 +40,7 @@ class StateDictReader:
     """Makes of a state dict what an optimizer goes on from, or says why that cannot be.
 
     Args:
-        groups: the optimizer's parameter groups.
-        state: its state, which says what is expected.
-        layers: by weight.
-        proxies: what the base optimizer steps for each parameter, by the prefix of its state.
-        layout: what errors call a parameter.
-        bank: knows what bases are like.
-        inner: knows what the base optimizer's state and options are like.
+        state: the optimizer's, which says what is expected.
         begins_anew: whether a new basis resets the base optimizer's state.
     """
 
@@ -64,8 +48,7 @@ class StateDictReader:
         self,
         groups: Sequence[dict[str, Any]],
         state: Mapping[Tensor, Any],
-        layers: Mapping[Tensor, Layer],
-        proxies: Callable[[Tensor], Mapping[str, Tensor]],
+        blocks: Blocks,
         layout: Layout,
         bank: SubspaceBank,
         inner: Inner,
@@ -74,8 +57,8 @@ class StateDictReader:
         self._begins_anew = begins_anew
         self._groups = groups
         self._state = state
-        self._layers = layers
-        self._proxies = proxies
+        self._layers = blocks.layers
+        self._proxies = blocks.proxies_of
         self._layout = layout
         self._bank = bank
         self._inner = inner
@@ -134,8 +117,8 @@ class StateDictReader:
                     f"state_dict: 'basis' of {layer.name} has shape {there} there and {here} here, for subspaces of "
                     f"the ranks {widths} and {layer.widths}: use the same rank and task_rank"
                 )
-        given = self._inner.upgraded({key: value for key, value in merged.items() if key not in settings.NOT_INNER})
-        proven = {key: ours[key] for key in ours.keys() - settings.NOT_INNER}
+        given = self._inner.upgraded(settings.base_options(merged))
+        proven = settings.base_options(ours)
         stepped = [proxy for parameter in ours["params"] for proxy in self._proxies(parameter).values()][:1]
         refusal = next((self._inner.refusal(given, proven, proxy) for proxy in stepped), None)
         if refusal is not None:
@@ -189,12 +172,7 @@ class StateDictReader:
         self._weighing.update(weighing)
 
     def _own(
-        self,
-        name: str,
-        layer: Layer | None,
-        parameter: Tensor,
-        theirs: Mapping[str, Any],
-        ours: Mapping[str, Any],
+        self, name: str, layer: Layer | None, parameter: Tensor, theirs: Mapping[str, Any], ours: Mapping[str, Any]
     ) -> dict[str, Any]:
         """What is not the base optimizer's."""
         expected = {key: value for key, value in ours.items() if not key.startswith(INNER) and not is_weighing(key)}
@@ -263,16 +241,11 @@ class StateDictReader:
             (rows, columns), count = layer.shape, dimension - protected.free
             shape = (rows, count) if layer.axis == 1 else (count, columns)
             found[ANCHOR] = convert(f"'anchor' of {name}", theirs[ANCHOR], like.new_zeros(shape), parameter)
-        kept = self._layout.keep(protected, parameter)
+        kept = self._layout.guard.keep(protected, parameter)
         return {**found, FREE if kept.complement else PROTECTED: kept.directions}
 
     def _of_inner(
-        self,
-        name: str,
-        layer: Layer | None,
-        group: Mapping[str, Any],
-        parameter: Tensor,
-        theirs: Mapping[str, Any],
+        self, name: str, layer: Layer | None, group: Mapping[str, Any], parameter: Tensor, theirs: Mapping[str, Any]
     ) -> dict[str, Any]:
         """The base optimizer's state of a parameter, or of its proxies."""
         left = {key for key in theirs if key.startswith(INNER)}
@@ -326,7 +299,7 @@ class StateDictReader:
 
     def _trial(self, group: Mapping[str, Any], proxy: Tensor, shape: torch.Size) -> dict[str, Any]:
         """The state that the base optimizer has of such a parameter once it has stepped, found out by stepping one."""
-        options = {key: value for key, value in group.items() if key not in settings.NOT_INNER}
+        options = settings.base_options(group)
         key = id(group), shape, proxy.dtype, proxy.device
         if key not in self._trials:
             try:

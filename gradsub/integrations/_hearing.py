@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.hooks import RemovableHandle
 
 from gradsub.integrations._collator import IGNORED
 
@@ -49,3 +53,52 @@ def row_losses(outputs: Any, labels: Tensor | None, shifted: bool) -> Tensor | N
 
 def _entry(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)
+
+
+class Ear:
+    """Hears what a model returns."""
+
+    def __init__(self) -> None:
+        self._listener: Callable[[Any], None] | None = None
+        self._heard: tuple[nn.Module, RemovableHandle] | None = None
+
+    @contextmanager
+    def listening(self, model: nn.Module, listener: Callable[[Any], None]) -> Iterator[None]:
+        """Have what the first forward pass in here returns told to the listener."""
+        if self._heard is None or self._heard[0] is not model:
+            if self._heard is not None:
+                self._heard[1].remove()
+            self._heard = model, model.register_forward_hook(_Hook(self))
+        self._listener = listener
+        try:
+            yield
+        finally:
+            self._listener = None
+
+    def hear(self, outputs: Any) -> None:
+        """The model has returned these."""
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener(outputs)
+
+
+class _Hook:
+    """Of a model that outlives its Trainer; copies and pickles of the model do not take it along."""
+
+    def __init__(self, ear: Ear) -> None:
+        self._ear = weakref.ref(ear)
+
+    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        ear = self._ear()
+        if ear is not None:
+            ear.hear(outputs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Deaf, ()
+
+
+class _Deaf:
+    """What a `_Hook` is in a copy."""
+
+    def __call__(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        return None
