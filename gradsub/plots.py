@@ -216,7 +216,7 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], figure: Any = 
 
 
 def protected(shares: Summary | Report | Mapping[str, float], figure: Any = None) -> Any:
-    """A map of block and kind of layer, where names have the form ``...N...``; each layer is one cell.
+    """A map of block and kind of layer, where names have the form ``... .N. ...``; each layer is one cell.
 
     Args:
         shares: what `GemsOptimizer.summary` or `report` gave, or name -> protected share of the directions.
@@ -225,7 +225,7 @@ def protected(shares: Summary | Report | Mapping[str, float], figure: Any = None
     figure = _figure(figure)
     if isinstance(shares, (Summary, Report)):
         shares = {layer.name: layer.protected_fraction for layer in shares.layers}
-    cells = {name: re.match(r"(?P<stack>.*?)\.?(?P<block>\d+)\.(?P<kind>.+)", name) for name in shares}
+    cells = {name: re.match(r"(?:(?P<stack>.*?)\.)?(?P<block>\d+)\.(?P<kind>.+)", name) for name in shares}
     kinds: dict[str, dict[int, float]] = {}
     stacks = {match["stack"] for match in cells.values() if match}
     for name, match in cells.items():

@@ -67,6 +67,8 @@ def test_what_is_protected_is_a_map_of_blocks_and_kinds():
     assert grid[:2].tolist() == [pytest.approx([0.0, 0.1, 0.2])] * 2
     assert grid[2, 0] == 0.5
     assert grid.mask[2, 1:].all() if hasattr(grid, "mask") else all(map(math.isnan, grid[2, 1:]))
+    ends_in_digits = protected({"fc1.proj": 0.5, "fc2.proj": 0.2, "0.proj": 0.1}).axes[0]
+    assert [label.get_text() for label in ends_in_digits.get_yticklabels()] == ["fc1.proj", "fc2.proj", "proj"]
     _, optimizer = trained(1)
     for source in (optimizer.summary(), optimizer.report()):
         values = protected(source).axes[0].get_images()[0].get_array()
