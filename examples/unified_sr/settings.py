@@ -51,6 +51,15 @@ class DataSettings(Section):
     )
 
 
+class DatasetSettings(DataSettings):
+    """All that identifies a data set: its section, and what the sections of model and training say about examples."""
+
+    max_history: int = Field(20, ge=1, description="the most recent items of a user that an example has")
+    train_targets: Literal["share", "each"] = Field(
+        "share", description="several targets of a training event share its weight, or each makes an example"
+    )
+
+
 class ModelSettings(Section):
     """Which language model, what it reads, and how it computes."""
 

@@ -137,7 +137,7 @@ def walks(folder: Path, *, held_out: int | None = None, users: int = 90, train_u
 
 
 def load(folder: str) -> Dataset:
-    return load_dataset(folder, min_user_events=1, min_item_events=0, max_history=10, repeats="keep")
+    return load_dataset(folder, min_user_events=1, min_item_events=0, max_history=10)
 
 
 def fitted(method: str, dataset: Dataset, *pairs: str) -> Fitted:

@@ -60,19 +60,6 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read where it leaves a choice.
-
-    Args:
-        seed: decides which interactions are searches where the source does not say.
-        searches: ``"half"`` or ``"every"``, see ``load_dataset``.
-    """
-
-    seed: int = 0
-    searches: str = "half"
-
-
 def in_order(events: Iterable[Event]) -> tuple[Event, ...]:
     """Return events in order of time; equal times keep their order."""
     return tuple(sorted(events, key=lambda event: event.timestamp))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._events import Event, Reading, Source, in_order
+from ._events import Event, Source, in_order
 from ._parquet import Rows, parquet_files, read_parquet
 from ._types import Item
 
@@ -43,7 +43,7 @@ def is_qilin(folder: Path) -> bool:
     return any(parquet_files(folder / name) for name in (NOTES, *(each.folder for each in REQUESTS)))
 
 
-def read_qilin(folder: Path, reading: Reading) -> Source:
+def read_qilin(folder: Path, searches: str) -> Source:
     """Read the requests with at least one click, and those notes that they mention.
 
     Raises:
@@ -51,7 +51,7 @@ def read_qilin(folder: Path, reading: Reading) -> Source:
         ImportError: if pyarrow is not installed.
         ValueError: if a file lacks a column, a value cannot be used, or a note is unknown.
     """
-    del reading  # searches are recorded
+    del searches  # searches are recorded
     notes = parquet_files(folder / NOTES)
     found = [requests for requests in REQUESTS if parquet_files(folder / requests.folder)]
     if not notes or not found:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ._atomic import AtomicFile, read_atomic
-from ._events import Event, Reading, Source, check_known, in_order
+from ._events import Event, Source, check_known, in_order
 from ._movies import movie_query, natural_title
 from ._synthetic import with_searches
 from ._types import Item
@@ -25,7 +25,7 @@ def is_recbole(folder: Path) -> bool:
     return any(path.suffix in (".inter", ".item") for path in folder.iterdir())
 
 
-def read_recbole(folder: Path, reading: Reading) -> Source:
+def read_recbole(folder: Path, searches: str) -> Source:
     """Read a folder.
 
     Raises:
@@ -35,7 +35,7 @@ def read_recbole(folder: Path, reading: Reading) -> Source:
     interactions = read_atomic(_only_file(folder, "inter"))
     catalogue = read_atomic(_only_file(folder, "item"))
     items = _read_items(catalogue)
-    events = _read_events(interactions, catalogue, reading)
+    events = _read_events(interactions, catalogue, searches)
     check_known(
         events,
         items,
@@ -46,13 +46,13 @@ def read_recbole(folder: Path, reading: Reading) -> Source:
     return Source(folder.resolve().name, in_order(events), items)
 
 
-def read_movielens(reading: Reading) -> Source:
+def read_movielens(searches: str) -> Source:
     """Read MovieLens-100K out of the installed package recbole.
 
     Raises:
         FileNotFoundError: if the package or its copy of the data is not there.
     """
-    return replace(read_recbole(movielens_folder(), reading), name=MOVIELENS)
+    return replace(read_recbole(movielens_folder(), searches), name=MOVIELENS)
 
 
 def movielens_folder() -> Path:
@@ -117,7 +117,7 @@ def _title_column(catalogue: AtomicFile) -> str:
     return column
 
 
-def _read_events(interactions: AtomicFile, catalogue: AtomicFile, reading: Reading) -> list[Event]:
+def _read_events(interactions: AtomicFile, catalogue: AtomicFile, searches: str) -> list[Event]:
     interactions.require(user_id="token", item_id="token", timestamp="float")
     fields = [interactions.column(name) for name in ("user_id", "item_id", "timestamp")]
     recorded, by_item = _recorded_queries(interactions), _synthetic_queries(catalogue)
@@ -136,7 +136,7 @@ def _read_events(interactions: AtomicFile, catalogue: AtomicFile, reading: Readi
             events.append(Event(user, (item_id,), timestamp, recorded[row]))
             continue
         query = by_item.get(item_id)
-        events.extend(with_searches(Event(user, (item_id,), timestamp), [query] if query else [], reading))
+        events.extend(with_searches(Event(user, (item_id,), timestamp), [query] if query else [], searches))
     return events
 
 

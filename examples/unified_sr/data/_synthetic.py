@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ._events import Event, Reading
+from ._events import Event
 
 
-def with_searches(event: Event, queries: Sequence[str], reading: Reading) -> Iterator[Event]:
+def with_searches(event: Event, queries: Sequence[str], searches: str) -> Iterator[Event]:
     """Yield what becomes of an interaction with one item that these queries describe.
 
     With ``searches="half"`` one event, which ``searched`` makes a search for one of the queries or leaves a
@@ -18,26 +18,25 @@ def with_searches(event: Event, queries: Sequence[str], reading: Reading) -> Ite
     """
     if not queries:
         yield event
-    elif reading.searches == "every":
+    elif searches == "every":
         for query in queries:
             yield replace(event, query=query, derived=True)
         yield event
-    elif searched(event.user, event.items[0], reading.seed):
-        yield replace(event, query=queries[_draw(event.user, event.items[0], reading.seed, len(queries))])
+    elif searched(event.user, event.items[0]):
+        place = _hash(f"0\t{event.user}\t{event.items[0]}\tquery", 8) % len(queries)
+        yield replace(event, query=queries[place])
     else:
         yield event
 
 
-def searched(user: str, item: str, seed: int) -> bool:
+def searched(user: str, item: str) -> bool:
     """Tell whether this user found this item by a search, for data that records no searches.
 
-    One bit of a hash of the three arguments: half of the events each, the same on every machine, and independent of
-    the other events, so that filtering the data moves no event from one task to the other.
+    One bit of a hash of the two arguments: half of the events each, the same on every machine, and independent of the
+    other events, so that filtering the data moves no event from one task to the other.
     """
-    key = f"{seed}\t{user}\t{item}".encode()
-    return bool(hashlib.blake2b(key, digest_size=1).digest()[0] & 1)
+    return bool(_hash(f"0\t{user}\t{item}", 1) & 1)
 
 
-def _draw(user: str, item: str, seed: int, count: int) -> int:
-    key = f"{seed}\t{user}\t{item}\tquery".encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") % count
+def _hash(key: str, size: int) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=size).digest(), "big")
