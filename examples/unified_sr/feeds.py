@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,72 +126,36 @@ def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline:
     return replace(timeline, turns=turns)
 
 
-class Feed(ABC):
+class Feed:
     """Turns the rows of a pool into batches for the model.
 
     Args:
         pools: of ``training_pools``.
         collate: pads.
+        builder: turns an example, or a window of a user's events, into tokens.
     """
 
-    def __init__(self, pools: Mapping[str, Pool], collate: Collator) -> None:
+    def __init__(self, pools: Mapping[str, Pool], collate: Collator, builder: PromptBuilder) -> None:
         self.pools = dict(pools)
         self._collate = collate
+        self._builder = builder
 
-    @abstractmethod
     def batch(self, rows: Sequence[Any]) -> Batch:
-        """Return the batch of some rows of one pool."""
+        """Return the batch of some rows, without those that have nothing to predict; one stays if all are so."""
+        every = [self._builder.row(row) for row in rows]
+        made = [(ids, places) for ids, places in every if places] or every[:1]
+        return self._collate.sequences([ids for ids, _ in made], [places for _, places in made])
 
     def arranged(self, rows: Sequence[Any]) -> list[Any]:
-        """Return rows in the order in which they are cut into micro-batches."""
-        return list(rows)
+        """Return rows as they are cut into micro-batches: windows by length, so that little is padding."""
+        if not isinstance(self._builder, SequenceBuilder):
+            return list(rows)
+        return sorted(rows, key=lambda row: len(self._builder.row(row)[0]))
 
     def size(self, row: Any) -> tuple[int, int]:
         """Return how many tokens a row has, and how many targets."""
         batch = self.batch([row])
         return batch.tokens, len(batch.targets)
-
-
-class PromptFeed(Feed):
-    """A row is an example: one prompt, whose target is predicted behind its last token.
-
-    Args:
-        pools: one a task.
-        collate: pads.
-        prompts: turns examples into tokens.
-    """
-
-    def __init__(self, pools: Mapping[str, Pool], collate: Collator, prompts: PromptBuilder) -> None:
-        super().__init__(pools, collate)
-        self._prompts = prompts
-
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """Return the batch of examples of one task."""
-        return self._collate([self._prompts(row) for row in rows], [row.target for row in rows], rows[0].task)
-
-
-class SequenceFeed(Feed):
-    """A row is a window of a user's events: one sequence, at each of whose events items are predicted.
-
-    Args:
-        pools: of windows.
-        collate: pads.
-        builder: turns windows into tokens.
-    """
-
-    def __init__(self, pools: Mapping[str, Pool], collate: Collator, builder: SequenceBuilder) -> None:
-        super().__init__(pools, collate)
-        self._builder = builder
-
-    def arranged(self, rows: Sequence[Window]) -> list[Window]:
-        """Return the shorter ones first, so that little of a micro-batch is padding."""
-        return sorted(rows, key=lambda row: len(self._builder.sequence(row.context, row.turns)[0]))
-
-    def batch(self, rows: Sequence[Window]) -> Batch:
-        """Return the batch of windows without those that have nothing to predict; one stays if all are so."""
-        every = [self._builder.sequence(row.context, row.turns) for row in rows]
-        made = [(ids, places) for ids, places in every if places] or every[:1]
-        return self._collate.sequences([ids for ids, _ in made], [places for _, places in made])
 
 
 def cut(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:

@@ -29,14 +29,13 @@ from .parts import Parts
 from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .precision import choose_precision
 from .processes import current
-from .report import write_report
 from .retention import retention_summary
 from .run_baseline import run_baseline
-from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
+from .run_folder import AFTER, BEFORE, CONFIG, METRICS, RunFolder, State
 from .sealed import seal
 from .settings import Settings
 from .training import History, train
-from .zero_shot import Measured, Shared, ZeroShot
+from .zero_shot import Measured, Shared, ZeroShot, write_results
 
 UNSEEN_BEFORE, UNSEEN_AFTER = f"{BEFORE}, test split", f"{AFTER}, test split"
 PATIENCE = 5.0
@@ -246,14 +245,10 @@ def _write_results(
     leak: Mapping[str, float],
     summary: Mapping[str, Any],
 ) -> None:
-    for task, result in after.results.items():
-        folder.write_rankings(task, result, parts.settings.method.name)
-    folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    retained = retention_summary(before.questions, after.general, leak)
+    retained = retention_summary(before.questions, after.general, leak) if after.general else {}
     losses = {task: result.loss for task, result in after.results.items()}
-    folder.write_json("run.json", {**parts.summary(), **summary, "evaluated_loss": losses, **retained})
-    folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
-    write_report(folder)
+    found = {**parts.summary(), **summary, "evaluated_loss": losses, **retained}
+    write_results(folder, parts.settings.method.name, before, after, found)
 
 
 def _say_memory(parts: Parts, updater: Updater, feed: Feed, say: Callable[[str], None]) -> None:

@@ -14,7 +14,7 @@ from test_train import FP32, ITEMS, ROWS
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.early_stopping import EarlyStopping
-from examples.unified_sr.feeds import Pool, PromptFeed
+from examples.unified_sr.feeds import Feed, Pool
 from examples.unified_sr.interruption import INTERRUPTION, Interrupted
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
@@ -70,7 +70,7 @@ class Attempt:
                 ask()
 
         self._seen: list[dict[str, Any]] = []
-        feed = PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
+        feed = Feed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
         settings = resolve(pairs=pairs, flags={"method.name": "adamw"})
         self.train: Callable[[], History] = lambda: train(
             self.ranker,

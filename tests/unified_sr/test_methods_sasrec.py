@@ -20,6 +20,7 @@ from examples.unified_sr.data import Dataset, Example, load_dataset
 from examples.unified_sr.evaluation import rank_catalogue
 from examples.unified_sr.methods import METHODS, Fitted
 from examples.unified_sr.methods._sasrec import sequences
+from examples.unified_sr.settings import EvaluationSettings
 
 ITEMS = 40
 
@@ -149,7 +150,7 @@ def fitted(method: str, dataset: Dataset, *pairs: str) -> Fitted:
 
 def ndcg(dataset: Dataset, found: Fitted, examples: Sequence[Example]) -> float:
     scored = [(range(len(examples)), found.scores["rec"](examples))]
-    return rank_catalogue(dataset, examples, scored, negatives=5, seed=0).metrics["ndcg@10"]
+    return rank_catalogue(dataset, examples, scored, EvaluationSettings(negatives=5)).metrics["ndcg@10"]
 
 
 SMALL = (

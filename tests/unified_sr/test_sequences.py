@@ -23,7 +23,7 @@ from examples.unified_sr.config import resolve
 from examples.unified_sr.data import TASKS, Dataset, Example, Item, Timeline, Turn, load_dataset
 from examples.unified_sr.data._events import Event
 from examples.unified_sr.data._split import make_split
-from examples.unified_sr.feeds import Pool, SequenceFeed, Window, training_pools
+from examples.unified_sr.feeds import Feed, Pool, Window, training_pools
 from examples.unified_sr.losses import passes_of
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.model import Collator, Ranker, SequenceBuilder, load_language_model
@@ -115,11 +115,11 @@ def test_windows_hold_every_turn_once_behind_the_one_before(lengths: list[int], 
             assert [turn.items[0] for turn in window.turns] == list(range(first, first + len(window.turns)))
 
 
-def feed_of(folder: str) -> tuple[Ranker, SequenceBuilder, SequenceFeed]:
+def feed_of(folder: str) -> tuple[Ranker, SequenceBuilder, Feed]:
     language_model = load_language_model(folder)
     ranker = Ranker(language_model, ITEMS).eval()
     builder = SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item, max_history=20)
-    return ranker, builder, SequenceFeed({}, Collator(0), builder)
+    return ranker, builder, Feed({}, Collator(0), builder)
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
@@ -168,7 +168,7 @@ def test_a_shared_forward_pass_takes_the_step_of_separate_ones(method: str, llam
         for group in updater.optimizer.param_groups:
             group["eps"] = 1e-2  # Adam's division would make rounding errors steps
         builder = SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item)
-        feed = SequenceFeed({}, Collator(0), builder)
+        feed = Feed({}, Collator(0), builder)
         rows = [Window((6,), TURNS), Window((), TURNS[:3])]
         batches = [feed.batch(rows)]
         if apart:
@@ -255,7 +255,7 @@ def test_a_step_without_a_target_changes_nothing(method: str, llama_folder: str)
     chosen = resolve(pairs=["training.grad_clip=1.0", *own], flags={"method.name": method})
     updater = build(Setup(ranker, chosen, ("rec", "search"), lambda: iter(()), print))
     before = [weight.detach().clone() for weight in ranker.parameters()]
-    feed = SequenceFeed({}, Collator(0), SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item))
+    feed = Feed({}, Collator(0), SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item))
     passes = passes_of(ranker, [feed.batch([Window((6,), TURNS[:1])])], FP32)
     assert updater.update(passes, measure=True) == {}
     updater.diagnostics()

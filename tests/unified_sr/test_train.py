@@ -10,7 +10,7 @@ import torch
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Dataset, Example, Item, load_dataset
-from examples.unified_sr.feeds import Pool, PromptFeed
+from examples.unified_sr.feeds import Feed, Pool
 from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._mixed import MixedLossUpdater
@@ -42,7 +42,7 @@ def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) ->
     prompts = PromptBuilder(
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
-    feed = PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
+    feed = Feed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
     plan = plan_training(settings, feed.pools)
     return ranker, train(ranker, updater, feed, precision, settings, plan, log, Checkpoint(log.with_suffix(".pt")))
 
