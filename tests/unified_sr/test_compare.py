@@ -43,7 +43,7 @@ class World:
     """The runs of some folders that evaluated the test split, grouped, and what belongs to them."""
 
     def __init__(self, *folders: Path, metric: str = "ndcg@10") -> None:
-        runs, self.steps, self.queries = gather(folders).frames()
+        runs, self.steps, self.queries = gather(folders)
         self.trials = runs[runs["split"] == "valid"]
         self.runs = group_runs(runs[runs["split"] == "test"], metric)
 

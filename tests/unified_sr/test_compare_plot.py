@@ -84,7 +84,7 @@ def crowded(folder: Path, most: float) -> pd.DataFrame:
             values = (40.0, after * (1 + 0.01 * seed))
             write_run(folder / method / f"seed-{seed}", method, seed, ranks=ranks, perplexity=values)
     write_run(folder / "popularity" / "seed-0", "popularity", ranks={"rec": FAIR, "search": FAIR}, perplexity=None)
-    runs, _, _ = gather([folder]).frames()
+    runs, _, _ = gather([folder])
     return trade(group_runs(runs, "ndcg@10"), "ndcg@10")
 
 

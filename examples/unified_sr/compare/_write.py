@@ -49,7 +49,7 @@ def compare(
         FileNotFoundError: if a folder is not there.
         ValueError: if there is no finished run on the test split, or runs cannot be compared.
     """
-    runs, steps, queries = gather(paths, say=say).frames()
+    runs, steps, queries = gather(paths, say=say)
     runs = with_data_apart(runs, queries)
     tested, trials = runs[runs["split"] == "test"], runs[runs["split"] != "test"]
     if tested.empty:

@@ -14,12 +14,11 @@ from typing import Any
 from ..checking import changed
 from ..data import Dataset, load_dataset
 from ..estimates import Cost
-from ..feeds import Pool, training_pools
+from ..feeds import training_pools
 from ..methods import method_named
 from ..plan import plan_training
 from ..run import data_arguments
 from ..settings import Settings
-from ..training import tasks_to_train
 from ._jobs import Job
 from ._process import execute
 
@@ -128,14 +127,6 @@ class Forecast:
 
 def _without_language_model(job: Job) -> bool:
     return method_named(job.entry.method).fit is not None
-
-
-def _tasks(dataset: Dataset, settings: Settings) -> tuple[str, ...]:
-    return tasks_to_train(settings.training.tasks, dataset.trainable)
-
-
-def _pools(dataset: Dataset, settings: Settings) -> dict[str, Pool]:
-    return training_pools(dataset, settings, _tasks(dataset, settings))
 
 
 def _cost(folder: Path) -> Cost:
