@@ -1,9 +1,13 @@
-"""What a step of training reads: examples as prompts of one target each, or users' events as sequences of many."""
+"""What training reads, and for how many steps.
+
+A row is an example, a prompt of one target, or a window of a user's events, a sequence of many.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,3 +174,41 @@ def cut(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
         )
     limits = [part * len(rows) // count for part in range(count + 1)]
     return [rows[start:end] for start, end in itertools.pairwise(limits)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long training is.
+
+    Args:
+        steps: optimizer steps, if nothing ends it earlier.
+        per_epoch: steps in which the largest stream of joint training is read once.
+    """
+
+    steps: int
+    per_epoch: int
+
+
+def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
+    """Settle the number of steps.
+
+    Args:
+        settings: of the run.
+        pools: what an epoch of all tasks goes through, by stream, whichever are trained.
+
+    Raises:
+        ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
+    """
+    training = settings.training
+    if training.early_stop is not None and training.epochs is None:
+        raise ValueError(
+            f"training.early_stop={training.early_stop} counts epochs, but training.epochs is null; set it to the most "
+            "wanted, or early_stop to null"
+        )
+    if training.accumulation > training.batch_size:
+        raise ValueError(
+            f"training.accumulation={training.accumulation} parts cannot be cut from training.batch_size="
+            f"{training.batch_size} examples; lower it"
+        )
+    per_epoch = max(math.ceil(len(rows) / training.batch_size) for rows in pools.values())
+    return Plan(training.steps if training.epochs is None else training.epochs * per_epoch, per_epoch)

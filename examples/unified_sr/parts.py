@@ -15,11 +15,10 @@ from .checking import changed
 from .data import Dataset, Example
 from .early_stopping import EarlyStopping
 from .evaluation import Evaluator, TaskResult, choose_examples
-from .feeds import Feed, training_pools
+from .feeds import Feed, Plan, plan_training, training_pools
 from .fingerprints import Fingerprint
 from .general_domain import general_batches, token_windows
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder
-from .plan import Plan, plan_training
 from .precision import Precision
 from .processes import current
 from .retention import Retention

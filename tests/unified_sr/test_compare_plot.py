@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from run_files import FAIR, GOOD, write_run
 
-from examples.unified_sr.compare import _labels, _plot, chosen_methods, draw, group_runs, place_labels, trade
+from examples.unified_sr.compare import _labels, _plot, chosen_methods, group_runs, place_labels, trade
 from examples.unified_sr.compare._labels import Box
+from examples.unified_sr.compare._plot import draw
 from examples.unified_sr.tables import gather
 
 BOUNDS = (0.0, 0.0, 640.0, 240.0)

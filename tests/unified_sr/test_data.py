@@ -15,8 +15,7 @@ from hypothesis import example as explicit
 from hypothesis import strategies as st
 
 from examples.unified_sr.data import MOVIELENS, TASKS, Dataset, Example, format_statistics, load_dataset
-from examples.unified_sr.data._movies import movie_query, natural_title
-from examples.unified_sr.data._synthetic import searched
+from examples.unified_sr.data._queries import movie_query, natural_title, searched
 
 IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 Row = tuple[str, str, int, str]  # user, item, timestamp, query

@@ -14,7 +14,8 @@ import torch
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
-from examples.unified_sr.estimates import Cost, RowSize, _time, estimate_memory, row_size
+from examples.unified_sr.estimates import Cost, _time, estimate_memory, row_size
+from examples.unified_sr.estimates._memory import RowSize
 from examples.unified_sr.feeds import Pool
 from examples.unified_sr.losses import Pass
 from examples.unified_sr.methods import Setup, method_named

@@ -13,13 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.unified_sr.baselines import ItemSequence, SasRec, train_sasrec
-from examples.unified_sr.baselines._sasrec import windows
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Dataset, Example, load_dataset
 from examples.unified_sr.evaluation import rank_catalogue
 from examples.unified_sr.methods import METHODS, Fitted
 from examples.unified_sr.methods._sasrec import sequences
+from examples.unified_sr.sasrec import ItemSequence, SasRec, train_sasrec, windows
 from examples.unified_sr.settings import EvaluationSettings
 
 ITEMS = 40

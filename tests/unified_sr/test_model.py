@@ -11,15 +11,14 @@ from examples.unified_sr.data import Example, Item
 from examples.unified_sr.general_domain import general_batches, perplexity, token_windows
 from examples.unified_sr.model import (
     Collator,
-    ItemEmbedding,
     LanguageModel,
     PromptBuilder,
     Ranker,
     length_buckets,
     load_language_model,
-    title_rows,
 )
-from examples.unified_sr.retention import Question, answer_questions
+from examples.unified_sr.model._items import ItemEmbedding, title_rows
+from examples.unified_sr.retention._multiple_choice import Question, answer_questions
 
 # The first three titles are single tokens of the byte-level tokenizer.
 ITEMS = [Item(str(n), title) for n, title in enumerate(("a", "b", "c", "red chair", "blue lamp", "glass"))]

@@ -12,19 +12,9 @@ from run_files import FAIR, GOOD, write_grid, write_run
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config
 from examples.unified_sr.run_folder import CONFIG, DONE, METRICS, RunFolder
-from examples.unified_sr.tables import (
-    COLUMNS,
-    Tables,
-    column_of,
-    describe,
-    difference,
-    evaluated_differently,
-    gather,
-    merged,
-    pack,
-    read_tables,
-    write_tables,
-)
+from examples.unified_sr.tables import describe, difference, evaluated_differently, gather, pack, read_tables
+from examples.unified_sr.tables._files import Tables, merged, write_tables
+from examples.unified_sr.tables._schema import COLUMNS, column_of
 
 FILES = tuple(f"{table}.parquet" for table in COLUMNS)
 SCHEMA = Path(__file__).resolve().parents[2] / "examples/unified_sr/results/SCHEMA.md"

@@ -10,13 +10,12 @@ import torch
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Dataset, Example, Item, load_dataset
-from examples.unified_sr.feeds import Feed, Pool
+from examples.unified_sr.feeds import Feed, Pool, plan_training
 from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.parts import Parts
-from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision, choose_precision
 from examples.unified_sr.run import data_arguments
 from examples.unified_sr.settings import ModelSettings

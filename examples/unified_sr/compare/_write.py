@@ -11,8 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..tables import gather
-from ._data import with_data_apart
-from ._groups import group_runs, tasks_of
+from ._groups import group_runs, tasks_of, with_data_apart
 from ._plot import chosen_methods, draw, trade
 from ._render import latex_table, markdown
 from ._tables import tables_of, title_of

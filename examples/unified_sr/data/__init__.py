@@ -14,12 +14,11 @@ from ..settings import DatasetSettings
 from ._atomic import read_atomic
 from ._events import SPLITS, Event
 from ._filters import drop_repeats, k_core, mentioned
-from ._movies import natural_title
+from ._queries import natural_title
 from ._recbole import MOVIELENS, movielens_folder
 from ._sources import read_source
 from ._split import make_split
-from ._statistics import format_statistics
-from ._types import TASKS, Dataset, Example, Item, Timeline, Turn
+from ._types import TASKS, Dataset, Example, Item, Timeline, Turn, format_statistics
 
 __all__ = [
     "MOVIELENS",
@@ -89,15 +88,15 @@ def load_dataset(source: str, **settings: Any) -> Dataset:
         met=made.met,
         positions=made.positions,
         timelines=tuple(made.timelines),
-        counts={
-            **{f"{task}_events": sum(event.task == task for event in kept) for task in TASKS},
-            "left_out": dict(raw.left_out),
+        requests={task: sum(event.task == task for event in kept) for task in TASKS},
+        removed={
+            **raw.left_out,
             "repeated_events": _pairs(raw.events) - _pairs(once),
-            "k_core_events": _pairs(once) - _pairs(kept),
-            "k_core_users": len({event.user for event in once}) - len(by_user),
-            "k_core_items": len(raw.items) - len(items),
-            "after_held_out": made.after_held_out,
-            "without_history": made.without_history,
+            "events_by_k_core": _pairs(once) - _pairs(kept),
+            "users_by_k_core": len({event.user for event in once}) - len(by_user),
+            "items_by_k_core": len(raw.items) - len(items),
+            "events_after_a_held_out_one": made.after_held_out,
+            "recommendations_without_history": made.without_history,
         },
     )
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._category_queries import category_paths, category_query
 from ._events import Event, Source, in_order
 from ._lines import Record, read_records
 from ._product_search import Benchmark, read_benchmark
-from ._synthetic import with_searches
+from ._queries import category_paths, category_query, with_searches
 from ._types import Item
 
 _RECORDS = re.compile(r".+\.jsonl?(\.gz)?")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from ._atomic import AtomicFile, read_atomic
 from ._events import Event, Source, check_known, in_order
-from ._movies import movie_query, natural_title
-from ._synthetic import with_searches
+from ._queries import movie_query, natural_title, with_searches
 from ._types import Item
 
 MOVIELENS = "movielens-100k"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._memory import MemoryEstimate, RowSize, estimate_memory, row_size
+from ._memory import estimate_memory, row_size
 from ._time import Cost, TimeNotice, format_duration
 
-__all__ = ["Cost", "MemoryEstimate", "RowSize", "TimeNotice", "estimate_memory", "format_duration", "row_size"]
+__all__ = ["Cost", "TimeNotice", "estimate_memory", "format_duration", "row_size"]

@@ -6,21 +6,22 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checking import changed
 from ..data import Dataset, load_dataset
 from ..estimates import Cost
-from ..feeds import training_pools
+from ..feeds import plan_training, training_pools
 from ..methods import method_named
-from ..plan import plan_training
 from ..run import data_arguments
 from ..settings import Settings
 from ._jobs import Job
 from ._process import execute
+
+T = TypeVar("T")
 
 PROBE = {
     "training": {"steps": 3, "epochs": None, "early_stop": None},
@@ -69,12 +70,7 @@ class Forecast:
         """
         if not job.trained or not job.settings().training.checkpoint_every:
             return self.seconds(job)
-        near = [seconds for (data, _), found in self._starts.items() if data == job.data for seconds in found]
-        known = (
-            self._starts.get((job.data, job.entry.name))
-            or near
-            or [s for found in self._starts.values() for s in found]
-        )
+        known = _nearest(self._starts, job)
         if known:
             return statistics.median(known)
         cost = self._typical(job)
@@ -107,9 +103,7 @@ class Forecast:
         costs = {
             kind: [cost for cost in found if cost.per_step > 0 or not job.trained] for kind, found in self.costs.items()
         }
-        own = costs.get((job.data, job.entry.name), [])
-        near = [cost for (data, _), found in costs.items() if data == job.data for cost in found]
-        known = own or near or [cost for found in costs.values() for cost in found] or self._probed
+        known = _nearest(costs, job) or self._probed
         return Cost.typical(known) if known else None
 
     def total(self, jobs: Iterable[Job]) -> float:
@@ -123,6 +117,13 @@ class Forecast:
         if key not in self._datasets:
             self._datasets[key] = load_dataset(**arguments)
         return self._datasets[key]
+
+
+def _nearest(found: Mapping[tuple[str, str], list[T]], job: Job) -> list[T]:
+    """What is known of the method on the data, otherwise of the data, otherwise at all."""
+    own = found.get((job.data, job.entry.name), [])
+    near = [each for (data, _), members in found.items() if data == job.data for each in members]
+    return own or near or [each for members in found.values() for each in members]
 
 
 def _without_language_model(job: Job) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from ..settings import MethodSettings
 from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
 from ._base import (
     Diagnostics,
@@ -23,7 +24,8 @@ from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PA
 from ._lora import LORA
 from ._sasrec import SASREC
 from ._surgery import CAGRAD, PCGRAD
-from ._zero_shot import ZERO_SHOT
+
+ZERO_SHOT = Method("zero-shot", "the language model as it is", MethodSettings, None, defaults={"training.steps": 0})
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..baselines import ItemSequence, SasRec, train_sasrec
 from ..data import Dataset, Example, Timeline
 from ..metrics import query_metrics, target_ranks
 from ..precision import choose_precision
+from ..sasrec import ItemSequence, SasRec, train_sasrec
 from ..settings import MethodSettings, Number, Settings
 from ._base import Fitted, Method
 from ._baselines import NO_MODEL
