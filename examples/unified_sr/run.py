@@ -19,14 +19,13 @@ from .busy import busy_notice, own_load
 from .checkpoint import Checkpoint
 from .data import format_statistics, load_dataset
 from .environment import describe_environment
-from .estimates import TimeNotice, estimate_memory, row_size
 from .feeds import Feed
 from .general_text import load_general_text
 from .interruption import Interrupted
+from .memory import estimate_memory, free_memory, peak_memory, reset_peak_memory, row_size
 from .methods import Setup, Updater, method_named
 from .model import load_language_model
 from .parts import Parts
-from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .precision import choose_precision
 from .processes import current
 from .retention import retention_summary
@@ -34,6 +33,7 @@ from .run_baseline import run_baseline
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, RunFolder, State
 from .sealed import seal
 from .settings import Settings
+from .time_left import TimeNotice
 from .training import History, train
 from .zero_shot import Measured, Shared, ZeroShot, write_results
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from .data import Dataset, Example
 from .environment import describe_environment
 from .evaluation import choose_examples, rank_catalogue
+from .memory import peak_memory, reset_peak_memory
 from .methods import Fitted, Method
-from .peak_memory import peak_memory, reset_peak_memory
 from .precision import Precision
 from .run_folder import AFTER, RunFolder
 from .settings import Settings

@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..checking import changed
 from ..data import Dataset, load_dataset
-from ..estimates import Cost
 from ..feeds import plan_training, training_pools
 from ..methods import method_named
 from ..run import data_arguments
+from ..run_folder import AFTER, BEFORE
 from ..settings import Settings
 from ._jobs import Job
 from ._process import execute
@@ -28,6 +28,41 @@ PROBE = {
     "evaluation": {"users": 16, "perplexity_tokens": 16, "multiple_choice": None},
 }
 """The settings of a probe: little of everything. What perplexity and questions take is left out of its estimate."""
+
+
+class Cost(NamedTuple):
+    """Seconds of a run: of all but training and evaluations; of a step; of an evaluated example with its perplexity."""
+
+    fixed: float
+    per_step: float
+    per_query: float
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> Cost:
+        """Read what a finished run took out of its ``run.json``."""
+        seconds: Mapping[str, float] = summary["seconds"]
+        evaluations = [seconds[name] for name in (BEFORE, AFTER) if name in seconds]
+        queries = len(evaluations) * sum(summary["evaluated"].values())
+        return cls(
+            fixed=sum(taken for name, taken in seconds.items() if name not in (BEFORE, AFTER, "training")),
+            per_step=summary["throughput"].get("seconds_per_step", 0.0),
+            per_query=sum(evaluations) / max(1, queries),
+        )
+
+    @classmethod
+    def typical(cls, costs: Iterable[Cost]) -> Cost:
+        """Return the median of each part."""
+        return cls(*map(statistics.median, zip(*costs, strict=True)))
+
+    def seconds(self, *, steps: int, queries: int, evaluations: int = 2) -> float:
+        """Return what a run takes.
+
+        Args:
+            steps: of its training.
+            queries: examples of one evaluation, of all tasks.
+            evaluations: how many there are; a method that trains nothing has one.
+        """
+        return self.fixed + steps * self.per_step + evaluations * queries * self.per_query
 
 
 @dataclass

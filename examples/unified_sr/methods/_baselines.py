@@ -1,4 +1,4 @@
-"""Methods without a language model, in the same run and under the same metrics: popularity, EASE and BM25."""
+"""Methods that train no language model, under the same metrics: the model as it is, popularity, EASE and BM25."""
 
 from __future__ import annotations
 
@@ -71,15 +71,18 @@ def fit_bm25(settings: Settings[Bm25Settings], dataset: Dataset, train: Sequence
     return Fitted({"search": scores}, [note])
 
 
-POPULARITY = Method(
-    "popularity", "most popular items; no language model", MethodSettings, None, fit_popularity, defaults=NO_MODEL
+METHODS = (
+    Method("zero-shot", "the language model as it is", MethodSettings, None, defaults={"training.steps": 0}),
+    Method(
+        "popularity", "most popular items; no language model", MethodSettings, None, fit_popularity, defaults=NO_MODEL
+    ),
+    Method(
+        "ease",
+        "EASE, a linear autoencoder of histories; no language model",
+        EaseSettings,
+        None,
+        fit_ease,
+        defaults=NO_MODEL,
+    ),
+    Method("bm25", "BM25 of queries and titles; no language model", Bm25Settings, None, fit_bm25, defaults=NO_MODEL),
 )
-EASE = Method(
-    "ease",
-    "EASE, a linear autoencoder of histories; no language model",
-    EaseSettings,
-    None,
-    fit_ease,
-    defaults=NO_MODEL,
-)
-BM25 = Method("bm25", "BM25 of queries and titles; no language model", Bm25Settings, None, fit_bm25, defaults=NO_MODEL)

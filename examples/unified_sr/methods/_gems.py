@@ -249,27 +249,27 @@ def _variant(name: str, summary: str, **own: object) -> Method:
     return Method(name, summary, GemsSettings, build, defaults=defaults, variant_of="gems")
 
 
-GEMS = Method(
-    "gems", "GEMS with the library's defaults (input side)", GemsSettings, build, defaults={"training.lr": 6e-4}
-)
-# The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size.
-GEMS_PAPER = Method(
-    "gems-paper",
-    "GEMS as published (output side)",
-    GemsSettings,
-    build,
-    defaults={
-        "training.lr": 5e-4,
-        "training.warmup": 0.01,
-        "method.rank": 1024,
-        "method.side": "output",
-        "method.energy": None,
-        "method.threshold": 2e-2,
-    },
-)
-GEMS_NO_TASK = _variant("gems-no-task", "GEMS without the task subspaces", task_subspaces=False)
-GEMS_NO_NULL = _variant("gems-no-null", "GEMS without the null space", protect=False)
-GEMS_UNIFORM = _variant("gems-uniform", "GEMS with equal weights of the task subspaces", gate="uniform")
-GEMS_HYPERGRADIENT = _variant(
-    "gems-hypergradient", "GEMS with trained weights of the task subspaces", gate="hypergradient"
+METHODS = (
+    Method(
+        "gems", "GEMS with the library's defaults (input side)", GemsSettings, build, defaults={"training.lr": 6e-4}
+    ),
+    # The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size.
+    Method(
+        "gems-paper",
+        "GEMS as published (output side)",
+        GemsSettings,
+        build,
+        defaults={
+            "training.lr": 5e-4,
+            "training.warmup": 0.01,
+            "method.rank": 1024,
+            "method.side": "output",
+            "method.energy": None,
+            "method.threshold": 2e-2,
+        },
+    ),
+    _variant("gems-no-task", "GEMS without the task subspaces", task_subspaces=False),
+    _variant("gems-no-null", "GEMS without the null space", protect=False),
+    _variant("gems-uniform", "GEMS with equal weights of the task subspaces", gate="uniform"),
+    _variant("gems-hypergradient", "GEMS with trained weights of the task subspaces", gate="hypergradient"),
 )

@@ -124,12 +124,14 @@ def _scores(model: SasRec, examples: Sequence[Example]) -> Tensor:
     return model.rank(example.history for example in examples)
 
 
-SASREC = Method(
-    "sasrec",
-    "SASRec, a transformer over sequences of items; no language model",
-    SasRecSettings,
-    None,
-    fit_sasrec,
-    fit_seconds=120.0,  # of one core: some 50 epochs of MovieLens-100K take 240 s, 15 to 20 of the Amazon data 30 s
-    defaults={**NO_MODEL, "model.max_history": 50},
+METHODS = (
+    Method(
+        "sasrec",
+        "SASRec, a transformer over sequences of items; no language model",
+        SasRecSettings,
+        None,
+        fit_sasrec,
+        fit_seconds=120.0,  # of one core: some 50 epochs of MovieLens-100K take 240 s, 15 to 20 of the Amazon data 30 s
+        defaults={**NO_MODEL, "model.max_history": 50},
+    ),
 )

@@ -47,9 +47,11 @@ def _cagrad_sum(gramian: Tensor, radius: float) -> Tensor:
     return len(gramian) * cagrad(gramian, c=radius)
 
 
-PCGRAD = Method(
-    "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", MethodSettings, build_pcgrad, variant_of="adamw"
-)
-CAGRAD = Method(
-    "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
+METHODS = (
+    Method(
+        "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", MethodSettings, build_pcgrad, variant_of="adamw"
+    ),
+    Method(
+        "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
+    ),
 )
