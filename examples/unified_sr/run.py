@@ -32,7 +32,7 @@ from .retention import retention_summary
 from .run_baseline import run_baseline
 from .run_folder import AFTER, BEFORE, CONFIG, METRICS, RunFolder, State
 from .sealed import seal
-from .settings import Settings
+from .settings import DatasetSettings, Settings
 from .time_left import TimeNotice
 from .training import History, train
 from .zero_shot import Measured, Shared, ZeroShot, write_results
@@ -130,7 +130,7 @@ def _run(
     clock = Clock()
     precision = choose_precision(settings.model)
     with clock.phase("loading"):
-        dataset = load_dataset(**data_arguments(settings))
+        dataset = load_dataset(**dict(DatasetSettings.of(settings)))
         say(format_statistics(dataset))
     method = method_named(settings.method.name)
     if method.fit is not None:
@@ -262,15 +262,6 @@ def _say_memory(parts: Parts, updater: Updater, feed: Feed, say: Callable[[str],
             "the estimate exceeds what is free: raise training.accumulation, set training.gradient_checkpointing, or "
             "lower training.batch_size"
         )
-
-
-def data_arguments(settings: Settings) -> dict[str, Any]:
-    """Return what decides the data set of a run: the arguments of ``load_dataset``."""
-    return {
-        **settings.data.model_dump(),
-        "max_history": settings.model.max_history,
-        "train_targets": settings.training.targets,
-    }
 
 
 def _summary(

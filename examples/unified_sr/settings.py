@@ -51,15 +51,6 @@ class DataSettings(Section):
     )
 
 
-class DatasetSettings(DataSettings):
-    """All that identifies a data set: its section, and what the sections of model and training say about examples."""
-
-    max_history: int = Field(20, ge=1, description="the most recent items of a user that an example has")
-    train_targets: Literal["share", "each"] = Field(
-        "share", description="several targets of a training event share its weight, or each makes an example"
-    )
-
-
 class ModelSettings(Section):
     """Which language model, what it reads, and how it computes."""
 
@@ -162,6 +153,21 @@ class Settings(Section, Generic[M]):
     method: SerializeAsAny[M]
     training: TrainingSettings
     evaluation: EvaluationSettings
+
+
+class DatasetSettings(DataSettings):
+    """All that identifies a data set: its section, and what those of the model and of training say about examples."""
+
+    max_history: int = Field(20, ge=1, description="the most recent items of a user that an example has")
+    train_targets: Literal["share", "each"] = Field(
+        "share", description="several targets of a training event share its weight, or each makes an example"
+    )
+
+    @classmethod
+    def of(cls, settings: Settings[Any]) -> DatasetSettings:
+        """Return those of a run."""
+        model, training = settings.model, settings.training
+        return cls(**dict(settings.data), max_history=model.max_history, train_targets=training.targets)
 
 
 EVALUATION = ("data", "evaluation")

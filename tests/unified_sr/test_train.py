@@ -17,8 +17,7 @@ from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.parts import Parts
 from examples.unified_sr.precision import Precision, choose_precision
-from examples.unified_sr.run import data_arguments
-from examples.unified_sr.settings import ModelSettings
+from examples.unified_sr.settings import DatasetSettings, ModelSettings
 from examples.unified_sr.training import History, train, warmup_cosine
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood"))]
@@ -118,7 +117,7 @@ def assembled(model: str, data: str, *pairs: str, method: str = "adamw") -> tupl
     minima = ["data.min_user_events=1", "data.min_item_events=1"]
     flags = {"method.name": method, "data.source": data, "model.name": model}
     settings = resolve(pairs=[*minima, "evaluation.perplexity_tokens=64", *pairs], flags=flags)
-    dataset = load_dataset(**data_arguments(settings))
+    dataset = load_dataset(**dict(DatasetSettings.of(settings)))
     return dataset, Parts.assemble(settings, dataset, load_language_model(model), load_general_text(None), FP32)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._events import Event, Source, in_order
+from ._events import Event, Source, in_order, only
 from ._lines import Record, read_records
 from ._product_search import Benchmark, read_benchmark
 from ._queries import category_paths, category_query, with_searches
@@ -83,12 +83,11 @@ def _files(folder: Path) -> tuple[Path, Path]:
     found = sorted(path for path in folder.iterdir() if _RECORDS.fullmatch(path.name))
     metadata = [path for path in found if _METADATA.fullmatch(path.name)]
     reviews = [path for path in found if path not in metadata]
-    for kind, paths in (("metadata file meta_NAME.json(l)[.gz]", metadata), ("review file NAME.json(l)[.gz]", reviews)):
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no {kind}; Amazon reviews need one of each")
-        if len(paths) > 1:
-            raise ValueError(f"{folder} holds {', '.join(path.name for path in paths)} where one {kind} is needed")
-    return reviews[0], metadata[0]
+    needs = "Amazon reviews need one of each"
+    return (
+        only(folder, reviews, "review file NAME.json(l)[.gz]", needs),
+        only(folder, metadata, "metadata file meta_NAME.json(l)[.gz]", needs),
+    )
 
 
 def _item_field(record: Record) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ._events import SPLITS, Event, Source, check_known, in_order
+from ._events import SPLITS, Event, Source, check_known, in_order, only
 from ._lines import Record, read_records
 from ._types import Item
 
@@ -36,11 +36,7 @@ def read_jsonl(folder: Path, searches: str) -> Source:
 
 def _file(folder: Path, kind: str) -> Path:
     found = [folder / name for name in FILES[kind] if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no {FILES[kind][0]}; this format needs items.jsonl and events.jsonl")
-    if len(found) > 1:
-        raise ValueError(f"{folder} holds {' and '.join(path.name for path in found)} where one is needed")
-    return found[0]
+    return only(folder, found, FILES[kind][0], "this format needs items.jsonl and events.jsonl")
 
 
 def _read_items(path: Path) -> tuple[Item, ...]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ._atomic import AtomicFile, read_atomic
-from ._events import Event, Source, check_known, in_order
+from ._events import Event, Source, check_known, in_order, only
 from ._queries import movie_query, natural_title, with_searches
 from ._types import Item
 
@@ -31,8 +31,10 @@ def read_recbole(folder: Path, searches: str) -> Source:
         FileNotFoundError: if one of the two files is not there.
         ValueError: if a file's content cannot be used, or there is a second file of a kind.
     """
-    interactions = read_atomic(_only_file(folder, "inter"))
-    catalogue = read_atomic(_only_file(folder, "item"))
+    needs = "a data folder needs one *.inter and one *.item"
+    interactions, catalogue = (
+        read_atomic(only(folder, sorted(folder.glob(name)), f"{name} file", needs)) for name in ("*.inter", "*.item")
+    )
     items = _read_items(catalogue)
     events = _read_events(interactions, catalogue, searches)
     check_known(
@@ -70,16 +72,6 @@ def movielens_folder() -> Path:
         f"{MOVIELENS!r} is read out of the package recbole, which {'lacks it' if spec else 'is not installed'}: "
         "pip install --no-deps recbole==1.2.1"
     )
-
-
-def _only_file(folder: Path, suffix: str) -> Path:
-    found = sorted(folder.glob(f"*.{suffix}"))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no *.{suffix} file; a data folder needs one *.inter and one *.item")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} holds {len(found)} *.{suffix} files ({names}) where exactly one is needed")
-    return found[0]
 
 
 def _read_items(catalogue: AtomicFile) -> tuple[Item, ...]:

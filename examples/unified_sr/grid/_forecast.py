@@ -15,9 +15,8 @@ from ..checking import changed
 from ..data import Dataset, load_dataset
 from ..feeds import plan_training, training_pools
 from ..methods import method_named
-from ..run import data_arguments
 from ..run_folder import AFTER, BEFORE
-from ..settings import Settings
+from ..settings import DatasetSettings, Settings
 from ._jobs import Job
 from ._process import execute
 
@@ -73,7 +72,7 @@ class Forecast:
     _fits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _starts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _probed: list[Cost] = field(default_factory=list)
-    _datasets: dict[Any, Dataset] = field(default_factory=dict)
+    _datasets: dict[DatasetSettings, Dataset] = field(default_factory=dict)
 
     def learn(self, job: Job, folder: Path) -> None:
         """Take in what a finished run took; one without a language model tells nothing about the others."""
@@ -147,11 +146,10 @@ class Forecast:
 
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""
-        arguments = data_arguments(settings)
-        key = tuple(arguments.items())
-        if key not in self._datasets:
-            self._datasets[key] = load_dataset(**arguments)
-        return self._datasets[key]
+        wanted = DatasetSettings.of(settings)
+        if wanted not in self._datasets:
+            self._datasets[wanted] = load_dataset(**dict(wanted))
+        return self._datasets[wanted]
 
 
 def _nearest(found: Mapping[tuple[str, str], list[T]], job: Job) -> list[T]:
