@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from examples.unified_sr.baselines import Bm25, ease_weights, interactions
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item, load_dataset
 from examples.unified_sr.evaluation import rank_catalogue
 from examples.unified_sr.methods import METHODS, Fitted
+from examples.unified_sr.methods._baselines import Bm25, ease_weights, interactions
 from examples.unified_sr.settings import EvaluationSettings
 
 TITLES = ("Red chair", "red lamp", "The lamp of the sea", "M", "Glass & glass chair", "***", "Blue chair 1990")

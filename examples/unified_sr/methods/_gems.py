@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
+
+from gradsub import GemsOptimizer, NullSpace
+from gradsub.layers import select_layers
 
 from ..losses import Pass, total_samples
 from ..null_space_cache import fingerprint, fitted_once
@@ -75,34 +78,33 @@ class GemsUpdater(Updater):
     """Steps with a ``gradsub.GemsOptimizer``: one backward pass per task, from one forward pass where tasks share it.
 
     Args:
-        optimizer: a ``GemsOptimizer``.
+        optimizer: takes the steps.
         notes: sentences for the report.
         grad_clip: the largest norm of each task's gradient; ``None`` does not clip.
     """
 
-    def __init__(self, optimizer: Optimizer, notes: list[str], grad_clip: float | None = None) -> None:
+    def __init__(self, optimizer: GemsOptimizer, notes: list[str], grad_clip: float | None = None) -> None:
         super().__init__(optimizer, notes)
+        self._gems = optimizer
         self._grad_clip = grad_clip
 
     def update(self, passes: Sequence[Pass], *, measure: bool = False) -> dict[str, float]:
         """Take one step from the tasks' separate gradients; the optimizer measures every step."""
-        optimizer: Any = self.optimizer
         total = total_samples(passes)
         found: list[tuple[str, Tensor]] = []
         for each in passes:
             shares = {task: loss * (each.samples[task] / total[task]) for task, loss in each.compute().items()}
-            optimizer.backward(shares, each.samples)
+            self._gems.backward(shares, each.samples)
             found += [(task, share.detach()) for task, share in shares.items()]
         if self._grad_clip is not None:
-            optimizer.clip_grad_norm_(self._grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            self._gems.clip_grad_norm_(self._grad_clip)
+        self._gems.step()
+        self._gems.zero_grad()
         return step_losses(found)
 
     def diagnostics(self) -> Diagnostics:
         """Average the optimizer's report over the layers."""
-        optimizer: Any = self.optimizer
-        report = optimizer.report()
+        report = self._gems.report()
         layers = report.layers
         cosines = {"|".join(pair): report.cosine(*pair) for pair in itertools.combinations(report.tasks, 2)}
         smallest = mean_values({"|".join(pair): min(found) for pair, found in layer.angles.items()} for layer in layers)
@@ -128,9 +130,6 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         ValueError: if ``others_lr`` or ``protect_others`` is given where the others are not trained, or the latter
             where nothing is protected.
     """
-    from gradsub import GemsOptimizer
-    from gradsub.layers import select_layers
-
     settings, training, ranker = setup.settings.method, setup.settings.training, setup.ranker
     if settings.others_lr is not None and not settings.train_others:
         raise ValueError(
@@ -200,9 +199,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     return GemsUpdater(optimizer, notes, training.grad_clip)
 
 
-def _null_space(setup: Setup[GemsSettings]) -> Any:
-    from gradsub import NullSpace
-
+def _null_space(setup: Setup[GemsSettings]) -> NullSpace:
     settings = setup.settings.method
     if (settings.energy is None) == (settings.threshold is None):
         raise ValueError(
