@@ -59,9 +59,10 @@ def _read_requests(folder: Path, requests: str, left_out: Counter[str]) -> Itera
             zip(*(rows.columns[name] for name in (*columns[:2], page)), strict=True)
         ):
             query = " ".join((rows.columns["query"][row] or "").split()) if searched else ""
+            entries = [each or {} for each in details or ()]
             shown = [
-                (_whole(each["note_idx"], rows, row, "note_idx"), _whole(each["click"], rows, row, "click"))
-                for each in details or ()
+                (_whole(each.get("note_idx"), rows, row, "note_idx"), _whole(each.get("click"), rows, row, "click"))
+                for each in entries
             ]
             clicked = tuple(dict.fromkeys(note for note, click in shown if click > 0))
             if not clicked:
@@ -71,7 +72,7 @@ def _read_requests(folder: Path, requests: str, left_out: Counter[str]) -> Itera
             else:
                 history = [_whole(note, rows, row, "recent_clicked_note_idxs") for note in recent or ()]
                 rest = dict.fromkeys(note for note, _ in shown if note not in clicked)
-                times = [_whole(each[time], rows, row, time) for each in details]
+                times = [_whole(each[time], rows, row, time) for each in entries]
                 yield Event(
                     user=str(_whole(user, rows, row, "user_idx")),
                     items=_names(clicked, names),
