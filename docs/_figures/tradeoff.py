@@ -105,7 +105,7 @@ class Panel:
 
 def panels() -> list[Panel]:
     """The two data sets side by side."""
-    runs = read_tables(RESULTS).frames()[0]
+    runs = read_tables(RESULTS).runs
     runs = runs[runs["split"] == "test"]
     places = ((70.0, 545.0), (630.0, 1100.0))
     return [

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -56,6 +56,17 @@ def _partial(path: Path) -> Path:
     return path.with_suffix(".partial")
 
 
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights that are trained, by name: the model's own memory, without a graph."""
+    return {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def put_back(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the trained weights of a model the values that they had."""
+    for name, weight in trained_weights(model).items():
+        weight.copy_(weights[name])
+
+
 class Checkpoint:
     """The file of a training run's state.
 
@@ -80,7 +91,7 @@ class Checkpoint:
         """
         content: dict[str, Any] = {
             "step": step,
-            "weights": {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad},
+            "weights": trained_weights(model),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "history": history,
@@ -100,15 +111,12 @@ class Checkpoint:
         if not self.path.is_file():
             return 0, {}
         content = torch.load(self.path, weights_only=True)
-        trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-        if trained.keys() != content["weights"].keys():
-            different = sorted(trained.keys() ^ content["weights"].keys())
+        different = sorted(trained_weights(model).keys() ^ content["weights"].keys())
+        if different:
             raise ValueError(
                 f"the checkpoint {str(self.path)!r} is of other weights ({different[:3]} ...); remove it to start again"
             )
-        with torch.no_grad():
-            for name, weight in trained.items():
-                weight.copy_(content["weights"][name])
+        put_back(model, content["weights"])
         optimizer.load_state_dict(content["optimizer"])
         schedule.load_state_dict(content["schedule"])
         torch.set_rng_state(content["random"])

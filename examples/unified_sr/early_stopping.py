@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import write_whole
+from .checkpoint import put_back, trained_weights, write_whole
 from .processes import current
 
 
@@ -42,8 +42,7 @@ class EarlyStopping:
         best = best_epoch(values)
         if best == len(values):
             if current().first:
-                weights = {name: weight.detach() for name, weight in _trained(model).items()}
-                content = {"epoch": best, "value": values[-1], "weights": weights}
+                content = {"epoch": best, "value": values[-1], "weights": trained_weights(model)}
                 write_whole(self.path, content, f"weights of epoch {best}")
             self._kept = best, values[-1]
         elif self._kept is None:
@@ -55,10 +54,7 @@ class EarlyStopping:
         """Give the model the best weights."""
         current().wait()
         assert self._kept is not None
-        kept = self._read(*self._kept)
-        with torch.no_grad():
-            for name, weight in _trained(model).items():
-                weight.copy_(kept[name])
+        put_back(model, self._read(*self._kept))
 
     def _read(self, epoch: int, value: float) -> dict[str, Any]:
         content = torch.load(self.path, weights_only=True)
@@ -80,7 +76,3 @@ class EarlyStopping:
 def best_epoch(values: Sequence[float]) -> int:
     """Return the number of the epoch with the highest value, from 1; of equal ones the first."""
     return 1 + max(range(len(values)), key=lambda epoch: (values[epoch], -epoch))
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

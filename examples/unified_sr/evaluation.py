@@ -14,7 +14,7 @@ from .data import Dataset, Example
 from .metrics import mean_metrics, query_metrics, sampled_candidates, sampled_ranks, target_ranks, top_items
 from .model import Collator, PromptBuilder, Ranker, length_buckets
 from .precision import Precision
-from .settings import EvaluationSettings
+from .settings import EvaluationSettings, Settings
 from .trec import DEPTH
 
 
@@ -31,11 +31,11 @@ class TaskResult:
             something where scores are logits.
     """
 
-    rankings: Mapping[str, list[str]]
-    relevant: Mapping[str, list[str]]
-    per_query: Mapping[str, dict[str, float]]
-    sampled_per_query: Mapping[str, dict[str, float]]
-    losses: Mapping[str, float]
+    rankings: dict[str, list[str]]
+    relevant: dict[str, list[str]]
+    per_query: dict[str, dict[str, float]]
+    sampled_per_query: dict[str, dict[str, float]]
+    losses: dict[str, float]
 
     @classmethod
     def joined(cls, parts: Sequence[TaskResult], order: Sequence[str]) -> TaskResult:
@@ -81,10 +81,7 @@ def rank_catalogue(
     dataset: Dataset,
     examples: Sequence[Example],
     scored: Iterable[tuple[Sequence[int], torch.Tensor]],
-    *,
-    negatives: int,
-    seed: int,
-    compat: str = "none",
+    settings: EvaluationSettings,
     progress: Callable[[int], object] = lambda done: None,
 ) -> TaskResult:
     """Turn scores of all items into rankings and metrics; items that the user had seen are left out.
@@ -93,42 +90,43 @@ def rank_catalogue(
         dataset: the catalogue, and which items each user has seen.
         examples: of one task.
         scored: batches that cover all examples once: their indices, and scores (batch, items), which are changed.
-        negatives: of the sampled metrics.
-        seed: of their draw.
-        compat: as in ``query_metrics``.
+        settings: how many negatives the sampled metrics have, by which seed, and the metrics for comparison.
         progress: is called with the number of examples done in each batch.
     """
-    rankings: dict[str, list[str]] = {}
-    full: dict[str, dict[str, float]] = {}
-    sampled: dict[str, dict[str, float]] = {}
-    losses: dict[str, float] = {}
+    found = TaskResult({}, {}, {}, {}, {})
     for batch, scores in scored:
         chosen = [examples[index] for index in batch]
         targets = [example.target for example in chosen]
-        drawn = [_drawn(dataset, example, negatives, seed) for example in chosen]
+        seen = [dataset.seen(example) for example in chosen]
+        drawn = [
+            sampled_candidates(
+                len(dataset.items),
+                met.union(example.target),
+                qid=example.qid,
+                negatives=settings.negatives,
+                seed=settings.seed,
+            )
+            for example, met in zip(chosen, seen, strict=True)
+        ]
         surprise = -torch.log_softmax(scores.float(), dim=1)
         # The negatives are unseen items and targets are never excluded, so -inf can stand for "seen" below.
-        for row, example in enumerate(chosen):
-            scores[row, sorted(dataset.seen(example))] = -torch.inf
+        for row, met in enumerate(seen):
+            scores[row, sorted(met)] = -torch.inf
         best = top_items(scores, DEPTH)
         ranks = target_ranks(scores, targets)
         few = sampled_ranks(scores, targets, drawn)
         for row, example in enumerate(chosen):
-            rankings[example.qid] = [dataset.items[item].id for item in best[row]]
-            full[example.qid] = query_metrics(ranks[row], len(example.target), compat=compat)
-            sampled[example.qid] = query_metrics(few[row], len(example.target), compat=compat)
-            losses[example.qid] = float(surprise[row, list(example.target)].mean())
+            relevant, qid = len(example.target), example.qid
+            found.rankings[qid] = [dataset.items[item].id for item in best[row]]
+            found.relevant[qid] = [dataset.items[item].id for item in example.target]
+            found.per_query[qid] = query_metrics(ranks[row], relevant, compat=settings.compat)
+            found.sampled_per_query[qid] = query_metrics(few[row], relevant, compat=settings.compat)
+            found.losses[qid] = float(surprise[row, list(example.target)].mean())
         progress(len(chosen))
-    order = [example.qid for example in examples]
-    return TaskResult(
-        {qid: rankings[qid] for qid in order},
-        {example.qid: [dataset.items[item].id for item in example.target] for example in examples},
-        {qid: full[qid] for qid in order},
-        {qid: sampled[qid] for qid in order},
-        {qid: losses[qid] for qid in order},
-    )
+    return TaskResult.joined([found], [example.qid for example in examples])
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Ranks all items for given examples.
 
@@ -137,32 +135,14 @@ class Evaluator:
         prompts: turns examples into tokens.
         collate: pads them.
         precision: of the forward passes.
-        budget: tokens of a batch.
-        negatives: of the sampled metrics.
-        seed: of their draw.
-        compat: as in ``query_metrics``.
+        settings: of the run.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        prompts: PromptBuilder,
-        collate: Collator,
-        precision: Precision,
-        *,
-        budget: int,
-        negatives: int,
-        seed: int,
-        compat: str = "none",
-    ) -> None:
-        self._dataset = dataset
-        self._prompts = prompts
-        self._collate = collate
-        self._precision = precision
-        self._budget = budget
-        self._negatives = negatives
-        self._seed = seed
-        self._compat = compat
+    dataset: Dataset
+    prompts: PromptBuilder
+    collate: Collator
+    precision: Precision
+    settings: Settings
 
     @torch.no_grad()
     def __call__(
@@ -177,31 +157,20 @@ class Evaluator:
         """
         ranker.eval()
         return rank_catalogue(
-            self._dataset,
-            examples,
-            self._scored(ranker, examples),
-            negatives=self._negatives,
-            seed=self._seed,
-            progress=progress,
-            compat=self._compat,
+            self.dataset, examples, self._scored(ranker, examples), self.settings.evaluation, progress
         )
 
     def reads(self, examples: Sequence[Example]) -> list[Any]:
         """Return what decides the result of each example but the model, as plain values."""
         return [
-            [example.qid, list(self._prompts(example)), list(example.target), sorted(self._dataset.seen(example))]
+            [example.qid, list(self.prompts(example)), list(example.target), sorted(self.dataset.seen(example))]
             for example in examples
         ]
 
     def _scored(self, ranker: Ranker, examples: Sequence[Example]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        prompts = [self._prompts(example) for example in examples]
-        for bucket in length_buckets([len(prompt) for prompt in prompts], self._budget):
+        prompts = [self.prompts(example) for example in examples]
+        for bucket in length_buckets([len(prompt) for prompt in prompts], self.settings.model.inference_tokens):
             targets = [examples[index].target for index in bucket]
-            with self._precision.context():
-                scores = ranker(self._collate([prompts[index] for index in bucket], targets)).cpu()
+            with self.precision.context():
+                scores = ranker(self.collate([prompts[index] for index in bucket], targets)).cpu()
             yield bucket, scores
-
-
-def _drawn(dataset: Dataset, example: Example, negatives: int, seed: int) -> list[int]:
-    excluded = dataset.seen(example).union(example.target)
-    return sampled_candidates(len(dataset.items), excluded, qid=example.qid, negatives=negatives, seed=seed)

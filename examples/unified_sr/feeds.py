@@ -1,10 +1,13 @@
-"""What a step of training reads: examples as prompts of one target each, or users' events as sequences of many."""
+"""What training reads, and for how many steps.
+
+A row is an example, a prompt of one target, or a window of a user's events, a sequence of many.
+"""
 
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,72 +130,36 @@ def _only(timeline: Timeline, tasks: Sequence[str]) -> Timeline:
     return replace(timeline, turns=turns)
 
 
-class Feed(ABC):
+class Feed:
     """Turns the rows of a pool into batches for the model.
 
     Args:
         pools: of ``training_pools``.
         collate: pads.
+        builder: turns an example, or a window of a user's events, into tokens.
     """
 
-    def __init__(self, pools: Mapping[str, Pool], collate: Collator) -> None:
+    def __init__(self, pools: Mapping[str, Pool], collate: Collator, builder: PromptBuilder) -> None:
         self.pools = dict(pools)
         self._collate = collate
+        self._builder = builder
 
-    @abstractmethod
     def batch(self, rows: Sequence[Any]) -> Batch:
-        """Return the batch of some rows of one pool."""
+        """Return the batch of some rows, without those that have nothing to predict; one stays if all are so."""
+        every = [self._builder.row(row) for row in rows]
+        made = [(ids, places) for ids, places in every if places] or every[:1]
+        return self._collate.sequences([ids for ids, _ in made], [places for _, places in made])
 
     def arranged(self, rows: Sequence[Any]) -> list[Any]:
-        """Return rows in the order in which they are cut into micro-batches."""
-        return list(rows)
+        """Return rows as they are cut into micro-batches: windows by length, so that little is padding."""
+        if not isinstance(self._builder, SequenceBuilder):
+            return list(rows)
+        return sorted(rows, key=lambda row: len(self._builder.row(row)[0]))
 
     def size(self, row: Any) -> tuple[int, int]:
         """Return how many tokens a row has, and how many targets."""
         batch = self.batch([row])
         return batch.tokens, len(batch.targets)
-
-
-class PromptFeed(Feed):
-    """A row is an example: one prompt, whose target is predicted behind its last token.
-
-    Args:
-        pools: one a task.
-        collate: pads.
-        prompts: turns examples into tokens.
-    """
-
-    def __init__(self, pools: Mapping[str, Pool], collate: Collator, prompts: PromptBuilder) -> None:
-        super().__init__(pools, collate)
-        self._prompts = prompts
-
-    def batch(self, rows: Sequence[Example]) -> Batch:
-        """Return the batch of examples of one task."""
-        return self._collate([self._prompts(row) for row in rows], [row.target for row in rows], rows[0].task)
-
-
-class SequenceFeed(Feed):
-    """A row is a window of a user's events: one sequence, at each of whose events items are predicted.
-
-    Args:
-        pools: of windows.
-        collate: pads.
-        builder: turns windows into tokens.
-    """
-
-    def __init__(self, pools: Mapping[str, Pool], collate: Collator, builder: SequenceBuilder) -> None:
-        super().__init__(pools, collate)
-        self._builder = builder
-
-    def arranged(self, rows: Sequence[Window]) -> list[Window]:
-        """Return the shorter ones first, so that little of a micro-batch is padding."""
-        return sorted(rows, key=lambda row: len(self._builder.sequence(row.context, row.turns)[0]))
-
-    def batch(self, rows: Sequence[Window]) -> Batch:
-        """Return the batch of windows without those that have nothing to predict; one stays if all are so."""
-        every = [self._builder.sequence(row.context, row.turns) for row in rows]
-        made = [(ids, places) for ids, places in every if places] or every[:1]
-        return self._collate.sequences([ids for ids, _ in made], [places for _, places in made])
 
 
 def cut(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
@@ -207,3 +174,41 @@ def cut(rows: Sequence[Any], count: int) -> list[Sequence[Any]]:
         )
     limits = [part * len(rows) // count for part in range(count + 1)]
     return [rows[start:end] for start, end in itertools.pairwise(limits)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long training is.
+
+    Args:
+        steps: optimizer steps, if nothing ends it earlier.
+        per_epoch: steps in which the largest stream of joint training is read once.
+    """
+
+    steps: int
+    per_epoch: int
+
+
+def plan_training(settings: Settings, pools: Mapping[str, Sized]) -> Plan:
+    """Settle the number of steps.
+
+    Args:
+        settings: of the run.
+        pools: what an epoch of all tasks goes through, by stream, whichever are trained.
+
+    Raises:
+        ValueError: if ``early_stop`` is set without ``epochs``, or ``accumulation`` exceeds ``batch_size``.
+    """
+    training = settings.training
+    if training.early_stop is not None and training.epochs is None:
+        raise ValueError(
+            f"training.early_stop={training.early_stop} counts epochs, but training.epochs is null; set it to the most "
+            "wanted, or early_stop to null"
+        )
+    if training.accumulation > training.batch_size:
+        raise ValueError(
+            f"training.accumulation={training.accumulation} parts cannot be cut from training.batch_size="
+            f"{training.batch_size} examples; lower it"
+        )
+    per_epoch = max(math.ceil(len(rows) / training.batch_size) for rows in pools.values())
+    return Plan(training.steps if training.epochs is None else training.epochs * per_epoch, per_epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def passes_of(ranker: Ranker, batches: Sequence[Batch], precision: Precision) ->
         batches: of the step.
         precision: of the forward passes.
     """
-    return [Pass(batch.samples, _Losses(ranker, batch, precision)) for batch in batches if batch.tasks]
+    return [Pass(batch.samples, partial(_losses, ranker, batch, precision)) for batch in batches if batch.tasks]
 
 
 def total_samples(passes: Sequence[Pass]) -> dict[str, int]:
@@ -48,19 +49,13 @@ def total_samples(passes: Sequence[Pass]) -> dict[str, int]:
     return dict(total)
 
 
-@dataclass(frozen=True)
-class _Losses:
-    ranker: Ranker
-    batch: Batch
-    precision: Precision
-
-    def __call__(self) -> dict[str, Tensor]:
-        with self.precision.context():
-            losses = self.ranker.losses(self.batch)
-        for task, loss in losses.items():
-            if not bool(torch.isfinite(loss)):
-                raise FloatingPointError(
-                    f"the loss of the task {task!r} is {float(loss.detach())}; nothing was changed by this step. "
-                    "Lower training.lr and training.item_lr, or set model.autocast=none"
-                )
-        return losses
+def _losses(ranker: Ranker, batch: Batch, precision: Precision) -> dict[str, Tensor]:
+    with precision.context():
+        losses = ranker.losses(batch)
+    for task, loss in losses.items():
+        if not bool(torch.isfinite(loss)):
+            raise FloatingPointError(
+                f"the loss of the task {task!r} is {float(loss.detach())}; nothing was changed by this step. "
+                "Lower training.lr and training.item_lr, or set model.autocast=none"
+            )
+    return losses

@@ -71,34 +71,30 @@ def fitted_once(key: str, fit: Callable[[], NullSpace], device: torch.device, sa
     if place is None:
         return fit()
     path = place / f"{key}.safetensors"
+
+    def read() -> NullSpace | None:
+        found = _load(path, device, say)
+        return found if all(processes.gather(found is not None)) else None
+
     # Read without the lock where it is there: of several processes of one run only the first could hold it.
     with contextlib.ExitStack() as held:
         if processes.first and not path.is_file():
             held.enter_context(alone(place.parent / "locks" / f"{key}.lock", "null space", say))
         processes.wait()
-        return _fitted(path, fit, device, say)
-
-
-def _fitted(path: Path, fit: Callable[[], NullSpace], device: torch.device, say: Callable[[str], None]) -> NullSpace:
-    processes = current()
-    found = _load(path, device, say)
-    if all(processes.gather(found is not None)):
-        assert found is not None
-        say(f"null space: as fitted before, {path}")
-        return found
-    null_space = fit()
-    if processes.first:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            null_space.save(path, statistics=False)
-        except OSError as error:
-            say(f"null space: cannot be kept for other runs ({error})")
-    processes.wait()
-    found = _load(path, device, say)
-    if all(processes.gather(found is not None)):
-        assert found is not None
-        return found
-    return null_space
+        found = read()
+        if found is not None:
+            say(f"null space: as fitted before, {path}")
+            return found
+        null_space = fit()
+        if processes.first:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                null_space.save(path, statistics=False)
+            except OSError as error:
+                say(f"null space: cannot be kept for other runs ({error})")
+        processes.wait()
+        found = read()
+        return null_space if found is None else found
 
 
 def _load(path: Path, device: torch.device, say: Callable[[str], None]) -> NullSpace | None:

@@ -15,11 +15,10 @@ from .checking import changed
 from .data import Dataset, Example
 from .early_stopping import EarlyStopping
 from .evaluation import Evaluator, TaskResult, choose_examples
-from .feeds import Feed, PromptFeed, SequenceFeed, training_pools
+from .feeds import Feed, Plan, plan_training, training_pools
 from .fingerprints import Fingerprint
 from .general_domain import general_batches, token_windows
 from .model import Collator, LanguageModel, PromptBuilder, Ranker, SequenceBuilder
-from .plan import Plan, plan_training
 from .precision import Precision
 from .processes import current
 from .retention import Retention
@@ -93,16 +92,7 @@ class Parts:
         if settings.training.gradient_checkpointing:
             ranker.recompute_activations()
         collate = Collator(tokenizer.pad_token_id or 0)
-        evaluator = Evaluator(
-            dataset,
-            prompts,
-            collate,
-            precision,
-            budget=settings.model.inference_tokens,
-            negatives=settings.evaluation.negatives,
-            seed=settings.evaluation.seed,
-            compat=settings.evaluation.compat,
-        )
+        evaluator = Evaluator(dataset, prompts, collate, precision, settings)
         wanted = getattr(settings.method, "null_space_tokens", 16)
         fit = token_windows(tokenizer, text[0], tokens=wanted, window=NULL_SPACE_WINDOW)
         retention = Retention(language_model, text[1], settings, precision.device)
@@ -125,10 +115,7 @@ class Parts:
 
     def feed(self, dataset: Dataset) -> Feed:
         """Return what a step of training reads."""
-        pools = training_pools(dataset, self.settings, self.trained)
-        if isinstance(self.prompts, SequenceBuilder):
-            return SequenceFeed(pools, self.collate, self.prompts)
-        return PromptFeed(pools, self.collate, self.prompts)
+        return Feed(training_pools(dataset, self.settings, self.trained), self.collate, self.prompts)
 
     def plan(self, dataset: Dataset) -> Plan:
         """Return how long training is: as joint training, whose epoch is that of all tasks."""

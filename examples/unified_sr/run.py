@@ -19,24 +19,23 @@ from .busy import busy_notice, own_load
 from .checkpoint import Checkpoint
 from .data import format_statistics, load_dataset
 from .environment import describe_environment
-from .estimates import TimeNotice, estimate_memory, row_size
 from .feeds import Feed
 from .general_text import load_general_text
 from .interruption import Interrupted
+from .memory import estimate_memory, free_memory, peak_memory, reset_peak_memory, row_size
 from .methods import Setup, Updater, method_named
 from .model import load_language_model
 from .parts import Parts
-from .peak_memory import free_memory, peak_memory, reset_peak_memory
 from .precision import choose_precision
 from .processes import current
-from .report import write_report
 from .retention import retention_summary
 from .run_baseline import run_baseline
-from .run_folder import AFTER, BEFORE, CONFIG, METRICS, SAMPLED, RunFolder, State
+from .run_folder import AFTER, BEFORE, CONFIG, METRICS, RunFolder, State
 from .sealed import seal
-from .settings import Settings
+from .settings import DatasetSettings, Settings
+from .time_left import TimeNotice
 from .training import History, train
-from .zero_shot import Measured, Shared, ZeroShot
+from .zero_shot import Measured, Shared, ZeroShot, write_results
 
 UNSEEN_BEFORE, UNSEEN_AFTER = f"{BEFORE}, test split", f"{AFTER}, test split"
 PATIENCE = 5.0
@@ -131,7 +130,7 @@ def _run(
     clock = Clock()
     precision = choose_precision(settings.model)
     with clock.phase("loading"):
-        dataset = load_dataset(**data_arguments(settings))
+        dataset = load_dataset(**dict(DatasetSettings.of(settings)))
         say(format_statistics(dataset))
     method = method_named(settings.method.name)
     if method.fit is not None:
@@ -246,14 +245,10 @@ def _write_results(
     leak: Mapping[str, float],
     summary: Mapping[str, Any],
 ) -> None:
-    for task, result in after.results.items():
-        folder.write_rankings(task, result, parts.settings.method.name)
-    folder.write_json(SAMPLED, {"zero_shot": before.sampled, "final": after.sampled})
-    retained = retention_summary(before.questions, after.general, leak)
+    retained = retention_summary(before.questions, after.general, leak) if after.general else {}
     losses = {task: result.loss for task, result in after.results.items()}
-    folder.write_json("run.json", {**parts.summary(), **summary, "evaluated_loss": losses, **retained})
-    folder.write_json(METRICS, {"zero_shot": before.metrics, "final": after.metrics})
-    write_report(folder)
+    found = {**parts.summary(), **summary, "evaluated_loss": losses, **retained}
+    write_results(folder, parts.settings.method.name, before, after, found)
 
 
 def _say_memory(parts: Parts, updater: Updater, feed: Feed, say: Callable[[str], None]) -> None:
@@ -267,15 +262,6 @@ def _say_memory(parts: Parts, updater: Updater, feed: Feed, say: Callable[[str],
             "the estimate exceeds what is free: raise training.accumulation, set training.gradient_checkpointing, or "
             "lower training.batch_size"
         )
-
-
-def data_arguments(settings: Settings) -> dict[str, Any]:
-    """Return what decides the data set of a run: the arguments of ``load_dataset``."""
-    return {
-        **settings.data.model_dump(),
-        "max_history": settings.model.max_history,
-        "train_targets": settings.training.targets,
-    }
 
 
 def _summary(

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from .data import Dataset, Example
 from .environment import describe_environment
-from .evaluation import TaskResult, choose_examples, rank_catalogue
+from .evaluation import choose_examples, rank_catalogue
+from .memory import peak_memory, reset_peak_memory
 from .methods import Fitted, Method
-from .peak_memory import peak_memory, reset_peak_memory
 from .precision import Precision
-from .report import write_report
-from .run_folder import AFTER, METRICS, SAMPLED, RunFolder
+from .run_folder import AFTER, RunFolder
 from .settings import Settings
 from .training import tasks_to_train
+from .zero_shot import Measured, write_results
 
 _CPU = torch.device("cpu")
 BATCH = 256
@@ -66,23 +66,13 @@ def run_baseline(
     folder.start(settings, describe_environment(settings.seed, Precision(fitted.device, None)))
     folder.write_json("statistics.json", dataset.statistics())
     folder.file("steps.jsonl").write_text("", encoding="utf-8")
-    results: dict[str, TaskResult] = {}
     with phase(AFTER):
-        for task, examples in test.items():
-            scored = _batches(fitted.scores[task], examples)
-            results[task] = rank_catalogue(
-                dataset,
-                examples,
-                scored,
-                negatives=settings.evaluation.negatives,
-                seed=settings.evaluation.seed,
-                compat=settings.evaluation.compat,
-            )
-            folder.write_rankings(task, results[task], method.name)
-    folder.write_json(SAMPLED, {"zero_shot": {}, "final": {task: result.sampled for task, result in results.items()}})
-    folder.write_json("run.json", {**_summary(test, fitted, seconds), "peak_memory": peak_memory(fitted.device)})
-    folder.write_json(METRICS, {"zero_shot": {}, "final": {task: result.metrics for task, result in results.items()}})
-    write_report(folder)
+        results = {
+            task: rank_catalogue(dataset, examples, _batches(fitted.scores[task], examples), settings.evaluation)
+            for task, examples in test.items()
+        }
+    summary = {**_summary(test, fitted, seconds), "peak_memory": peak_memory(fitted.device)}
+    write_results(folder, method.name, None, Measured(results), summary)
     return folder
 
 

@@ -155,6 +155,21 @@ class Settings(Section, Generic[M]):
     evaluation: EvaluationSettings
 
 
+class DatasetSettings(DataSettings):
+    """All that identifies a data set: its section, and what those of the model and of training say about examples."""
+
+    max_history: int = Field(20, ge=1, description="the most recent items of a user that an example has")
+    train_targets: Literal["share", "each"] = Field(
+        "share", description="several targets of a training event share its weight, or each makes an example"
+    )
+
+    @classmethod
+    def of(cls, settings: Settings[Any]) -> DatasetSettings:
+        """Return those of a run."""
+        model, training = settings.model, settings.training
+        return cls(**dict(settings.data), max_history=model.max_history, train_targets=training.targets)
+
+
 EVALUATION = ("data", "evaluation")
 """The sections in which runs must agree for their numbers to mean the same."""
 

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint
 from .early_stopping import EarlyStopping, best_epoch
-from .feeds import Feed, cut
+from .feeds import Feed, Plan, cut
 from .interruption import INTERRUPTION, Interrupted
 from .losses import passes_of, total_samples
 from .methods import Diagnostics, Updater
 from .model import Ranker
-from .plan import Plan
 from .precision import Precision
 from .processes import current
 from .settings import Settings

@@ -14,30 +14,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from .metrics import CUTOFFS
-
 DEPTH = 100
 """Items written per query; deep enough for every cutoff."""
 
 
-def write_run(path: str | Path, rankings: Mapping[str, Sequence[str]], *, tag: str, depth: int = DEPTH) -> None:
-    """Write rankings as lines of ``qid Q0 docid rank score tag``.
+def write_run(path: str | Path, rankings: Mapping[str, Sequence[str]], *, tag: str) -> None:
+    """Write rankings as lines of ``qid Q0 docid rank score tag``, ``DEPTH`` of them a query at most.
 
     Args:
         path: the file to write, by convention ``run.TASK.trec``.
         rankings: qid -> item ids, best first.
         tag: the name of the run, for example the method.
-        depth: the most items written per query, at least the deepest of ``CUTOFFS``.
 
     Raises:
-        ValueError: if ``depth`` is too small, a name is empty, or a ranking is empty or holds an item twice.
+        ValueError: if a name is empty, or a ranking is empty or holds an item twice.
     """
-    if depth < max(CUTOFFS):
-        raise ValueError(f"depth must reach the deepest cutoff {max(CUTOFFS)}, got {depth}")
     lines: list[str] = []
     for qid, ranking in rankings.items():
         _check_distinct(qid, ranking)
-        best = ranking[:depth]
+        best = ranking[:DEPTH]
         for rank, docid in enumerate(best, start=1):
             lines.append(f"{_encode(qid)} Q0 {_encode(docid)} {rank} {len(best) - rank + 1} {_encode(tag)}\n")
     _write(path, lines)

@@ -6,26 +6,28 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .alone import alone
 from .checkpoint import write_text_whole
 from .evaluation import TaskResult
+from .report import write_report
 from .retention import General
 from .run_folder import AFTER, BEFORE, METRICS, SAMPLED, RunFolder
 
 
 @dataclass
 class Measured:
-    """What one evaluation found."""
+    """What one evaluation found; there are no general abilities without a language model."""
 
-    results: dict[str, TaskResult]
-    general: General
+    results: Mapping[str, TaskResult]
+    general: General | None = None
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
         """One half of ``metrics.json``."""
         ranking = {task: result.metrics for task, result in self.results.items()}
-        return {**ranking, "general": self.general.metrics}
+        return ranking if self.general is None else {**ranking, "general": self.general.metrics}
 
     @property
     def sampled(self) -> dict[str, dict[str, float]]:
@@ -52,14 +54,13 @@ class ZeroShot:
     @classmethod
     def of(cls, measured: Measured, seconds: float) -> ZeroShot:
         """Keep what the files need."""
-        questions = measured.general.questions
+        questions = measured.general.questions if measured.general else None
         return cls(measured.metrics, measured.sampled, questions.summary if questions else None, seconds)
 
     def on(self, results: Mapping[str, TaskResult], seconds: float) -> ZeroShot:
         """Return the same model's scores on other examples; what it knows of general text does not depend on these."""
-        ranking = {task: result.metrics for task, result in results.items()}
-        sampled = {task: result.sampled for task, result in results.items()}
-        return ZeroShot({**ranking, "general": self.metrics["general"]}, sampled, self.questions, seconds)
+        other = Measured(results)
+        return ZeroShot({**other.metrics, "general": self.metrics["general"]}, other.sampled, self.questions, seconds)
 
     @classmethod
     def taken(cls, path: str | Path, intact: str) -> ZeroShot | None:
@@ -79,6 +80,26 @@ class ZeroShot:
         questions = (summary.get("multiple_choice") or {}).get("zero_shot")
         metrics, sampled = (folder.read_json(name)["zero_shot"] for name in (METRICS, SAMPLED))
         return cls(metrics, sampled, questions, seconds)
+
+
+def write_results(
+    folder: RunFolder, method: str, before: ZeroShot | None, after: Measured, summary: Mapping[str, Any]
+) -> None:
+    """Write what a run has found, and its report.
+
+    Args:
+        folder: with all other files of the run.
+        method: its name.
+        before: nothing without a language model.
+        after: what is left of the model.
+        summary: the content of ``run.json``.
+    """
+    for task, result in after.results.items():
+        folder.write_rankings(task, result, method)
+    folder.write_json(SAMPLED, {"zero_shot": before.sampled if before else {}, "final": after.sampled})
+    folder.write_json("run.json", summary)
+    folder.write_json(METRICS, {"zero_shot": before.metrics if before else {}, "final": after.metrics})
+    write_report(folder)
 
 
 @dataclass(frozen=True)

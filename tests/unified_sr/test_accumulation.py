@@ -13,12 +13,11 @@ from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item
 from examples.unified_sr.early_stopping import EarlyStopping
-from examples.unified_sr.feeds import PromptFeed, cut
+from examples.unified_sr.feeds import Feed, cut, plan_training
 from examples.unified_sr.losses import passes_of
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Batch, Collator, PromptBuilder, Ranker, load_language_model
-from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood", "steel", "lamp"))]
@@ -43,7 +42,7 @@ def small_folder(request: pytest.FixtureRequest) -> str:
 
 
 def micro_batches(rows: list[Example], count: int, prompts: PromptBuilder) -> list[Batch]:
-    feed = PromptFeed({}, Collator(0), prompts)
+    feed = Feed({}, Collator(0), prompts)
     return [feed.batch(part) for part in cut(rows, count)]
 
 

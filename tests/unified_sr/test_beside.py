@@ -17,7 +17,7 @@ from examples.unified_sr.busy import busy_notice, cores
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import beside, read_config, read_yaml
 from examples.unified_sr.demo_rates import RATES, trials
-from examples.unified_sr.estimates import TimeNotice
+from examples.unified_sr.time_left import TimeNotice
 from examples.unified_sr.training import History
 
 ROOT = Path(__file__).parents[2]

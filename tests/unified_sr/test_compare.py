@@ -14,23 +14,11 @@ import yaml
 from run_files import BAD, FAIR, GOOD, QUERIES, write_grid, write_run
 
 from examples.unified_sr.cli import main
-from examples.unified_sr.compare import (
-    LANGUAGE_MODEL,
-    Table,
-    _render,
-    _tables,
-    against,
-    baselines_of,
-    compare,
-    escape,
-    group_runs,
-    latex_table,
-    markdown,
-    tables_of,
-    tasks_of,
-    values_of,
-)
-from examples.unified_sr.compare._tables import DASH
+from examples.unified_sr.compare import _render, _tables, compare, group_runs
+from examples.unified_sr.compare._groups import tasks_of
+from examples.unified_sr.compare._render import escape, latex_table, markdown
+from examples.unified_sr.compare._tables import DASH, Table, tables_of
+from examples.unified_sr.compare._tests import LANGUAGE_MODEL, against, baselines_of, values_of
 from examples.unified_sr.config import read_config
 from examples.unified_sr.metrics import query_metrics
 from examples.unified_sr.run_folder import CONFIG, DONE
@@ -43,7 +31,7 @@ class World:
     """The runs of some folders that evaluated the test split, grouped, and what belongs to them."""
 
     def __init__(self, *folders: Path, metric: str = "ndcg@10") -> None:
-        runs, self.steps, self.queries = gather(folders).frames()
+        runs, self.steps, self.queries = gather(folders)
         self.trials = runs[runs["split"] == "valid"]
         self.runs = group_runs(runs[runs["split"] == "test"], metric)
 

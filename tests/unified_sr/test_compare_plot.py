@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from run_files import FAIR, GOOD, write_run
 
-from examples.unified_sr.compare import _labels, _plot, chosen_methods, draw, group_runs, place_labels, trade
+from examples.unified_sr.compare import _labels, _plot, chosen_methods, group_runs, place_labels, trade
 from examples.unified_sr.compare._labels import Box
+from examples.unified_sr.compare._plot import draw
 from examples.unified_sr.tables import gather
 
 BOUNDS = (0.0, 0.0, 640.0, 240.0)
@@ -84,7 +85,7 @@ def crowded(folder: Path, most: float) -> pd.DataFrame:
             values = (40.0, after * (1 + 0.01 * seed))
             write_run(folder / method / f"seed-{seed}", method, seed, ranks=ranks, perplexity=values)
     write_run(folder / "popularity" / "seed-0", "popularity", ranks={"rec": FAIR, "search": FAIR}, perplexity=None)
-    runs, _, _ = gather([folder]).frames()
+    runs, _, _ = gather([folder])
     return trade(group_runs(runs, "ndcg@10"), "ndcg@10")
 
 

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from examples.unified_sr.compare import _tests, holm, paired
+from examples.unified_sr.compare import _tests
+from examples.unified_sr.compare._tests import holm, paired
 
 
 def series(values: list[float] | np.ndarray) -> pd.Series:

@@ -19,8 +19,7 @@ import yaml
 from examples.unified_sr.checking import build_settings
 from examples.unified_sr.data import TASKS, Dataset, Example, format_statistics, load_dataset
 from examples.unified_sr.data import _parquet as parquet
-from examples.unified_sr.run import data_arguments
-from examples.unified_sr.settings import flatten
+from examples.unified_sr.settings import DatasetSettings, flatten
 
 README = Path(parquet.__file__).parent / "README.md"
 ANY = {"min_user_events": 1, "min_item_events": 1}
@@ -299,7 +298,7 @@ def test_the_published_preprocessing_is_a_set_of_settings(tmp_path: Path) -> Non
     assert block is not None
     source = crowd(tmp_path)
     settings = build_settings("gems", {**flatten(yaml.safe_load(block[1])), "data.source": source})
-    dataset = load_dataset(**data_arguments(settings))
+    dataset = load_dataset(**dict(DatasetSettings.of(settings)))
     assert {int(item.id) for item in dataset.items} == set(range(61)), "the other notes occur once"
     for task in TASKS:
         own = Counter(example.user for part in (dataset.train, dataset.valid, dataset.test) for example in part[task])
@@ -314,7 +313,7 @@ def test_the_published_preprocessing_is_a_set_of_settings(tmp_path: Path) -> Non
                 for other in part[task]
                 if other.user == example.user
             )
-    clicks = load_dataset(**{**data_arguments(settings), "item_counts": "events"})
+    clicks = load_dataset(**{**dict(DatasetSettings.of(settings)), "item_counts": "events"})
     assert {int(item.id) for item in clicks.items} == set(range(60)), "note 60 was clicked once"
 
 

@@ -63,7 +63,7 @@ def test_every_run_has_its_folder(finished: Path) -> None:
 
 def test_its_runs_can_be_packed_but_what_diverged(finished: Path) -> None:
     said: list[str] = []
-    runs, steps, queries = gather([finished], say=said.append).frames()
+    runs, steps, queries = gather([finished], say=said.append)
     assert said == [f"left out, since it failed or is not finished: {finished / 'adamw' / 'lr-1e+30'}"]
     names = {name.rsplit("/", 1)[0].partition("/")[2] for name in runs["run"]}
     assert names == {

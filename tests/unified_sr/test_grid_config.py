@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import BAD, FAIR, GOOD, write_run
 
-from examples.unified_sr.grid import Trial, _jobs, _select, choose, list_jobs, matching, next_rate, read_grid
+from examples.unified_sr.grid import Trial, _jobs, _select, choose, read_grid
 from examples.unified_sr.grid._config import Selection
-from examples.unified_sr.grid._select import choose_rate
+from examples.unified_sr.grid._jobs import list_jobs, matching
+from examples.unified_sr.grid._select import choose_rate, next_rate
 
 FILE = """
 data: {films: movielens-100k, shop: null}

@@ -9,7 +9,8 @@ import pytest
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config, read_yaml
-from examples.unified_sr.grid import list_jobs, read_grid
+from examples.unified_sr.grid import read_grid
+from examples.unified_sr.grid._jobs import list_jobs
 from examples.unified_sr.methods import METHODS
 from examples.unified_sr.settings import flatten
 

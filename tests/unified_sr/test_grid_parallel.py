@@ -18,9 +18,10 @@ import yaml
 
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config, resolve
-from examples.unified_sr.grid import Trial, next_rate
+from examples.unified_sr.grid import Trial
 from examples.unified_sr.grid._forecast import Forecast
 from examples.unified_sr.grid._process import Running
+from examples.unified_sr.grid._select import next_rate
 from examples.unified_sr.interruption import UNFINISHED
 from examples.unified_sr.run import run
 from examples.unified_sr.run_folder import RunFolder

@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 
-from examples.unified_sr.baselines import Bm25, ease_weights, interactions
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Example, Item, load_dataset
 from examples.unified_sr.evaluation import rank_catalogue
 from examples.unified_sr.methods import METHODS, Fitted
+from examples.unified_sr.methods._baselines import Bm25, ease_weights, interactions
+from examples.unified_sr.settings import EvaluationSettings
 
 TITLES = ("Red chair", "red lamp", "The lamp of the sea", "M", "Glass & glass chair", "***", "Blue chair 1990")
 ITEMS = [Item(str(number), title) for number, title in enumerate(TITLES)]
@@ -140,7 +141,7 @@ def test_rankings_are_the_same_every_time_and_ties_go_to_the_earlier_item(
         examples = dataset.test[task]
         batches = [range(at, min(at + size, len(examples))) for at in range(0, len(examples), size)]
         scored = ((batch, fit.scores[task]([examples[index] for index in batch])) for batch in batches)
-        result = rank_catalogue(dataset, examples, scored, negatives=9, seed=0)
+        result = rank_catalogue(dataset, examples, scored, EvaluationSettings(negatives=9))
         found.append((result.rankings, result.per_query, result.sampled_per_query))
         if method != "ease":
             scores = dict(zip([example.qid for example in examples], fit.scores[task](examples).tolist(), strict=True))

@@ -13,13 +13,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.unified_sr.baselines import ItemSequence, SasRec, train_sasrec
-from examples.unified_sr.baselines._sasrec import windows
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Dataset, Example, load_dataset
 from examples.unified_sr.evaluation import rank_catalogue
 from examples.unified_sr.methods import METHODS, Fitted
 from examples.unified_sr.methods._sasrec import sequences
+from examples.unified_sr.sasrec import ItemSequence, SasRec, train_sasrec, windows
+from examples.unified_sr.settings import EvaluationSettings
 
 ITEMS = 40
 
@@ -137,7 +137,7 @@ def walks(folder: Path, *, held_out: int | None = None, users: int = 90, train_u
 
 
 def load(folder: str) -> Dataset:
-    return load_dataset(folder, min_user_events=1, min_item_events=0, max_history=10, repeats="keep")
+    return load_dataset(folder, min_user_events=1, min_item_events=0, max_history=10)
 
 
 def fitted(method: str, dataset: Dataset, *pairs: str) -> Fitted:
@@ -149,7 +149,7 @@ def fitted(method: str, dataset: Dataset, *pairs: str) -> Fitted:
 
 def ndcg(dataset: Dataset, found: Fitted, examples: Sequence[Example]) -> float:
     scored = [(range(len(examples)), found.scores["rec"](examples))]
-    return rank_catalogue(dataset, examples, scored, negatives=5, seed=0).metrics["ndcg@10"]
+    return rank_catalogue(dataset, examples, scored, EvaluationSettings(negatives=5)).metrics["ndcg@10"]
 
 
 SMALL = (

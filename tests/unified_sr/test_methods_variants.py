@@ -16,7 +16,7 @@ from examples.unified_sr.cli import main
 from examples.unified_sr.config import differences, resolve
 from examples.unified_sr.losses import Pass
 from examples.unified_sr.methods import METHODS, Updater
-from examples.unified_sr.methods._gems_settings import GemsSettings
+from examples.unified_sr.methods._gems import GemsSettings
 from examples.unified_sr.model import Ranker
 from examples.unified_sr.settings import flatten
 from examples.unified_sr.training import tasks_to_train

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from examples.unified_sr.config import resolve, to_yaml
-from examples.unified_sr.report import comparison_table, draw_plots, result_table
+from examples.unified_sr.report import comparison_table, result_table
+from examples.unified_sr.report._plots import draw_plots
 from examples.unified_sr.run_folder import CONFIG, METRICS, RunFolder, State
 
 VALUES = {"hit@10": 0.1, "ndcg@10": 0.05, "mrr@10": 0.04}

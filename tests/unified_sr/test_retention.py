@@ -17,7 +17,8 @@ from examples.unified_sr.cli import main
 from examples.unified_sr.general_domain import general_batches, token_windows
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.model import LanguageModel, Ranker, load_language_model
-from examples.unified_sr.retention import Accuracy, IntactLayers, Question, answer_questions, load_questions
+from examples.unified_sr.retention._leak import IntactLayers
+from examples.unified_sr.retention._multiple_choice import Accuracy, Question, answer_questions, load_questions
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rank.*:UserWarning")
 CPU = torch.device("cpu")

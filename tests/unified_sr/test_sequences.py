@@ -22,14 +22,14 @@ from examples.unified_sr.cli import main
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import TASKS, Dataset, Example, Item, Timeline, Turn, load_dataset
 from examples.unified_sr.data._events import Event
-from examples.unified_sr.data._examples import Rules
 from examples.unified_sr.data._split import make_split
-from examples.unified_sr.feeds import Pool, SequenceFeed, Window, training_pools
+from examples.unified_sr.feeds import Feed, Pool, Window, training_pools
 from examples.unified_sr.losses import passes_of
 from examples.unified_sr.methods import Setup, method_named
 from examples.unified_sr.model import Collator, Ranker, SequenceBuilder, load_language_model
 from examples.unified_sr.parts import prompt_builder
 from examples.unified_sr.precision import Precision
+from examples.unified_sr.settings import DatasetSettings
 
 IN_TMP_PATH = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 FP32 = Precision(torch.device("cpu"), None)
@@ -58,13 +58,11 @@ def turns_before(dataset: Dataset, example: Example) -> bool:
 
 
 @IN_TMP_PATH
-@given(rows=interactions(), repeats=st.sampled_from(["drop", "keep"]), searches=st.sampled_from(["half", "every"]))
-def test_timelines_hold_each_training_example_at_its_place(
-    tmp_path: Path, rows: list[Row], repeats: str, searches: str
-) -> None:
+@given(rows=interactions(), searches=st.sampled_from(["half", "every"]))
+def test_timelines_hold_each_training_example_at_its_place(tmp_path: Path, rows: list[Row], searches: str) -> None:
     source = write_folder(tmp_path, rows)
     sizes = {"min_user_events": 1, "min_item_events": 1, "max_history": 200}
-    dataset = load_dataset(source, repeats=repeats, searches=searches, **sizes)  # type: ignore[arg-type]
+    dataset = load_dataset(source, searches=searches, **sizes)
     for task in TASKS:
         trained = Counter(
             (timeline.user, turn.items)
@@ -84,12 +82,12 @@ def test_recorded_histories_stand_before_their_own_event() -> None:
         Event("u", ("c",), 3, "sea", split="test", history=("a",)),
     ]
     index = {"a": 0, "b": 1, "c": 2}
-    recorded = make_split({"u": events}, index, Rules(10), own=True)
+    recorded = make_split({"u": events}, index, DatasetSettings(max_history=10), own=True)
     assert recorded.timelines == [
         Timeline("u", (1, 2), (Turn((0,), (), ("rec",)),)),
         Timeline("u", (2,), (Turn((1,), ("bee",), ("search",)),)),
     ]
-    own = make_split({"u": events}, index, Rules(10, histories="events"), own=True)
+    own = make_split({"u": events}, index, DatasetSettings(max_history=10, histories="events"), own=True)
     assert own.timelines == [Timeline("u", (), (Turn((0,), (), ()), Turn((1,), ("bee",), ("search",))))]
 
 
@@ -117,11 +115,11 @@ def test_windows_hold_every_turn_once_behind_the_one_before(lengths: list[int], 
             assert [turn.items[0] for turn in window.turns] == list(range(first, first + len(window.turns)))
 
 
-def feed_of(folder: str) -> tuple[Ranker, SequenceBuilder, SequenceFeed]:
+def feed_of(folder: str) -> tuple[Ranker, SequenceBuilder, Feed]:
     language_model = load_language_model(folder)
     ranker = Ranker(language_model, ITEMS).eval()
     builder = SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item, max_history=20)
-    return ranker, builder, SequenceFeed({}, Collator(0), builder)
+    return ranker, builder, Feed({}, Collator(0), builder)
 
 
 @pytest.mark.parametrize("kind", ["llama", "untied"])
@@ -170,7 +168,7 @@ def test_a_shared_forward_pass_takes_the_step_of_separate_ones(method: str, llam
         for group in updater.optimizer.param_groups:
             group["eps"] = 1e-2  # Adam's division would make rounding errors steps
         builder = SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item)
-        feed = SequenceFeed({}, Collator(0), builder)
+        feed = Feed({}, Collator(0), builder)
         rows = [Window((6,), TURNS), Window((), TURNS[:3])]
         batches = [feed.batch(rows)]
         if apart:
@@ -257,7 +255,7 @@ def test_a_step_without_a_target_changes_nothing(method: str, llama_folder: str)
     chosen = resolve(pairs=["training.grad_clip=1.0", *own], flags={"method.name": method})
     updater = build(Setup(ranker, chosen, ("rec", "search"), lambda: iter(()), print))
     before = [weight.detach().clone() for weight in ranker.parameters()]
-    feed = SequenceFeed({}, Collator(0), SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item))
+    feed = Feed({}, Collator(0), SequenceBuilder(language_model.tokenizer, first_item=ranker.first_item))
     passes = passes_of(ranker, [feed.batch([Window((6,), TURNS[:1])])], FP32)
     assert updater.update(passes, measure=True) == {}
     updater.diagnostics()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from run_files import FAIR, GOOD, write_grid, write_run
@@ -13,19 +12,9 @@ from run_files import FAIR, GOOD, write_grid, write_run
 from examples.unified_sr.cli import main
 from examples.unified_sr.config import read_config
 from examples.unified_sr.run_folder import CONFIG, DONE, METRICS, RunFolder
-from examples.unified_sr.tables import (
-    COLUMNS,
-    Tables,
-    column_of,
-    describe,
-    difference,
-    evaluated_differently,
-    gather,
-    merged,
-    pack,
-    read_tables,
-    write_tables,
-)
+from examples.unified_sr.tables import describe, difference, evaluated_differently, gather, pack, read_tables
+from examples.unified_sr.tables._files import Tables, merged, write_tables
+from examples.unified_sr.tables._schema import COLUMNS, column_of
 
 FILES = tuple(f"{table}.parquet" for table in COLUMNS)
 SCHEMA = Path(__file__).resolve().parents[2] / "examples/unified_sr/results/SCHEMA.md"
@@ -78,7 +67,7 @@ def test_every_number_of_a_run_is_in_the_files(tmp_path: Path) -> None:
     )
     (folder.parent / "selection.json").write_text('{"lr": 6.0e-4,\n "at_edge": false}', encoding="utf-8")
     pack([tmp_path], tmp_path / "out")
-    runs, steps, queries = read_tables(tmp_path / "out").frames()
+    runs, steps, queries = read_tables(tmp_path / "out")
     (row,) = runs.to_dict("records")
     metrics = RunFolder(folder).read_json(METRICS)
     for part, suffix in (("zero_shot", "_before"), ("final", "")):
@@ -107,8 +96,8 @@ def test_trials_have_steps_but_no_queries(tmp_path: Path) -> None:
     tables = gather([write_grid(tmp_path)])
     trials = {name for name in tables.names if "/lr-" in name}
     assert len(trials) == 2
-    assert trials <= set(tables.steps["run"].to_pylist())
-    assert not trials & set(tables.queries["run"].to_pylist())
+    assert trials <= set(tables.steps["run"])
+    assert not trials & set(tables.queries["run"])
 
 
 def test_runs_beside_packed_ones_are_read_as_well(tmp_path: Path) -> None:
@@ -251,17 +240,13 @@ def test_what_two_settings_differ_in() -> None:
 def as_of_an_earlier_revision(tables: Tables, key: str) -> Tables:
     """The tables as packed by a revision that did not know a setting: other settings, so other names."""
 
-    def renamed(table: pa.Table) -> pa.Table:
-        names = pa.array([f"{name}-old" for name in table["run"].to_pylist()], pa.string())
-        return table.set_column(table.schema.get_field_index("run"), "run", names)
-
     texts = []
-    for text in tables.runs["settings"].to_pylist():
+    for text in tables.runs["settings"]:
         settings = json.loads(text)
         del settings[key]
         texts.append(json.dumps(settings))
-    runs = tables.runs.set_column(tables.runs.schema.get_field_index("settings"), "settings", pa.array(texts))
-    return Tables(renamed(runs), renamed(tables.steps), renamed(tables.queries))
+    old = tables._replace(runs=tables.runs.assign(settings=texts))
+    return Tables(*(frame.assign(run=frame["run"] + "-old") for frame in old))
 
 
 def test_files_of_an_earlier_revision_have_the_settings_and_names_of_today(tmp_path: Path) -> None:

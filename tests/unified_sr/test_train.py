@@ -10,16 +10,14 @@ import torch
 from examples.unified_sr.checkpoint import Checkpoint
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import Dataset, Example, Item, load_dataset
-from examples.unified_sr.feeds import Pool, PromptFeed
+from examples.unified_sr.feeds import Feed, Pool, plan_training
 from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.methods import Updater
 from examples.unified_sr.methods._mixed import MixedLossUpdater
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
 from examples.unified_sr.parts import Parts
-from examples.unified_sr.plan import plan_training
 from examples.unified_sr.precision import Precision, choose_precision
-from examples.unified_sr.run import data_arguments
-from examples.unified_sr.settings import ModelSettings
+from examples.unified_sr.settings import DatasetSettings, ModelSettings
 from examples.unified_sr.training import History, train, warmup_cosine
 
 ITEMS = [Item(str(n), title) for n, title in enumerate(("red", "blue", "green", "glass", "wood"))]
@@ -42,7 +40,7 @@ def trained(folder: str, log: Path, *pairs: str, precision: Precision = FP32) ->
     prompts = PromptBuilder(
         language_model.tokenizer, first_item=ranker.first_item, encoder_decoder=language_model.encoder_decoder
     )
-    feed = PromptFeed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
+    feed = Feed({task: Pool(task, rows) for task, rows in ROWS.items()}, Collator(0), prompts)
     plan = plan_training(settings, feed.pools)
     return ranker, train(ranker, updater, feed, precision, settings, plan, log, Checkpoint(log.with_suffix(".pt")))
 
@@ -119,7 +117,7 @@ def assembled(model: str, data: str, *pairs: str, method: str = "adamw") -> tupl
     minima = ["data.min_user_events=1", "data.min_item_events=1"]
     flags = {"method.name": method, "data.source": data, "model.name": model}
     settings = resolve(pairs=[*minima, "evaluation.perplexity_tokens=64", *pairs], flags=flags)
-    dataset = load_dataset(**data_arguments(settings))
+    dataset = load_dataset(**dict(DatasetSettings.of(settings)))
     return dataset, Parts.assemble(settings, dataset, load_language_model(model), load_general_text(None), FP32)
 
 

@@ -16,9 +16,9 @@ from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.model import load_language_model
 from examples.unified_sr.parts import Parts
 from examples.unified_sr.precision import choose_precision
-from examples.unified_sr.run import data_arguments, run
+from examples.unified_sr.run import run
 from examples.unified_sr.run_folder import DONE
-from examples.unified_sr.settings import Settings, flatten
+from examples.unified_sr.settings import DatasetSettings, Settings, flatten
 from examples.unified_sr.zero_shot import Measured, Shared, ZeroShot
 
 QUESTION = {
@@ -88,7 +88,7 @@ def test_what_is_not_trained_is_measured(settings: Settings, measured: Path, tmp
 def intact(settings: Settings) -> str:
     """What a run with these settings would measure of the intact model."""
     model, text = load_language_model(settings.model.name), load_general_text(settings.evaluation.general_text)
-    dataset = load_dataset(**data_arguments(settings))
+    dataset = load_dataset(**dict(DatasetSettings.of(settings)))
     return Parts.assemble(settings, dataset, model, text, choose_precision(settings.model)).intact
 
 

@@ -7,32 +7,9 @@ files.
 
 from __future__ import annotations
 
-from ._groups import group_runs, tasks_of
+from ._groups import group_runs
 from ._labels import leader, place_labels
-from ._plot import chosen_methods, draw, trade
-from ._render import escape, latex_table, markdown
-from ._tables import Table, tables_of
-from ._tests import LANGUAGE_MODEL, against, baselines_of, holm, paired, values_of
+from ._plot import chosen_methods, trade
 from ._write import compare
 
-__all__ = [
-    "LANGUAGE_MODEL",
-    "Table",
-    "against",
-    "baselines_of",
-    "chosen_methods",
-    "compare",
-    "draw",
-    "escape",
-    "group_runs",
-    "holm",
-    "latex_table",
-    "leader",
-    "markdown",
-    "paired",
-    "place_labels",
-    "tables_of",
-    "tasks_of",
-    "trade",
-    "values_of",
-]
+__all__ = ["chosen_methods", "compare", "group_runs", "leader", "place_labels", "trade"]

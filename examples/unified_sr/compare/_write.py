@@ -11,8 +11,7 @@ from typing import Any
 import pandas as pd
 
 from ..tables import gather
-from ._data import with_data_apart
-from ._groups import group_runs, tasks_of
+from ._groups import group_runs, tasks_of, with_data_apart
 from ._plot import chosen_methods, draw, trade
 from ._render import latex_table, markdown
 from ._tables import tables_of, title_of
@@ -49,7 +48,7 @@ def compare(
         FileNotFoundError: if a folder is not there.
         ValueError: if there is no finished run on the test split, or runs cannot be compared.
     """
-    runs, steps, queries = gather(paths, say=say).frames()
+    runs, steps, queries = gather(paths, say=say)
     runs = with_data_apart(runs, queries)
     tested, trials = runs[runs["split"] == "test"], runs[runs["split"] != "test"]
     if tested.empty:

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ._category_queries import category_paths, category_query
-from ._events import Event, Reading, Source, in_order
+from ._events import Event, Source, in_order, only
 from ._lines import Record, read_records
 from ._product_search import Benchmark, read_benchmark
-from ._synthetic import with_searches
+from ._queries import category_paths, category_query, with_searches
 from ._types import Item
 
 _RECORDS = re.compile(r".+\.jsonl?(\.gz)?")
@@ -33,7 +32,7 @@ def is_amazon(folder: Path) -> bool:
     return any(_METADATA.fullmatch(path.name) for path in folder.iterdir())
 
 
-def read_amazon(folder: Path, reading: Reading) -> Source:
+def read_amazon(folder: Path, searches: str) -> Source:
     """Read the reviews, and the metadata of the products that they are of.
 
     Raises:
@@ -50,15 +49,15 @@ def read_amazon(folder: Path, reading: Reading) -> Source:
         raise ValueError(f"{catalogue} describes none of the products in {path}; take two files of the same category")
     known = {item.id for item in items}
     left_out["reviews_without_metadata"] = sum(review.item not in known for review in reviews)
-    make = _searching(queries, reading) if benchmark is None else _judged(benchmark, reviews)
+    make = _searching(queries, searches) if benchmark is None else _judged(benchmark, reviews)
     events = (event for review in reviews if review.item in known for event in make(review))
     return Source(folder.resolve().name, in_order(events), items, left_out)
 
 
-def _searching(queries: Mapping[str, Sequence[str]], reading: Reading) -> Callable[[_Review], Iterator[Event]]:
+def _searching(queries: Mapping[str, Sequence[str]], searches: str) -> Callable[[_Review], Iterator[Event]]:
     def make(review: _Review) -> Iterator[Event]:
         event = Event(review.user, (review.item,), review.timestamp)
-        return with_searches(event, queries[review.item], reading)
+        return with_searches(event, queries[review.item], searches)
 
     return make
 
@@ -75,7 +74,7 @@ def _judged(benchmark: Benchmark, reviews: Sequence[_Review]) -> Callable[[_Revi
     def make(review: _Review) -> Iterator[Event]:
         event = Event(review.user, (review.item,), review.timestamp, split=part(review))
         queries = benchmark.queries[event.split].get(review.user, {}).get(review.item, [])
-        return with_searches(event, queries, Reading(searches="every"))
+        return with_searches(event, queries, "every")
 
     return make
 
@@ -84,12 +83,11 @@ def _files(folder: Path) -> tuple[Path, Path]:
     found = sorted(path for path in folder.iterdir() if _RECORDS.fullmatch(path.name))
     metadata = [path for path in found if _METADATA.fullmatch(path.name)]
     reviews = [path for path in found if path not in metadata]
-    for kind, paths in (("metadata file meta_NAME.json(l)[.gz]", metadata), ("review file NAME.json(l)[.gz]", reviews)):
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no {kind}; Amazon reviews need one of each")
-        if len(paths) > 1:
-            raise ValueError(f"{folder} holds {', '.join(path.name for path in paths)} where one {kind} is needed")
-    return reviews[0], metadata[0]
+    needs = "Amazon reviews need one of each"
+    return (
+        only(folder, reviews, "review file NAME.json(l)[.gz]", needs),
+        only(folder, metadata, "metadata file meta_NAME.json(l)[.gz]", needs),
+    )
 
 
 def _item_field(record: Record) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ._types import Item
 
@@ -60,22 +61,18 @@ class Source:
     left_out: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How a source is read where it leaves a choice.
-
-    Args:
-        seed: decides which interactions are searches where the source does not say.
-        searches: ``"half"`` or ``"every"``, see ``load_dataset``.
-    """
-
-    seed: int = 0
-    searches: str = "half"
-
-
 def in_order(events: Iterable[Event]) -> tuple[Event, ...]:
     """Return events in order of time; equal times keep their order."""
     return tuple(sorted(events, key=lambda event: event.timestamp))
+
+
+def only(folder: Path, found: Sequence[Path], kind: str, needs: str) -> Path:
+    """Return the one file of a kind that a folder must hold; ``needs`` says which files its format has."""
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no {kind}; {needs}")
+    if len(found) > 1:
+        raise ValueError(f"{folder} holds {', '.join(path.name for path in found)} where one {kind} is needed")
+    return found[0]
 
 
 def check_known(events: Sequence[Event], items: Sequence[Item], holds: str, lacks: str, remedy: str) -> None:

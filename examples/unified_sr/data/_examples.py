@@ -4,28 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from ..settings import DatasetSettings
 from ._events import SPLITS, Event
 from ._types import Example, Turn
-
-HISTORIES = ("recorded", "recorded-newest-first", "events")
-TRAIN_TARGETS = ("share", "each")
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How examples are made.
-
-    Args:
-        max_history: the number of most recent items kept in a history.
-        histories: one of ``HISTORIES``, see ``load_dataset``.
-        train_targets: one of ``TRAIN_TARGETS``, see ``load_dataset``.
-    """
-
-    max_history: int
-    histories: str = "recorded"
-    train_targets: str = "share"
 
 
 def steps(events: Sequence[Event]) -> list[int]:
@@ -65,7 +47,7 @@ class ExampleMaker:
         ranked: whether events of a later part are hidden from the earlier ones.
     """
 
-    def __init__(self, user: str, index: Mapping[str, int], rules: Rules, *, ranked: bool) -> None:
+    def __init__(self, user: str, index: Mapping[str, int], rules: DatasetSettings, *, ranked: bool) -> None:
         self._user = user
         self._index = index
         self._rules = rules

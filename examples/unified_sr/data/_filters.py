@@ -4,30 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from ..settings import DatasetSettings
 from ._events import Event
 from ._types import TASKS
-
-ITEM_COUNTS = ("events", "impressions")
-
-
-@dataclass(frozen=True)
-class Minima:
-    """What users and items must reach to stay.
-
-    Args:
-        user_events: events of a user, both tasks together.
-        task_events: events of a user in each of the tasks; several questions about one interaction are one.
-        item_events: mentions of an item.
-        item_counts: which mentions count: ``"events"`` those as an answer, ``"impressions"`` also those in a recorded
-            history and those that were displayed without being chosen.
-    """
-
-    user_events: int
-    task_events: int
-    item_events: int
-    item_counts: str
 
 
 def drop_repeats(events: Sequence[Event]) -> list[Event]:
@@ -48,27 +29,27 @@ def drop_repeats(events: Sequence[Event]) -> list[Event]:
     return kept
 
 
-def k_core(events: Sequence[Event], minima: Minima) -> list[Event]:
+def k_core(events: Sequence[Event], settings: DatasetSettings) -> list[Event]:
     """Remove users and items with too little until nothing is left to remove.
 
     Removed items leave the events, and an event goes with the last item of its answer. The result is the largest
     subset in which every user and every item has its minimum; removing a user can push an item below its minimum and
     the other way round, so one pass over each is not enough.
     """
-    kept = list(events)
+    kept, least = list(events), settings.min_task_events
     while True:
         interactions = [event for event in kept if not event.derived]
         users = Counter(event.user for event in interactions)
-        tasks = _interactions_by_task(kept) if minima.task_events else Counter()
-        items = Counter(item for event in interactions for item in _mentions(event, minima.item_counts))
+        tasks = _interactions_by_task(kept) if least else Counter()
+        items = Counter(item for event in interactions for item in _mentions(event, settings.item_counts))
 
         def stays(item: str, items: Counter[str] = items) -> bool:
-            return items[item] >= minima.item_events
+            return items[item] >= settings.min_item_events
 
         enough: list[Event] = []
         for event in kept:
-            if users[event.user] >= minima.user_events and (
-                not minima.task_events or all(tasks[event.user, task] >= minima.task_events for task in TASKS)
+            if users[event.user] >= settings.min_user_events and (
+                not least or all(tasks[event.user, task] >= least for task in TASKS)
             ):
                 left = _keep(event, stays)
                 enough.extend([left] if left.items else [])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ._events import SPLITS, Event, Reading, Source, check_known, in_order
+from ._events import SPLITS, Event, Source, check_known, in_order, only
 from ._lines import Record, read_records
 from ._types import Item
 
@@ -17,14 +17,14 @@ def is_jsonl(folder: Path) -> bool:
     return any((folder / name).is_file() for names in FILES.values() for name in names)
 
 
-def read_jsonl(folder: Path, reading: Reading) -> Source:
+def read_jsonl(folder: Path, searches: str) -> Source:
     """Read a folder.
 
     Raises:
         FileNotFoundError: if one of the two files is not there.
         ValueError: if a line cannot be used, an item is unknown, or only some events have a split.
     """
-    del reading  # the format records its own searches and leaves nothing to choose
+    del searches  # the format records its own searches and leaves nothing to choose
     catalogue, path = _file(folder, "items"), _file(folder, "events")
     items = _read_items(catalogue)
     events = [_event(record) for record in read_records(path)]
@@ -36,11 +36,7 @@ def read_jsonl(folder: Path, reading: Reading) -> Source:
 
 def _file(folder: Path, kind: str) -> Path:
     found = [folder / name for name in FILES[kind] if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no {FILES[kind][0]}; this format needs items.jsonl and events.jsonl")
-    if len(found) > 1:
-        raise ValueError(f"{folder} holds {' and '.join(path.name for path in found)} where one is needed")
-    return found[0]
+    return only(folder, found, FILES[kind][0], "this format needs items.jsonl and events.jsonl")
 
 
 def _read_items(path: Path) -> tuple[Item, ...]:

@@ -18,7 +18,7 @@ class Rows:
     Args:
         path: the file.
         first: the number, from 1, of the first of them.
-        columns: name -> one value a row; a struct column of lists is one list of tuples a row.
+        columns: name -> one value a row; of a list of structs a list of mappings, or None.
     """
 
     path: Path
@@ -46,8 +46,7 @@ def read_parquet(
     Args:
         paths: the files.
         columns: the plain columns to read.
-        structs: the columns that are lists of structs -> the fields to read of each; each row's value is a list of
-            tuples of these fields.
+        structs: the columns that are lists of structs -> the fields to read of each; a page of results has many more.
         within: the name of a column of whole numbers and those that are wanted: other rows are left out, and then the
             row numbers are those of the rest.
 
@@ -61,7 +60,6 @@ def read_parquet(
         import pyarrow.parquet as pq
     except ImportError as error:
         raise ImportError("reading Parquet files needs pyarrow: pip install 'gradsub[examples]'") from error
-    structs = structs or {}
     wanted = pa.array(sorted(within[1]), pa.int64()) if within else None
     for path in paths:
         try:
@@ -69,36 +67,23 @@ def read_parquet(
         except (pa.ArrowInvalid, OSError) as error:
             raise ValueError(f"{path} is no complete Parquet file ({error}); fetch it again") from error
         with file:
-            _check(path, file.schema_arrow, columns, structs)
+            leaves = [*columns, *_leaves(path, file.schema, columns, structs or {})]
             first = 1
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=[*columns, *structs]):
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=leaves):
                 if within:
                     batch = batch.filter(pc.is_in(batch.column(within[0]).cast(pa.int64()), value_set=wanted))
-                found = {name: batch.column(name).to_pylist() for name in columns}
-                found |= {name: _structs(pc, batch.column(name), fields) for name, fields in structs.items()}
-                yield Rows(path, first, found)
+                yield Rows(path, first, batch.to_pydict())
                 first += batch.num_rows
 
 
-def _check(path: Path, schema: Any, columns: Sequence[str], structs: Mapping[str, Sequence[str]]) -> None:
-    import pyarrow as pa
-
-    missing = [name for name in columns if name not in schema.names]
-    for name, fields in structs.items():
-        kind = schema.field(name).type if name in schema.names else pa.null()
-        element = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else pa.null()
-        inner = {field.name for field in element} if pa.types.is_struct(element) else set()
-        missing += [f"{name}[].{field}" for field in fields if field not in inner]
+def _leaves(path: Path, schema: Any, columns: Sequence[str], structs: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return where a file holds the fields of lists of structs, once everything is known to be there."""
+    leaves = [schema.column(place).path for place in range(len(schema))]
+    names = list(dict.fromkeys(leaf.partition(".")[0] for leaf in leaves))
+    # Between the names of a list and of a field stand two that depend on who wrote the file.
+    fields = {f"{name}[].{rest[2]}": leaf for leaf in leaves for name, *rest in [leaf.split(".")] if len(rest) == 3}
+    wanted = [f"{name}[].{field}" for name, own in structs.items() for field in own]
+    missing = [name for name in columns if name not in names] + [name for name in wanted if name not in fields]
     if missing:
-        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(schema.names)}")
-
-
-def _structs(pc: Any, column: Any, fields: Sequence[str]) -> list[list[tuple[Any, ...]]]:
-    # Only the fields that are needed become Python objects: a page of results has many more.
-    flat = column.flatten()
-    values = list(zip(*(pc.struct_field(flat, field).to_pylist() for field in fields), strict=True))
-    rows, start = [], 0
-    for length in pc.list_value_length(column).to_pylist():
-        rows.append(values[start : start + (length or 0)])
-        start += length or 0
-    return rows
+        raise ValueError(f"{path} lacks the column(s) {', '.join(missing)}; it has {', '.join(names)}")
+    return [fields[name] for name in wanted]

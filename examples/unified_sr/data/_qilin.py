@@ -8,42 +8,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._events import Event, Reading, Source, in_order
+from ._events import Event, Source, in_order
 from ._parquet import Rows, parquet_files, read_parquet
 from ._types import Item
 
 NOTES = "notes"
-
-
-@dataclass(frozen=True)
-class _Requests:
-    """A folder of requests: its name, the part it is, and how its columns are called."""
-
-    folder: str
-    split: str
-    details: str
-    timestamp: str
-    query: bool
-
-
-REQUESTS = (
-    _Requests("recommendation_train", "train", "rec_result_details_with_idx", "request_timestamp", False),
-    _Requests("recommendation_test", "test", "rec_result_details_with_idx", "request_timestamp", False),
-    _Requests("search_train", "train", "search_result_details_with_idx", "search_timestamp", True),
-    _Requests("search_test", "test", "search_result_details_with_idx", "search_timestamp", True),
-)
+REQUESTS = ("recommendation_train", "recommendation_test", "search_train", "search_test")
+"""Its folders of requests: the task and the part."""
 
 
 def is_qilin(folder: Path) -> bool:
     """Tell whether a folder holds one of the data set's folders with Parquet files in it."""
-    return any(parquet_files(folder / name) for name in (NOTES, *(each.folder for each in REQUESTS)))
+    return any(parquet_files(folder / name) for name in (NOTES, *REQUESTS))
 
 
-def read_qilin(folder: Path, reading: Reading) -> Source:
+def read_qilin(folder: Path, searches: str) -> Source:
     """Read the requests with at least one click, and those notes that they mention.
 
     Raises:
@@ -51,11 +33,11 @@ def read_qilin(folder: Path, reading: Reading) -> Source:
         ImportError: if pyarrow is not installed.
         ValueError: if a file lacks a column, a value cannot be used, or a note is unknown.
     """
-    del reading  # searches are recorded
+    del searches  # searches are recorded
     notes = parquet_files(folder / NOTES)
-    found = [requests for requests in REQUESTS if parquet_files(folder / requests.folder)]
+    found = [requests for requests in REQUESTS if parquet_files(folder / requests)]
     if not notes or not found:
-        lacking = f"{NOTES}/*.parquet" if not notes else ", ".join(f"{each.folder}/*.parquet" for each in REQUESTS)
+        lacking = f"{NOTES}/*.parquet" if not notes else ", ".join(f"{each}/*.parquet" for each in REQUESTS)
         raise FileNotFoundError(f"{folder} holds no {lacking}; Qilin needs its notes and at least one of its requests")
     left_out = Counter({"requests_without_a_click": 0, "searches_without_a_query": 0})
     events = [event for requests in found for event in _read_requests(folder, requests, left_out)]
@@ -65,33 +47,38 @@ def read_qilin(folder: Path, reading: Reading) -> Source:
     return Source(folder.resolve().name, in_order(events), items, left_out)
 
 
-def _read_requests(folder: Path, requests: _Requests, left_out: Counter[str]) -> Iterator[Event]:
-    columns = ["user_idx", "recent_clicked_note_idxs", *(["query"] if requests.query else [])]
-    structs = {requests.details: ("note_idx", "click", requests.timestamp)}
+def _read_requests(folder: Path, requests: str, left_out: Counter[str]) -> Iterator[Event]:
+    task, _, split = requests.partition("_")
+    searched = task == "search"
+    page = f"{'search' if searched else 'rec'}_result_details_with_idx"
+    time = "search_timestamp" if searched else "request_timestamp"
+    columns = ["user_idx", "recent_clicked_note_idxs", *(["query"] if searched else [])]
     names: dict[int, str] = {}  # one text object a note, however often it occurs
-    for rows in read_parquet(parquet_files(folder / requests.folder), columns, structs):
+    for rows in read_parquet(parquet_files(folder / requests), columns, {page: ("note_idx", "click", time)}):
         for row, (user, recent, details) in enumerate(
-            zip(*(rows.columns[name] for name in (*columns[:2], requests.details)), strict=True)
+            zip(*(rows.columns[name] for name in (*columns[:2], page)), strict=True)
         ):
-            query = " ".join((rows.columns["query"][row] or "").split()) if requests.query else ""
+            query = " ".join((rows.columns["query"][row] or "").split()) if searched else ""
+            entries = [each or {} for each in details or ()]
             shown = [
-                (_whole(note, rows, row, "note_idx"), _whole(click, rows, row, "click")) for note, click, _ in details
+                (_whole(each.get("note_idx"), rows, row, "note_idx"), _whole(each.get("click"), rows, row, "click"))
+                for each in entries
             ]
             clicked = tuple(dict.fromkeys(note for note, click in shown if click > 0))
             if not clicked:
                 left_out["requests_without_a_click"] += 1
-            elif requests.query and not query:
+            elif searched and not query:
                 left_out["searches_without_a_query"] += 1
             else:
                 history = [_whole(note, rows, row, "recent_clicked_note_idxs") for note in recent or ()]
                 rest = dict.fromkeys(note for note, _ in shown if note not in clicked)
-                times = [_whole(time, rows, row, requests.timestamp) for _, _, time in details]
+                times = [_whole(each[time], rows, row, time) for each in entries]
                 yield Event(
                     user=str(_whole(user, rows, row, "user_idx")),
                     items=_names(clicked, names),
                     timestamp=float(min(times)),
                     query=query,
-                    split=requests.split,
+                    split=split,
                     history=_names(history, names),
                     shown=_names(rest, names),
                 )

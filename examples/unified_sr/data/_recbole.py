@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ._atomic import AtomicFile, read_atomic
-from ._events import Event, Reading, Source, check_known, in_order
-from ._movies import movie_query, natural_title
-from ._synthetic import with_searches
+from ._events import Event, Source, check_known, in_order, only
+from ._queries import movie_query, natural_title, with_searches
 from ._types import Item
 
 MOVIELENS = "movielens-100k"
@@ -25,17 +24,19 @@ def is_recbole(folder: Path) -> bool:
     return any(path.suffix in (".inter", ".item") for path in folder.iterdir())
 
 
-def read_recbole(folder: Path, reading: Reading) -> Source:
+def read_recbole(folder: Path, searches: str) -> Source:
     """Read a folder.
 
     Raises:
         FileNotFoundError: if one of the two files is not there.
         ValueError: if a file's content cannot be used, or there is a second file of a kind.
     """
-    interactions = read_atomic(_only_file(folder, "inter"))
-    catalogue = read_atomic(_only_file(folder, "item"))
+    needs = "a data folder needs one *.inter and one *.item"
+    interactions, catalogue = (
+        read_atomic(only(folder, sorted(folder.glob(name)), f"{name} file", needs)) for name in ("*.inter", "*.item")
+    )
     items = _read_items(catalogue)
-    events = _read_events(interactions, catalogue, reading)
+    events = _read_events(interactions, catalogue, searches)
     check_known(
         events,
         items,
@@ -46,13 +47,13 @@ def read_recbole(folder: Path, reading: Reading) -> Source:
     return Source(folder.resolve().name, in_order(events), items)
 
 
-def read_movielens(reading: Reading) -> Source:
+def read_movielens(searches: str) -> Source:
     """Read MovieLens-100K out of the installed package recbole.
 
     Raises:
         FileNotFoundError: if the package or its copy of the data is not there.
     """
-    return replace(read_recbole(movielens_folder(), reading), name=MOVIELENS)
+    return replace(read_recbole(movielens_folder(), searches), name=MOVIELENS)
 
 
 def movielens_folder() -> Path:
@@ -71,16 +72,6 @@ def movielens_folder() -> Path:
         f"{MOVIELENS!r} is read out of the package recbole, which {'lacks it' if spec else 'is not installed'}: "
         "pip install --no-deps recbole==1.2.1"
     )
-
-
-def _only_file(folder: Path, suffix: str) -> Path:
-    found = sorted(folder.glob(f"*.{suffix}"))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no *.{suffix} file; a data folder needs one *.inter and one *.item")
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise ValueError(f"{folder} holds {len(found)} *.{suffix} files ({names}) where exactly one is needed")
-    return found[0]
 
 
 def _read_items(catalogue: AtomicFile) -> tuple[Item, ...]:
@@ -117,7 +108,7 @@ def _title_column(catalogue: AtomicFile) -> str:
     return column
 
 
-def _read_events(interactions: AtomicFile, catalogue: AtomicFile, reading: Reading) -> list[Event]:
+def _read_events(interactions: AtomicFile, catalogue: AtomicFile, searches: str) -> list[Event]:
     interactions.require(user_id="token", item_id="token", timestamp="float")
     fields = [interactions.column(name) for name in ("user_id", "item_id", "timestamp")]
     recorded, by_item = _recorded_queries(interactions), _synthetic_queries(catalogue)
@@ -136,7 +127,7 @@ def _read_events(interactions: AtomicFile, catalogue: AtomicFile, reading: Readi
             events.append(Event(user, (item_id,), timestamp, recorded[row]))
             continue
         query = by_item.get(item_id)
-        events.extend(with_searches(Event(user, (item_id,), timestamp), [query] if query else [], reading))
+        events.extend(with_searches(Event(user, (item_id,), timestamp), [query] if query else [], searches))
     return events
 
 

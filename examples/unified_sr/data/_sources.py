@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ._amazon import is_amazon, read_amazon
-from ._events import Reading, Source
+from ._events import Source
 from ._jsonl import is_jsonl, read_jsonl
 from ._qilin import is_qilin, read_qilin
 from ._recbole import MOVIELENS, is_recbole, read_movielens, read_recbole
@@ -23,7 +23,7 @@ class Format:
     name: str
     files: str
     recognise: Callable[[Path], bool]
-    read: Callable[[Path, Reading], Source]
+    read: Callable[[Path, str], Source]
 
 
 FORMATS = (
@@ -34,7 +34,7 @@ FORMATS = (
 )
 
 
-def read_source(source: str, reading: Reading) -> Source:
+def read_source(source: str, searches: str) -> Source:
     """Read ``"movielens-100k"`` or a folder.
 
     Raises:
@@ -42,7 +42,7 @@ def read_source(source: str, reading: Reading) -> Source:
         ValueError: if a folder's format cannot be told, or a file's content cannot be used.
     """
     if source == MOVIELENS:
-        return read_movielens(reading)
+        return read_movielens(searches)
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -60,7 +60,7 @@ def read_source(source: str, reading: Reading) -> Source:
             f"the data folder {source!r} holds files of several formats ({', '.join(each.name for each in found)}): "
             f"{_names(folder)}. Keep each format in a folder of its own"
         )
-    return found[0].read(folder, reading)
+    return found[0].read(folder, searches)
 
 
 def _understood() -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ..settings import DatasetSettings
 from ._events import SPLITS, Event
-from ._examples import ExampleMaker, Rules, meetings, steps
+from ._examples import ExampleMaker, meetings, steps
 from ._types import TASKS, Example, Timeline, Turn
 
 MIN_HELD_OUT = 3
@@ -36,7 +37,9 @@ class Split:
     without_history: int = 0
 
 
-def make_split(by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int], rules: Rules, own: bool) -> Split:
+def make_split(
+    by_user: Mapping[str, Sequence[Event]], index: Mapping[str, int], rules: DatasetSettings, own: bool
+) -> Split:
     """Turn each user's events, in order of time, into examples.
 
     Leave-one-out, per user and task:

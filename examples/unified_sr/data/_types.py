@@ -102,7 +102,8 @@ class Dataset:
         positions: how many of ``met[example.user]`` precede the example with a qid.
         timelines: the events of ``train`` again, as they follow one another; several of a user where the source
             recorded a history with each event.
-        counts: what loading counted, see ``statistics``.
+        requests: task -> its events.
+        removed: what loading left out, see ``statistics``.
     """
 
     name: str
@@ -114,12 +115,13 @@ class Dataset:
     met: Mapping[str, tuple[int, ...]] = field(repr=False)
     positions: Mapping[str, int] = field(repr=False)
     timelines: tuple[Timeline, ...] = field(repr=False)
-    counts: Mapping[str, Any] = field(repr=False)
+    requests: Mapping[str, int] = field(repr=False)
+    removed: Mapping[str, int] = field(repr=False)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have events, in the order of ``TASKS``."""
-        return tuple(task for task in TASKS if self.counts[f"{task}_events"])
+        return tuple(task for task in TASKS if self.requests[task])
 
     @property
     def trainable(self) -> tuple[str, ...]:
@@ -153,7 +155,7 @@ class Dataset:
             examples = [example for part in parts.values() for example in part]
             lengths = [len(example.history) for example in examples] or [0]
             per_task[task] = {
-                "events": self.counts[f"{task}_events"],
+                "events": self.requests[task],
                 **{name: len(part) for name, part in parts.items()},
                 "targets_mean": statistics.fmean([len(example.target) for example in examples] or [0]),
                 "history_mean": statistics.fmean(lengths),
@@ -167,13 +169,25 @@ class Dataset:
             "events": total,
             "density": total / (len(self.events) * len(self.items)),
             "per_task": per_task,
-            "removed": {
-                **self.counts["left_out"],
-                "repeated_events": self.counts["repeated_events"],
-                "events_by_k_core": self.counts["k_core_events"],
-                "users_by_k_core": self.counts["k_core_users"],
-                "items_by_k_core": self.counts["k_core_items"],
-                "events_after_a_held_out_one": self.counts["after_held_out"],
-                "recommendations_without_history": self.counts["without_history"],
-            },
+            "removed": dict(self.removed),
         }
+
+
+def format_statistics(dataset: Dataset) -> str:
+    """Return ``dataset.statistics()`` as a plain-text table with one line a value and one column a task."""
+    statistics = dataset.statistics()
+    per_task: Mapping[str, Mapping[str, int | float]] = statistics["per_task"]
+    tasks = list(per_task)
+    lines = [
+        f"{dataset.name}: {statistics['users']} users, {statistics['items']} items, "
+        f"{statistics['events']} events, density {statistics['density']:.3%}"
+    ]
+    lines.append(f"{'':<22}" + "".join(f"{task:>12}" for task in tasks))
+    for key in next(iter(per_task.values())):
+        cells = [per_task[task][key] for task in tasks]
+        texts = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        lines.append(f"{key.replace('_', ' '):<22}" + "".join(f"{text:>12}" for text in texts))
+    lines.extend(f"{task}: no events, so the task is absent" for task in tasks if not per_task[task]["events"])
+    removed: Mapping[str, int] = statistics["removed"]
+    lines.append("removed: " + ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in removed.items()))
+    return "\n".join(lines)

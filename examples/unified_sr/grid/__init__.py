@@ -8,25 +8,8 @@ what a grid needs on another machine.
 from __future__ import annotations
 
 from ._bundle import BUNDLE, write_bundle
-from ._config import Entry, Grid, Selection, read_grid
-from ._jobs import Job, list_jobs, matching
+from ._config import read_grid
 from ._runner import GRACE, run_grid
-from ._select import Choice, Trial, choose, next_rate
+from ._select import Trial, choose
 
-__all__ = [
-    "BUNDLE",
-    "GRACE",
-    "Choice",
-    "Entry",
-    "Grid",
-    "Job",
-    "Selection",
-    "Trial",
-    "choose",
-    "list_jobs",
-    "matching",
-    "next_rate",
-    "read_grid",
-    "run_grid",
-    "write_bundle",
-]
+__all__ = ["BUNDLE", "GRACE", "Trial", "choose", "read_grid", "run_grid", "write_bundle"]

@@ -6,28 +6,62 @@ import json
 import math
 import statistics
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from ..checking import changed
 from ..data import Dataset, load_dataset
-from ..estimates import Cost
-from ..feeds import Pool, training_pools
+from ..feeds import plan_training, training_pools
 from ..methods import method_named
-from ..plan import plan_training
-from ..run import data_arguments
-from ..settings import Settings
-from ..training import tasks_to_train
+from ..run_folder import AFTER, BEFORE
+from ..settings import DatasetSettings, Settings
 from ._jobs import Job
 from ._process import execute
+
+T = TypeVar("T")
 
 PROBE = {
     "training": {"steps": 3, "epochs": None, "early_stop": None},
     "evaluation": {"users": 16, "perplexity_tokens": 16, "multiple_choice": None},
 }
 """The settings of a probe: little of everything. What perplexity and questions take is left out of its estimate."""
+
+
+class Cost(NamedTuple):
+    """Seconds of a run: of all but training and evaluations; of a step; of an evaluated example with its perplexity."""
+
+    fixed: float
+    per_step: float
+    per_query: float
+
+    @classmethod
+    def of(cls, summary: Mapping[str, Any]) -> Cost:
+        """Read what a finished run took out of its ``run.json``."""
+        seconds: Mapping[str, float] = summary["seconds"]
+        evaluations = [seconds[name] for name in (BEFORE, AFTER) if name in seconds]
+        queries = len(evaluations) * sum(summary["evaluated"].values())
+        return cls(
+            fixed=sum(taken for name, taken in seconds.items() if name not in (BEFORE, AFTER, "training")),
+            per_step=summary["throughput"].get("seconds_per_step", 0.0),
+            per_query=sum(evaluations) / max(1, queries),
+        )
+
+    @classmethod
+    def typical(cls, costs: Iterable[Cost]) -> Cost:
+        """Return the median of each part."""
+        return cls(*map(statistics.median, zip(*costs, strict=True)))
+
+    def seconds(self, *, steps: int, queries: int, evaluations: int = 2) -> float:
+        """Return what a run takes.
+
+        Args:
+            steps: of its training.
+            queries: examples of one evaluation, of all tasks.
+            evaluations: how many there are; a method that trains nothing has one.
+        """
+        return self.fixed + steps * self.per_step + evaluations * queries * self.per_query
 
 
 @dataclass
@@ -38,7 +72,7 @@ class Forecast:
     _fits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _starts: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     _probed: list[Cost] = field(default_factory=list)
-    _datasets: dict[Any, Dataset] = field(default_factory=dict)
+    _datasets: dict[DatasetSettings, Dataset] = field(default_factory=dict)
 
     def learn(self, job: Job, folder: Path) -> None:
         """Take in what a finished run took; one without a language model tells nothing about the others."""
@@ -70,12 +104,7 @@ class Forecast:
         """
         if not job.trained or not job.settings().training.checkpoint_every:
             return self.seconds(job)
-        near = [seconds for (data, _), found in self._starts.items() if data == job.data for seconds in found]
-        known = (
-            self._starts.get((job.data, job.entry.name))
-            or near
-            or [s for found in self._starts.values() for s in found]
-        )
+        known = _nearest(self._starts, job)
         if known:
             return statistics.median(known)
         cost = self._typical(job)
@@ -108,9 +137,7 @@ class Forecast:
         costs = {
             kind: [cost for cost in found if cost.per_step > 0 or not job.trained] for kind, found in self.costs.items()
         }
-        own = costs.get((job.data, job.entry.name), [])
-        near = [cost for (data, _), found in costs.items() if data == job.data for cost in found]
-        known = own or near or [cost for found in costs.values() for cost in found] or self._probed
+        known = _nearest(costs, job) or self._probed
         return Cost.typical(known) if known else None
 
     def total(self, jobs: Iterable[Job]) -> float:
@@ -119,23 +146,21 @@ class Forecast:
 
     def dataset(self, settings: Settings) -> Dataset:
         """Load a data set, once."""
-        arguments = data_arguments(settings)
-        key = tuple(arguments.items())
-        if key not in self._datasets:
-            self._datasets[key] = load_dataset(**arguments)
-        return self._datasets[key]
+        wanted = DatasetSettings.of(settings)
+        if wanted not in self._datasets:
+            self._datasets[wanted] = load_dataset(**dict(wanted))
+        return self._datasets[wanted]
+
+
+def _nearest(found: Mapping[tuple[str, str], list[T]], job: Job) -> list[T]:
+    """What is known of the method on the data, otherwise of the data, otherwise at all."""
+    own = found.get((job.data, job.entry.name), [])
+    near = [each for (data, _), members in found.items() if data == job.data for each in members]
+    return own or near or [each for members in found.values() for each in members]
 
 
 def _without_language_model(job: Job) -> bool:
     return method_named(job.entry.method).fit is not None
-
-
-def _tasks(dataset: Dataset, settings: Settings) -> tuple[str, ...]:
-    return tasks_to_train(settings.training.tasks, dataset.trainable)
-
-
-def _pools(dataset: Dataset, settings: Settings) -> dict[str, Pool]:
-    return training_pools(dataset, settings, _tasks(dataset, settings))
 
 
 def _cost(folder: Path) -> Cost:

@@ -105,9 +105,9 @@ class Running:
         return _last_line(self._log)
 
 
-def execute(settings: Settings, folder: Path, log: Path, *, threads: int | None = None) -> str | None:
+def execute(settings: Settings, folder: Path, log: Path) -> str | None:
     """Carry out a run, wait for it, and return why it failed, or ``None``; the arguments are those of ``Running``."""
-    running = Running(settings, folder, log, threads=threads)
+    running = Running(settings, folder, log)
     try:
         while not running.over:
             multiprocessing.connection.wait([running.sentinel], TICK)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..busy import cores
-from ..estimates import format_duration
 from ..run_folder import State, whole
 from ..sealed import holds, unseal
 from ..settings import Settings
+from ..time_left import format_duration
 from ..zero_shot import Shared
 from ._config import Grid
 from ._forecast import Forecast

@@ -1,11 +1,11 @@
-"""The training methods by name. A further one is a module with a settings class and a function, and a line here."""
+"""The training methods by name. A further one is a module with a settings class and a function, and its name here."""
 
 from __future__ import annotations
 
 import difflib
 from typing import Any
 
-from ._adamw import ADAMW, ADAMW_REC, ADAMW_SEARCH
+from . import _adamw, _baselines, _galore, _gems, _lora, _sasrec, _surgery
 from ._base import (
     Diagnostics,
     Fitted,
@@ -17,36 +17,11 @@ from ._base import (
     parameter_groups,
     train_only,
 )
-from ._baselines import BM25, EASE, POPULARITY
-from ._galore import GALORE
-from ._gems import GEMS, GEMS_HYPERGRADIENT, GEMS_NO_NULL, GEMS_NO_TASK, GEMS_PAPER, GEMS_UNIFORM
-from ._lora import LORA
-from ._sasrec import SASREC
-from ._surgery import CAGRAD, PCGRAD
-from ._zero_shot import ZERO_SHOT
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (
-        GEMS,
-        GEMS_PAPER,
-        GEMS_NO_TASK,
-        GEMS_NO_NULL,
-        GEMS_UNIFORM,
-        GEMS_HYPERGRADIENT,
-        ADAMW,
-        ADAMW_REC,
-        ADAMW_SEARCH,
-        LORA,
-        GALORE,
-        PCGRAD,
-        CAGRAD,
-        ZERO_SHOT,
-        POPULARITY,
-        EASE,
-        BM25,
-        SASREC,
-    )
+    for module in (_gems, _adamw, _lora, _galore, _surgery, _baselines, _sasrec)
+    for method in module.METHODS
 }
 
 __all__ = [

@@ -32,20 +32,22 @@ def full_fine_tuning(setup: Setup[Any], notes: list[str], surgery: Surgery | Non
     return MixedLossUpdater(optimizer, [note, *notes], training.grad_clip, surgery)
 
 
-ADAMW = Method("adamw", "full fine-tuning with AdamW", MethodSettings, build)
-ADAMW_REC = Method(
-    "adamw-rec",
-    "full fine-tuning with AdamW on recommendation alone",
-    MethodSettings,
-    build,
-    defaults={"training.tasks": "rec"},
-    variant_of="adamw",
-)
-ADAMW_SEARCH = Method(
-    "adamw-search",
-    "full fine-tuning with AdamW on search alone",
-    MethodSettings,
-    build,
-    defaults={"training.tasks": "search"},
-    variant_of="adamw",
+METHODS = (
+    Method("adamw", "full fine-tuning with AdamW", MethodSettings, build),
+    Method(
+        "adamw-rec",
+        "full fine-tuning with AdamW on recommendation alone",
+        MethodSettings,
+        build,
+        defaults={"training.tasks": "rec"},
+        variant_of="adamw",
+    ),
+    Method(
+        "adamw-search",
+        "full fine-tuning with AdamW on search alone",
+        MethodSettings,
+        build,
+        defaults={"training.tasks": "search"},
+        variant_of="adamw",
+    ),
 )

@@ -88,11 +88,13 @@ def _bases_to_projectors(optimizer: Optimizer) -> None:
                 optimizer.state[weight][_PROJECTOR] = projector
 
 
-GALORE = Method(
-    "galore",
-    "GaLore: AdamW inside one subspace of the gradient",
-    GaloreSettings,
-    build,
-    # Twice AdamW's: the scale of 1 keeps the size of a step per direction, and a step has fewer directions.
-    defaults={"training.lr": 2e-4},
+METHODS = (
+    Method(
+        "galore",
+        "GaLore: AdamW inside one subspace of the gradient",
+        GaloreSettings,
+        build,
+        # Twice AdamW's: the scale of 1 keeps the size of a step per direction, and a step has fewer directions.
+        defaults={"training.lr": 2e-4},
+    ),
 )

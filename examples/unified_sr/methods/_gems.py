@@ -6,13 +6,18 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
+
+from gradsub import GemsOptimizer, NullSpace
+from gradsub.layers import select_layers
 
 from ..losses import Pass, total_samples
 from ..null_space_cache import fingerprint, fitted_once
+from ..settings import MethodSettings, Number
 from ._base import (
     Diagnostics,
     Method,
@@ -25,42 +30,81 @@ from ._base import (
     train_only,
 )
 from ._conflict import mean_values
-from ._gems_settings import GemsSettings
 from ._mixed import MixedLossUpdater
+
+
+class GemsSettings(MethodSettings):
+    """The subspaces and what is protected from them; the defaults are those of the library."""
+
+    rank: int = Field(128, ge=1, description="dimension of the shared subspace")
+    task_rank: int | None = Field(None, ge=1, description="dimension of each task's subspace; null takes half the rank")
+    update_proj_gap: int = Field(200, ge=1, description="steps between two refreshes of the subspaces")
+    scale: Number = Field(1.0, gt=0, description="factor of the lifted update")
+    lr_scale: Literal["adamw"] | None = Field(
+        None,
+        description="adamw makes updates as large as AdamW's of whole weights at the same rate; null: shorter ones",
+    )
+    side: Literal["input", "output"] = Field(
+        "input", description="side of the weights that subspaces and protection live on"
+    )
+    orthogonalize: Literal["none", "shared_first"] = Field(
+        "none", description="whether task subspaces avoid the shared one"
+    )
+    task_subspaces: bool = Field(True, description="whether tasks have subspaces of their own beside the shared one")
+    gate: Literal["uniform", "heuristic", "hypergradient"] = Field(
+        "heuristic", description="how the task subspaces are weighted"
+    )
+    capture: Literal["auto", "fused", "generic"] = Field("auto", description="how the layers' gradients are captured")
+    refresh: Literal["auto", "sketch", "svd"] = Field("auto", description="what the bases are refreshed from")
+    protect: bool = Field(True, description="whether to keep the updates inside the null space of general text")
+    energy: Number | None = Field(0.95, gt=0, le=1, description="share of the general features' energy protected")
+    threshold: Number | None = Field(None, ge=0, description="protect directions above this eigenvalue instead")
+    null_space_tokens: int = Field(8192, ge=16, description="tokens of general text that define the null space")
+    normalize: bool | None = Field(
+        None,
+        description="whether each token of general text counts the same, however long its features; null: unless by "
+        "threshold",
+    )
+    train_others: bool = Field(False, description="whether norms, biases and the like are trained too")
+    others_lr: Number | None = Field(
+        None, gt=0, description="their peak learning rate, if they are trained; null takes training.lr"
+    )
+    protect_others: bool = Field(
+        False, description="whether their steps are kept out of general text's gradients, if they are"
+    )
 
 
 class GemsUpdater(Updater):
     """Steps with a ``gradsub.GemsOptimizer``: one backward pass per task, from one forward pass where tasks share it.
 
     Args:
-        optimizer: a ``GemsOptimizer``.
+        optimizer: takes the steps.
         notes: sentences for the report.
         grad_clip: the largest norm of each task's gradient; ``None`` does not clip.
     """
 
-    def __init__(self, optimizer: Optimizer, notes: list[str], grad_clip: float | None = None) -> None:
+    def __init__(self, optimizer: GemsOptimizer, notes: list[str], grad_clip: float | None = None) -> None:
         super().__init__(optimizer, notes)
+        self._gems = optimizer
         self._grad_clip = grad_clip
 
     def update(self, passes: Sequence[Pass], *, measure: bool = False) -> dict[str, float]:
         """Take one step from the tasks' separate gradients; the optimizer measures every step."""
-        optimizer: Any = self.optimizer
         total = total_samples(passes)
         found: list[tuple[str, Tensor]] = []
         for each in passes:
             shares = {task: loss * (each.samples[task] / total[task]) for task, loss in each.compute().items()}
-            optimizer.backward(shares, each.samples)
+            self._gems.backward(shares, each.samples)
             found += [(task, share.detach()) for task, share in shares.items()]
         if self._grad_clip is not None:
-            optimizer.clip_grad_norm_(self._grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+            self._gems.clip_grad_norm_(self._grad_clip)
+        self._gems.step()
+        self._gems.zero_grad()
         return step_losses(found)
 
     def diagnostics(self) -> Diagnostics:
         """Average the optimizer's report over the layers."""
-        optimizer: Any = self.optimizer
-        report = optimizer.report()
+        report = self._gems.report()
         layers = report.layers
         cosines = {"|".join(pair): report.cosine(*pair) for pair in itertools.combinations(report.tasks, 2)}
         smallest = mean_values({"|".join(pair): min(found) for pair, found in layer.angles.items()} for layer in layers)
@@ -86,9 +130,6 @@ def build(setup: Setup[GemsSettings]) -> Updater:
         ValueError: if ``others_lr`` or ``protect_others`` is given where the others are not trained, or the latter
             where nothing is protected.
     """
-    from gradsub import GemsOptimizer
-    from gradsub.layers import select_layers
-
     settings, training, ranker = setup.settings.method, setup.settings.training, setup.ranker
     if settings.others_lr is not None and not settings.train_others:
         raise ValueError(
@@ -158,9 +199,7 @@ def build(setup: Setup[GemsSettings]) -> Updater:
     return GemsUpdater(optimizer, notes, training.grad_clip)
 
 
-def _null_space(setup: Setup[GemsSettings]) -> Any:
-    from gradsub import NullSpace
-
+def _null_space(setup: Setup[GemsSettings]) -> NullSpace:
     settings = setup.settings.method
     if (settings.energy is None) == (settings.threshold is None):
         raise ValueError(
@@ -207,27 +246,27 @@ def _variant(name: str, summary: str, **own: object) -> Method:
     return Method(name, summary, GemsSettings, build, defaults=defaults, variant_of="gems")
 
 
-GEMS = Method(
-    "gems", "GEMS with the library's defaults (input side)", GemsSettings, build, defaults={"training.lr": 6e-4}
-)
-# The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size.
-GEMS_PAPER = Method(
-    "gems-paper",
-    "GEMS as published (output side)",
-    GemsSettings,
-    build,
-    defaults={
-        "training.lr": 5e-4,
-        "training.warmup": 0.01,
-        "method.rank": 1024,
-        "method.side": "output",
-        "method.energy": None,
-        "method.threshold": 2e-2,
-    },
-)
-GEMS_NO_TASK = _variant("gems-no-task", "GEMS without the task subspaces", task_subspaces=False)
-GEMS_NO_NULL = _variant("gems-no-null", "GEMS without the null space", protect=False)
-GEMS_UNIFORM = _variant("gems-uniform", "GEMS with equal weights of the task subspaces", gate="uniform")
-GEMS_HYPERGRADIENT = _variant(
-    "gems-hypergradient", "GEMS with trained weights of the task subspaces", gate="hypergradient"
+METHODS = (
+    Method(
+        "gems", "GEMS with the library's defaults (input side)", GemsSettings, build, defaults={"training.lr": 6e-4}
+    ),
+    # The choices of arXiv 2601.09496 and its released code, as far as they do not depend on the model's size.
+    Method(
+        "gems-paper",
+        "GEMS as published (output side)",
+        GemsSettings,
+        build,
+        defaults={
+            "training.lr": 5e-4,
+            "training.warmup": 0.01,
+            "method.rank": 1024,
+            "method.side": "output",
+            "method.energy": None,
+            "method.threshold": 2e-2,
+        },
+    ),
+    _variant("gems-no-task", "GEMS without the task subspaces", task_subspaces=False),
+    _variant("gems-no-null", "GEMS without the null space", protect=False),
+    _variant("gems-uniform", "GEMS with equal weights of the task subspaces", gate="uniform"),
+    _variant("gems-hypergradient", "GEMS with trained weights of the task subspaces", gate="hypergradient"),
 )

@@ -39,4 +39,4 @@ def build(setup: Setup[LoraSettings]) -> Updater:
     return MixedLossUpdater(optimizer, [note], training.grad_clip)
 
 
-LORA = Method("lora", "LoRA adapters on every linear layer", LoraSettings, build, defaults={"training.lr": 1e-3})
+METHODS = (Method("lora", "LoRA adapters on every linear layer", LoraSettings, build, defaults={"training.lr": 1e-3}),)

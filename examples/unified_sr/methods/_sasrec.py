@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..baselines import ItemSequence, SasRec, train_sasrec
 from ..data import Dataset, Example, Timeline
 from ..metrics import query_metrics, target_ranks
 from ..precision import choose_precision
+from ..sasrec import ItemSequence, SasRec, train_sasrec
 from ..settings import MethodSettings, Number, Settings
 from ._base import Fitted, Method
 from ._baselines import NO_MODEL
@@ -124,12 +124,14 @@ def _scores(model: SasRec, examples: Sequence[Example]) -> Tensor:
     return model.rank(example.history for example in examples)
 
 
-SASREC = Method(
-    "sasrec",
-    "SASRec, a transformer over sequences of items; no language model",
-    SasRecSettings,
-    None,
-    fit_sasrec,
-    fit_seconds=120.0,  # of one core: some 50 epochs of MovieLens-100K take 240 s, 15 to 20 of the Amazon data 30 s
-    defaults={**NO_MODEL, "model.max_history": 50},
+METHODS = (
+    Method(
+        "sasrec",
+        "SASRec, a transformer over sequences of items; no language model",
+        SasRecSettings,
+        None,
+        fit_sasrec,
+        fit_seconds=120.0,  # of one core: some 50 epochs of MovieLens-100K take 240 s, 15 to 20 of the Amazon data 30 s
+        defaults={**NO_MODEL, "model.max_history": 50},
+    ),
 )

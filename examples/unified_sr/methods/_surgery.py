@@ -7,6 +7,8 @@ from functools import partial
 from pydantic import Field
 from torch import Tensor
 
+from gradsub.surgery import cagrad, pcgrad
+
 from ..settings import MethodSettings, Number
 from ._adamw import full_fine_tuning
 from ._base import Method, Setup, Updater
@@ -25,8 +27,6 @@ class CAGradSettings(MethodSettings):
 
 def build_pcgrad(setup: Setup[MethodSettings]) -> Updater:
     """Train all layers on the gradients without what opposes another task."""
-    from gradsub.surgery import pcgrad
-
     note = "The tasks' gradients of all these weights, taken as one vector, are combined by PCGrad before AdamW. "
     return full_fine_tuning(setup, [note + _ITEMS], pcgrad)
 
@@ -42,14 +42,14 @@ def build_cagrad(setup: Setup[CAGradSettings]) -> Updater:
 
 def _cagrad_sum(gramian: Tensor, radius: float) -> Tensor:
     """CAGrad's weights in the size of the tasks' sum, which is the gradient of the mixed batch, not of their mean."""
-    from gradsub.surgery import cagrad
-
     return len(gramian) * cagrad(gramian, c=radius)
 
 
-PCGRAD = Method(
-    "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", MethodSettings, build_pcgrad, variant_of="adamw"
-)
-CAGRAD = Method(
-    "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
+METHODS = (
+    Method(
+        "pcgrad", "AdamW on the tasks' gradients combined by PCGrad", MethodSettings, build_pcgrad, variant_of="adamw"
+    ),
+    Method(
+        "cagrad", "AdamW on the tasks' gradients combined by CAGrad", CAGradSettings, build_cagrad, variant_of="adamw"
+    ),
 )

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from ._batch import Batch, Collator, length_buckets
-from ._items import ItemEmbedding, title_rows, token_name
 from ._load import SMOLLM2, LanguageModel, load_language_model, packaged_model
-from ._prompts import Place, PromptBuilder, SequenceBuilder, surrounding_tokens
+from ._prompts import PromptBuilder, SequenceBuilder, surrounding_tokens
 from ._ranker import Ranker
 
 __all__ = [
     "SMOLLM2",
     "Batch",
     "Collator",
-    "ItemEmbedding",
     "LanguageModel",
-    "Place",
     "PromptBuilder",
     "Ranker",
     "SequenceBuilder",
@@ -22,6 +19,4 @@ __all__ = [
     "load_language_model",
     "packaged_model",
     "surrounding_tokens",
-    "title_rows",
-    "token_name",
 ]

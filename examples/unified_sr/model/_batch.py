@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ._prompts import Place
 
@@ -33,16 +34,6 @@ class Batch:
     tasks: tuple[str, ...]
 
     @property
-    def position_ids(self) -> Tensor:
-        """(B, T): tokens count from 0 wherever the padding is."""
-        return (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-
-    @property
-    def starts_together(self) -> bool:
-        """Whether every row begins at the first column, so that padding only follows."""
-        return bool(self.attention_mask[:, 0].all())
-
-    @property
     def samples(self) -> Mapping[str, int]:
         """How many places each task has, in the order in which tasks occur."""
         return Counter(self.tasks)
@@ -65,19 +56,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows of tokens to a batch.
+    """Pads rows of tokens behind their end to a batch.
 
     Args:
         pad_id: the token that fills up; it is masked, so any valid id serves.
-        side: ``"right"`` or ``"left"``.
     """
 
     pad_id: int
-    side: str = "right"
-
-    def __post_init__(self) -> None:
-        if self.side not in ("left", "right"):
-            raise ValueError(f"side must be 'left' or 'right', got {self.side!r}")
 
     def __call__(self, prompts: Sequence[Sequence[int]], targets: Sequence[tuple[int, ...]], task: str = "") -> Batch:
         """Return the batch of some prompts, each of which predicts its targets behind its last token."""
@@ -88,19 +73,13 @@ class Collator:
         """Return the batch of some rows of tokens, each with places of its own."""
         if not rows or not all(rows):
             raise ValueError("prompts must be one or more non-empty token lists")
-        width = max(map(len, rows))
-        input_ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        starts = [0 if self.side == "right" else width - len(row) for row in rows]
-        for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
-            input_ids[number, start : start + len(row)] = torch.tensor(row)
-            mask[number, start : start + len(row)] = 1
+        ids = [torch.tensor(row) for row in rows]
         all_places = [(number, place) for number, own in enumerate(places) for place in own]
         return Batch(
-            input_ids,
-            mask,
+            pad_sequence(ids, batch_first=True, padding_value=self.pad_id),
+            pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             torch.tensor([number for number, _ in all_places], dtype=torch.long),
-            torch.tensor([starts[number] + place.position for number, place in all_places], dtype=torch.long),
+            torch.tensor([place.position for _, place in all_places], dtype=torch.long),
             tuple(place.target for _, place in all_places),
             tuple(place.task for _, place in all_places),
         )

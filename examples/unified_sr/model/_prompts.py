@@ -23,6 +23,21 @@ def surrounding_tokens(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]
     return whole[:start], whole[start + len(plain) :]
 
 
+@dataclass(frozen=True)
+class Place:
+    """A position of a sequence at which items are predicted.
+
+    Args:
+        position: index of the token whose hidden state predicts.
+        task: whose loss this is.
+        target: indices of the relevant items.
+    """
+
+    position: int
+    task: str
+    target: tuple[int, ...]
+
+
 class PromptBuilder:
     """Turns examples into token ids.
 
@@ -70,6 +85,11 @@ class PromptBuilder:
         ids += self._words(RESULT if example.query else RECOMMEND)
         return [*ids, *self._suffix]
 
+    def row(self, row: Any) -> tuple[list[int], list[Place]]:
+        """Return the token ids of an example that is trained on, and where its target is predicted."""
+        ids = self(row)
+        return ids, [Place(len(ids) - 1, row.task, row.target)]
+
     def text(self, example: Example) -> str:
         """Return the prompt as a reader sees it."""
         pieces: list[str] = []
@@ -91,21 +111,6 @@ class PromptBuilder:
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@dataclass(frozen=True)
-class Place:
-    """A position of a sequence at which items are predicted.
-
-    Args:
-        position: index of the token whose hidden state predicts.
-        task: whose loss this is.
-        target: indices of the relevant items.
-    """
-
-    position: int
-    task: str
-    target: tuple[int, ...]
 
 
 class SequenceBuilder(PromptBuilder):
@@ -151,6 +156,10 @@ class SequenceBuilder(PromptBuilder):
                 ids += self._question(query)
             ids.append(self._token(item))
         return ids + self._question(example.query) if example.query else ids
+
+    def row(self, row: Any) -> tuple[list[int], list[Place]]:
+        """The same of a window of a user's events."""
+        return self.sequence(row.context, row.turns)
 
     def sequence(self, context: Sequence[int], turns: Sequence[Turn]) -> tuple[list[int], list[Place]]:
         """Return the token ids of some turns, and where their items are predicted.

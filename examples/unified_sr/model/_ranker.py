@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,9 +52,7 @@ class Ranker(nn.Module):
         t5_tied = config.model_type in ("t5", "mt5", "longt5", "umt5") and config.tie_word_embeddings
         # T5 shrinks the decoder's output before a tied head.
         self._scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", t5_tied) else 1.0
-        accepted = inspect.signature(self.backbone.forward).parameters
         self._attention: str | None = getattr(self.lm.config, "_attn_implementation", None)
-        self._takes_positions = "position_ids" in accepted and not self.encoder_decoder
 
     @property
     def backbone(self) -> Any:
@@ -88,16 +85,11 @@ class Ranker(nn.Module):
             ValueError: if a row is longer than the model has positions.
         """
         self._check_length(batch)
-        starts_together = batch.starts_together
         self._choose_attention()
         batch = batch.to(self.device)
         if not self.encoder_decoder:
-            more: dict[str, Any] = {}
-            if not starts_together:
-                more["attention_mask"] = batch.attention_mask
-                more |= {"position_ids": batch.position_ids} if self._takes_positions else {}
             # What follows changes nothing in a causal model, and attention without a mask is the faster one.
-            states = self.backbone(input_ids=batch.input_ids, **more)
+            states = self.backbone(input_ids=batch.input_ids)
             found: Tensor = states.last_hidden_state[batch.rows, batch.columns]
             return found
         encoded = self.lm.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)

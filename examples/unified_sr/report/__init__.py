@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from ._markdown import write_report
-from ._plots import draw_plots
 from ._table import change, comparison_table, markdown_table, result_table
 
-__all__ = ["change", "comparison_table", "draw_plots", "markdown_table", "result_table", "write_report"]
+__all__ = ["change", "comparison_table", "markdown_table", "result_table", "write_report"]

@@ -15,8 +15,7 @@ from ..general_domain import Perplexity, general_batches, perplexity, token_wind
 from ..model import LanguageModel
 from ..settings import Settings
 from ._leak import IntactLayers
-from ._multiple_choice import Accuracy, answer_questions
-from ._questions import Question, load_questions
+from ._multiple_choice import Accuracy, Question, answer_questions, load_questions
 
 LEAK_WINDOW = 128
 """Tokens of a window of held-out general text that the layers' leak is measured on."""

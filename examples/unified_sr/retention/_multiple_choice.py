@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..model import LanguageModel, length_buckets, surrounding_tokens
-from ._questions import Question
+
+EXPECTED = (
+    'expected a JSON list of objects with "instruction" ("...question: TEXT Answer1: ... Answer2: ... Answer format: '
+    '...") and "answer" ("answer2")'
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with one right answer.
+
+    Args:
+        text: the question.
+        choices: the possible answers, as they would be written.
+        answer: the index of the right one.
+    """
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def load_questions(path: str | Path, count: int = 0) -> list[Question]:
+    """Read questions in the format of the commonsense sets that come with LLM-Adapters (ARC, OpenBookQA, ...).
+
+    Args:
+        path: a JSON list of objects. ``"answer"`` is a word and a number, such as ``"answer2"``; ``"instruction"`` ends
+            in the choices, each behind that word and its number (``Answer1: ...``), and a line ``Answer format: ...``.
+        count: how many to take, evenly spread over the file, so the same ones in every run; 0 takes all.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no such list, naming the first entry that cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the questions {str(path)!r} are no file; pass a JSON file, or null to ask none")
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {EXPECTED}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{path} holds no list of questions; {EXPECTED}")
+    questions = [_parse(entry, f"{path}, entry {number}") for number, entry in enumerate(entries)]
+    taken = min(count, len(questions)) or len(questions)
+    return [questions[index * len(questions) // taken] for index in range(taken)]
+
+
+def _parse(entry: Any, where: str) -> Question:
+    if not isinstance(entry, Mapping) or not all(isinstance(entry.get(key), str) for key in ("instruction", "answer")):
+        raise ValueError(f"{where}: {EXPECTED}, got {entry!r:.200}")
+    label = re.fullmatch(r"([a-z]+)([1-9][0-9]*)", entry["answer"].strip().lower())
+    if label is None:
+        raise ValueError(f"{where}: the answer {entry['answer']!r} is no word and number; {EXPECTED}")
+    word = re.escape(label[1])
+    body = re.split(rf"\b{word} format:", entry["instruction"], flags=re.IGNORECASE)[0]
+    head, *rest = re.split(rf"\b{word}([0-9]+):", body, flags=re.IGNORECASE)
+    numbers, choices = rest[::2], [" ".join(choice.split()) for choice in rest[1::2]]
+    if numbers != [str(number) for number in range(1, len(numbers) + 1)] or len(choices) < 2 or not all(choices):
+        raise ValueError(
+            f"{where}: two or more choices {label[1]}1: ..., {label[1]}2: ... are needed, got {body!r:.200}"
+        )
+    if int(label[2]) > len(choices):
+        raise ValueError(f"{where}: the answer is {entry['answer']!r} where there are {len(choices)} choices")
+    text = " ".join(head.rpartition("question:")[2].split())
+    if not text:
+        raise ValueError(f"{where}: there is no text between 'question:' and {label[1]}1; {EXPECTED}")
+    return Question(text, tuple(choices), int(label[2]) - 1)
 
 
 @dataclass(frozen=True)
@@ -87,9 +157,9 @@ def answer_questions(
     normalised, raw = [], []
     for question in questions:
         own, scores = scores[: len(question.choices)], scores[len(question.choices) :]
-        raw.append(_first_best(own) == question.answer)
+        raw.append(bool(np.argmax(own) == question.answer))
         per_character = [score / len(choice) for score, choice in zip(own, question.choices, strict=True)]
-        normalised.append(_first_best(per_character) == question.answer)
+        normalised.append(bool(np.argmax(per_character) == question.answer))
     return Accuracy(tuple(normalised), tuple(raw))
 
 
@@ -116,10 +186,6 @@ def _mask(sequences: Sequence[Tensor]) -> Tensor:
 
 def _ids(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _first_best(scores: Sequence[float]) -> int:
-    return max(range(len(scores)), key=lambda index: (scores[index], -index))
 
 
 def _mean(values: Sequence[bool]) -> float:

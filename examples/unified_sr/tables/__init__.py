@@ -6,24 +6,9 @@ is, ``_files`` reads and writes, ``_pack`` finds the folders.
 
 from __future__ import annotations
 
-from ._files import Tables, merged, read_tables, write_tables
+from ._files import read_tables
 from ._pack import gather, pack
-from ._rows import rows_of
-from ._schema import COLUMNS, column_of, describe
+from ._schema import describe
 from ._settings import difference, evaluated_differently, without
 
-__all__ = [
-    "COLUMNS",
-    "Tables",
-    "column_of",
-    "describe",
-    "difference",
-    "evaluated_differently",
-    "gather",
-    "merged",
-    "pack",
-    "read_tables",
-    "rows_of",
-    "without",
-    "write_tables",
-]
+__all__ = ["describe", "difference", "evaluated_differently", "gather", "pack", "read_tables", "without"]

@@ -2,67 +2,51 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ._rows import Rows
 from ._schema import COLUMNS, schema_of
 from ._settings import identity, setting_columns
 
-_ORDER = {"runs": ("run",), "steps": ("run", "step"), "queries": ("run", "task", "query")}
+_ORDER = {"runs": ["run"], "steps": ["run", "step"], "queries": ["run", "task", "query"]}
 
 
-@dataclass(frozen=True)
-class Tables:
-    """The tables, as Arrow has them; ``tables.runs.to_pandas()`` is a data frame.
+class Tables(NamedTuple):
+    """The tables: one row a run; one a run and step; one a run on the test split, task and query."""
 
-    Args:
-        runs: one row a run.
-        steps: one row a run and step.
-        queries: one row a run on the test split, task and query.
-    """
-
-    runs: pa.Table
-    steps: pa.Table
-    queries: pa.Table
+    runs: pd.DataFrame
+    steps: pd.DataFrame
+    queries: pd.DataFrame
 
     @classmethod
     def of(cls, rows: Iterable[Rows]) -> Tables:
         """Put different runs into tables."""
         rows = list(rows)
-        parts = {
-            "runs": [each.run for each in rows],
-            "steps": [row for each in rows for row in each.steps],
-            "queries": [row for each in rows for row in each.queries],
-        }
-        return cls(**{table: _table(table, found) for table, found in parts.items()})
+        runs = pd.DataFrame([each.run for each in rows])
+        steps = pd.DataFrame([row for each in rows for row in each.steps])
+        return cls(runs, steps, pd.DataFrame([row for each in rows for row in each.queries])).typed()
 
     @property
     def names(self) -> list[str]:
         """The runs."""
-        return list(map(str, self.runs["run"].to_pylist()))
-
-    def frames(self) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-        """The tables as data frames."""
-        return _frame(self.runs), _frame(self.steps), _frame(self.queries)
+        return list(self.runs["run"])
 
     def without(self, runs: Iterable[str]) -> Tables:
         """The same without some runs."""
-        unwanted = pa.array(list(runs), pa.string())
+        unwanted = set(runs)
+        return Tables(*(frame[~frame["run"].isin(unwanted)] for frame in self))
 
-        def rest(table: pa.Table) -> pa.Table:
-            return table.filter(pc.invert(pc.is_in(table["run"].cast(pa.string()), value_set=unwanted)))
-
-        return Tables(*(rest(getattr(self, table)) for table in COLUMNS))
+    def typed(self) -> Tables:
+        """The same in the order and with the types that the files have."""
+        return Tables(*(_frame(_arrow(table, frame)) for table, frame in zip(COLUMNS, self, strict=True)))
 
 
 def merged(parts: Sequence[Tables], *, replace: bool = False) -> Tables:
@@ -81,7 +65,7 @@ def merged(parts: Sequence[Tables], *, replace: bool = False) -> Tables:
         if twice and not replace:
             raise ValueError(f"{twice[0]} is given twice, with the same settings and seed; leave one out")
         kept = [*(earlier.without(twice) for earlier in kept), part]
-    return Tables(*(_joined(table, [getattr(part, table) for part in kept]) for table in COLUMNS))
+    return Tables(*map(pd.concat, zip(*kept, strict=True))).typed()
 
 
 def read_tables(folder: str | Path) -> Tables:
@@ -92,9 +76,8 @@ def read_tables(folder: str | Path) -> Tables:
         ValueError: naming a file that cannot be read, or that does not belong to the others.
     """
     tables = Tables(*(_read(Path(folder) / f"{table}.parquet") for table in COLUMNS))
-    known = set(tables.names)
-    for table in ("steps", "queries"):
-        strange = set(map(str, pc.unique(getattr(tables, table)["run"].cast(pa.string())).to_pylist())) - known
+    for table, frame in zip(COLUMNS, tables, strict=True):
+        strange = set(frame["run"]).difference(tables.names)
         if strange:
             raise ValueError(
                 f"{Path(folder) / table}.parquet has {min(strange)}, which runs.parquet lacks: they are not of one "
@@ -114,8 +97,8 @@ def write_tables(tables: Tables, folder: str | Path) -> list[Path]:
     files = [folder / f"{table}.parquet" for table in COLUMNS]
     begun = [file.with_suffix(f".{os.getpid()}.part") for file in files]
     try:
-        for table, file in zip(COLUMNS, begun, strict=True):
-            pq.write_table(_joined(table, [getattr(tables, table)]), file, compression="zstd", compression_level=9)
+        for table, frame, file in zip(COLUMNS, tables, begun, strict=True):
+            pq.write_table(_arrow(table, frame), file, compression="zstd", compression_level=9)
         for file, part in zip(files, begun, strict=True):
             part.replace(file)
     finally:
@@ -124,74 +107,43 @@ def write_tables(tables: Tables, folder: str | Path) -> list[Path]:
     return files
 
 
+def _arrow(table: str, frame: pd.DataFrame) -> pa.Table:
+    """In one order of rows and columns, without empty families of columns: the same bytes for the same content."""
+    schema = schema_of(table, frame.columns[frame.notna().any()])
+    rows = frame.reindex(columns=schema.names).sort_values(_ORDER[table])
+    plain = pa.schema([(field.name, _plain(field.type)) for field in schema])
+    found = pa.Table.from_pandas(rows, plain, preserve_index=False).combine_chunks()
+    return found.cast(schema).replace_schema_metadata()
+
+
 def _frame(table: pa.Table) -> pd.DataFrame:
-    frame = table.to_pandas()
     # Categories would stay where no row has them any more. The copy joins the columns, which are one block each.
-    categories = [name for name in frame.columns if isinstance(frame[name].dtype, pd.CategoricalDtype)]
-    return frame.astype(dict.fromkeys(categories, "str")).copy()
-
-
-def _table(table: str, rows: list[dict[str, object]]) -> pa.Table:
-    schema = schema_of(table, dict.fromkeys(name for row in rows for name in row))
-    # from_pylist cannot make the dictionaries itself.
-    plain = pa.schema([(field.name, _plain(field.type)) for field in schema])
-    return pa.Table.from_pylist(rows, schema=plain).cast(schema)
-
-
-def _joined(table: str, parts: Sequence[pa.Table]) -> pa.Table:
-    """In one order of rows and columns, with one dictionary: the same bytes for the same content."""
-    schema = schema_of(table, dict.fromkeys(name for part in parts for name in part.column_names))
-    plain = pa.schema([(field.name, _plain(field.type)) for field in schema])
-    filled = [_filled(part, plain) for part in parts]
-    rows = pa.concat_tables(filled).sort_by([(name, "ascending") for name in _ORDER[table]])
-    # A column that lost its last value with the runs that had it.
-    empty = [name for name in rows.column_names if rows[name].null_count == len(rows)]
-    schema = schema_of(table, [name for name in rows.column_names if name not in empty])
-    return rows.combine_chunks().select(schema.names).cast(schema).unify_dictionaries()
-
-
-def _renewed(tables: Tables, folder: str | Path) -> Tables:
-    names: dict[str, str] = {}
-    texts = []
-    for row in tables.runs.select(["run", "label", "settings"]).to_pylist():
-        columns = setting_columns(json.loads(row["settings"]))
-        texts.append(columns["settings"])
-        names[row["run"]] = identity({**columns, "label": row["label"]})
-    if all(old == new for old, new in names.items()):
-        return tables
-    if len(set(names.values())) < len(names):
-        first, second = next(
-            (one, other) for one, other in itertools.combinations(names, 2) if names[one] == names[other]
-        )
-        raise ValueError(
-            f"{first} and {second} in {folder} have the same settings and seed, but for settings that one of them "
-            "lacks and that have their default in the other; remove the three files and pack one of the two"
-        )
-    place = tables.runs.schema.get_field_index("settings")
-    runs = tables.runs.set_column(place, tables.runs.schema.field(place), pa.array(texts, pa.string()))
-    parts = {"runs": runs, "steps": tables.steps, "queries": tables.queries}
-    return Tables(**{table: _joined(table, [_renamed(part, names)]) for table, part in parts.items()})
-
-
-def _renamed(table: pa.Table, names: Mapping[str, str]) -> pa.Table:
-    place = table.schema.get_field_index("run")
-    runs = pa.array([names[run] for run in table["run"].to_pylist()], pa.string())
-    return table.set_column(place, "run", runs)
-
-
-def _filled(part: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = [
-        part[field.name].cast(field.type) if field.name in part.column_names else pa.nulls(len(part), field.type)
-        for field in schema
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    return table.cast(pa.schema([(field.name, _plain(field.type)) for field in table.schema])).to_pandas().copy()
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def _read(file: Path) -> pa.Table:
+def _renewed(tables: Tables, folder: str | Path) -> Tables:
+    runs = tables.runs
+    columns = [setting_columns(json.loads(text)) for text in runs["settings"]]
+    names = pd.Series(
+        [identity({**found, "label": label}) for found, label in zip(columns, runs["label"], strict=True)], runs["run"]
+    )
+    if (names == names.index).all():
+        return tables
+    twice = names.index[names.duplicated(keep=False) & (names == names[names.duplicated()].min())]
+    if len(twice):
+        raise ValueError(
+            f"{twice[0]} and {twice[1]} in {folder} have the same settings and seed, but for settings that one of them "
+            "lacks and that have their default in the other; remove the three files and pack one of the two"
+        )
+    tables = tables._replace(runs=runs.assign(settings=[found["settings"] for found in columns]))
+    return Tables(*(frame.assign(run=frame["run"].map(names)) for frame in tables)).typed()
+
+
+def _read(file: Path) -> pd.DataFrame:
     if not file.is_file():
         raise FileNotFoundError(f"{str(file)!r} is not there; pass a folder that `pack` has written")
     try:
@@ -201,6 +153,6 @@ def _read(file: Path) -> pa.Table:
     try:
         if "run" not in found.column_names:
             raise ValueError("it has no column 'run'")
-        return _joined(file.stem, [found])
+        return _frame(_arrow(file.stem, _frame(found)))
     except ValueError as error:
         raise ValueError(f"{str(file)!r} is no table of runs: {error}") from error

@@ -1,71 +1,20 @@
-"""How long a run takes, from what another one took."""
+"""How long a run goes on, said once its pace is seen."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from ..run_folder import AFTER, BEFORE
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..training import History
+    from .training import History
 
 TYPICAL_STEP = 3
 """The step that is taken for typical: the first ones allocate, and find the subspaces."""
 
 RECENT_STEPS, CHANGE = 5, 1.5
 """An estimate is said again when the median of so many recent steps differs from its own step by this factor."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of the parts of a run.
-
-    Args:
-        fixed: of all but training and the evaluations: to load everything, to prepare the training.
-        per_step: of one training step.
-        per_query: of one evaluated example, with its share of the perplexity.
-    """
-
-    fixed: float
-    per_step: float
-    per_query: float
-
-    @classmethod
-    def of(cls, summary: Mapping[str, Any]) -> Cost:
-        """Read what a finished run took out of its ``run.json``."""
-        seconds: Mapping[str, float] = summary["seconds"]
-        evaluations = [seconds[name] for name in (BEFORE, AFTER) if name in seconds]
-        queries = len(evaluations) * sum(summary["evaluated"].values())
-        return cls(
-            fixed=sum(taken for name, taken in seconds.items() if name not in (BEFORE, AFTER, "training")),
-            per_step=summary["throughput"].get("seconds_per_step", 0.0),
-            per_query=sum(evaluations) / max(1, queries),
-        )
-
-    @classmethod
-    def typical(cls, costs: Iterable[Cost]) -> Cost:
-        """Return the median of each part.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        rows = [(cost.fixed, cost.per_step, cost.per_query) for cost in costs]
-        if not rows:
-            raise ValueError("costs is empty: nothing was measured yet")
-        return cls(*(statistics.median(column) for column in zip(*rows, strict=True)))
-
-    def seconds(self, *, steps: int, queries: int, evaluations: int = 2) -> float:
-        """Return what a run takes.
-
-        Args:
-            steps: of its training.
-            queries: examples of one evaluation, of all tasks.
-            evaluations: how many there are; a method that trains nothing has one.
-        """
-        return self.fixed + steps * self.per_step + evaluations * queries * self.per_query
 
 
 @dataclass

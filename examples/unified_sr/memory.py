@@ -1,22 +1,31 @@
-"""Whether a training fits: what it takes beyond what is loaded, asked of the model and the optimizer as they are."""
+"""Memory: what a training will take, estimated before it, and what the process has taken and is free, measured.
+
+The estimate is of what comes beyond what is loaded, asked of the model and the optimizer as they are.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradsub import GemsOptimizer
 from gradsub.layers import is_transposed, select_layers
 
-from ..feeds import Pool
-from ..model import Ranker
-from ..settings import TrainingSettings
+from .feeds import Pool
+from .model import Ranker
+from .settings import TrainingSettings
 
 FLOAT = 4
 """Bytes of a number that is kept in fp32."""
@@ -25,14 +34,8 @@ SAMPLE = 256
 """Rows of a stream that are measured."""
 
 
-@dataclass(frozen=True)
-class RowSize:
-    """What a row of a batch holds, on average over the largest stream.
-
-    Args:
-        tokens: of the row.
-        targets: predicted in it.
-    """
+class RowSize(NamedTuple):
+    """How many tokens a row of a batch has, and how many targets, on average over the largest stream."""
 
     tokens: float
     targets: float
@@ -136,3 +139,46 @@ def _blocks(module: nn.Module) -> int:
     if isinstance(module, nn.ModuleList):
         return len(module)
     return sum(_blocks(child) for child in module.children())
+
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start to measure anew, where the system can: on Linux, and on a GPU."""
+    with contextlib.suppress(OSError):
+        _RESET.write_text("5", encoding="ascii")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Return the bytes that this process has taken at most, since the last reset where there was one.
+
+    Returns:
+        ``resident``: in main memory, all of the process: Python, torch, data and model.
+        ``device``: of torch's tensors on the GPU; ``None`` on a CPU.
+    """
+    return {
+        "resident": _peak_resident(),
+        "device": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that are free where the model computes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _peak_resident() -> int:
+    # getrusage keeps the maximum of the whole life of a process, also over a reset: Linux' own counter comes first.
+    if _STATUS.is_file() and (found := re.search(r"VmHWM:\s*(\d+) kB", _STATUS.read_text(encoding="ascii"))):
+        return 1024 * int(found[1])
+    if (on_windows := getattr(psutil.Process().memory_info(), "peak_wset", None)) is not None:
+        return int(on_windows)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
