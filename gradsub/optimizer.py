@@ -609,8 +609,8 @@ class GemsOptimizer(Optimizer):
         if state is not self._blocks.state or not all("basis" in state.get(p, ()) for p in self._blocks.layers):
             raise RuntimeError(
                 "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
-                "which a checkpoint would lack a part. Call optimizer.close() and build a new optimizer; to go on from a "
-                "checkpoint load it into that one"
+                "which a checkpoint would lack a part. Call optimizer.close() and build a new optimizer, and load a "
+                "checkpoint into that one to go on from it"
             )
 
     @_ordinary_tensors()

@@ -30,7 +30,7 @@ def count(spec: Mapping[str, Any], rank: int, tasks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         null_space, _ = fit(model, _batches(model, _problem(rank, tasks))[0].inputs, "input", seed=0)
         null_space.save(Path(folder) / NULL_SPACE, statistics=False)
-        mp.spawn(_work, args=(folder, dict(spec), rank, tasks), nprocs=RANKS)
+        mp.spawn(_work, args=(folder, dict(spec), rank, tasks), nprocs=RANKS)  # type: ignore[attr-defined]
         found: dict[str, Any] = torch.load(Path(folder) / "found.pt", weights_only=True)
     return found
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import load_dataset
+from examples.unified_sr.feeds import Pool
 from examples.unified_sr.general_domain import general_batches, perplexity, token_windows
 from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.methods import item_group, parameter_groups, train_only
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
-from examples.unified_sr.training import example_batches
 from gradsub import GemsOptimizer, NullSpace
 from gradsub.layers import select_layers
 
@@ -59,7 +59,7 @@ class World:
 
     def batches(self) -> Iterator[dict[str, Any]]:
         """The same ones each time, a batch of every task."""
-        streams = {task: example_batches(self._train[task], self._size, 0, task) for task in TASKS}
+        streams = {task: Pool(task, self._train[task]).batches(self._size, 0) for task in TASKS}
         while True:
             rows = {task: next(stream) for task, stream in streams.items()}
             yield {

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from examples.unified_sr.config import resolve
 from examples.unified_sr.data import load_dataset
+from examples.unified_sr.feeds import Pool
 from examples.unified_sr.general_domain import general_batches, token_windows
 from examples.unified_sr.general_text import load_general_text
 from examples.unified_sr.methods import item_group, model_parameters, parameter_groups, train_only
 from examples.unified_sr.model import Collator, PromptBuilder, Ranker, load_language_model
-from examples.unified_sr.training import example_batches
 from gradsub import NullSpace
 from gradsub.layers import select_layers
 
@@ -50,7 +50,7 @@ def collect(folder: Path, steps: int, batch_size: int) -> None:
     optimizer = torch.optim.AdamW(
         [*parameter_groups(weights, settings.training), item_group(ranker, settings.training)]
     )
-    streams = {task: example_batches(dataset.train[task], batch_size, 0, task) for task in TASKS}
+    streams = {task: Pool(task, dataset.train[task]).batches(batch_size, 0) for task in TASKS}
     ranker.train()
     for step in tqdm(range(steps), desc="training"):
         found: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
