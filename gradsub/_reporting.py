@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsub.linalg import subspace_angles
 from gradsub.report import LayerReport, Report, ratio
-from gradsub.subspace import Block, Layer, SubspaceBank
+from gradsub.subspace import Block, Layer
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,14 @@ def _held(measured: Measurements) -> Tensor:
     return own + measured.gramian.diagonal(dim1=1, dim2=2).to(own)
 
 
-def make_report(
-    bank: SubspaceBank, tasks: Sequence[str], measured: Measurements, known: LastKnown, angles: bool, leak: bool
-) -> Report:
+def make_report(tasks: Sequence[str], measured: Measurements, known: LastKnown, angles: bool, leak: bool) -> Report:
     """Read the measurements of the last step; waits for the device."""
     gramians, norms = measured.gramian.tolist(), measured.squared_norms.tolist()
     columns = (measured.own_norms.tolist(), measured.gates.tolist(), measured.present.tolist())
     steps = [int(step) + 1 for part in measured.steps for step in part]
     shares = known.shares() if any(square != square for of_layer in norms for square in of_layer) else {}
     held = _held(measured).tolist()
-    between = _angles(bank, measured.layers, ("shared", *tasks)) if angles else {}
+    between = _angles(measured.layers, ("shared", *tasks)) if angles else {}
     reports = {}
     for row, (layer, own, gates, present) in enumerate(zip(measured.layers, *columns, strict=True)):
         here = [k for k in range(len(tasks)) if present[k]]
@@ -142,9 +140,7 @@ def _energies(
     return {"shared": shared, **{tasks[k]: _share(own[k] ** 2, squares[k]) for k in here}}
 
 
-def _angles(
-    bank: SubspaceBank, layers: Sequence[Layer], names: Sequence[str]
-) -> dict[int, dict[tuple[str, str], list[float]]]:
+def _angles(layers: Sequence[Layer], names: Sequence[str]) -> dict[int, dict[tuple[str, str], list[float]]]:
     """By layer, between all pairs of subspaces; a basis that no gradient has reached yet is zero and has none."""
     blocks: dict[Block, list[Layer]] = defaultdict(list)
     for layer in layers:
@@ -161,7 +157,7 @@ def _angles(
                 part = block.first.columns(subspace)
                 kept = [place for place, here in enumerate(columns[part]) if here]
                 if kept:
-                    basis = torch.stack([bank.basis(layer, subspace) for layer in some])
+                    basis = block.basis(subspace, [layer.row for layer in some])
                     bases[name] = basis if len(kept) == basis.shape[2] else basis[:, :, kept]
             for a, b in itertools.combinations(bases, 2):
                 with torch.no_grad():

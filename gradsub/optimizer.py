@@ -805,7 +805,7 @@ class GemsOptimizer(Optimizer):
         if self._measured is None:
             return Report([])
         with full_precision():
-            return make_report(self._bank, self.tasks, self._measured, self._known, angles, leak)
+            return make_report(self.tasks, self._measured, self._known, angles, leak)
 
     def summary(self) -> Summary:
         """What is trained how, before training and at any time: subspaces and ranks, protection, memory, and what is

@@ -129,8 +129,7 @@ def tasks_side_by_side(stacks: Sequence[Tensor], axis: int) -> Tensor:
         each._base is base and each.storage_offset() == start + task * size for task, each in enumerate(stacks)
     )
     whole = base.narrow(0, start // size, len(stacks)) if together and base is not None else torch.stack(list(stacks))
-    found = whole.transpose(0, 1)
-    return found.mT if axis == 1 else found
+    return whole.permute(1, 0, 3, 2) if axis == 1 else whole.transpose(0, 1)
 
 
 def side_by_side(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
