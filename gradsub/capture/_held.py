@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -28,10 +28,15 @@ class Held:
     def __bool__(self) -> bool:
         return bool(self.single or self._stacks)
 
-    def by_parameter(self) -> dict[int, dict[Tensor, Captured]]:
-        """By task and parameter, all of it; to be changed at will."""
+    def by_parameter(self, keep: Collection[tuple[int, Block]] = ()) -> dict[int, dict[Tensor, Captured]]:
+        """By task and parameter, all of it; to be changed at will.
+
+        Args:
+            keep: the tasks and blocks of which a stack may stay one.
+        """
         for task, block in list(self._stacks):
-            self._unstack(task, block)
+            if (task, block) not in keep:
+                self._unstack(task, block)
         return self.single
 
     def tasks(self) -> list[int]:
@@ -40,9 +45,23 @@ class Held:
 
     def any_of(self, parameters: Iterable[Tensor]) -> bool:
         """Whether there is a gradient of one of these."""
-        there = {id(parameter) for mine in self.single.values() for parameter in mine}
-        there.update(id(layer.parameter) for layers, _ in self._stacks.values() for layer in layers)
+        there = set[int]().union(*map(self.reached, self.tasks()))
         return any(id(parameter) in there for parameter in parameters)
+
+    def reached(self, task: int) -> set[int]:
+        """The identities of the parameters of which there is a gradient of the task."""
+        found = set(map(id, self.single.get(task, ())))
+        for (whose, _), (layers, _) in self._stacks.items():
+            if whose == task:
+                found.update(id(layer.parameter) for layer in layers)
+        return found
+
+    def drop(self, parameters: Iterable[Tensor]) -> None:
+        """Forget the gradients of these, and all stacks."""
+        for mine in self.single.values():
+            for parameter in parameters:
+                mine.pop(parameter, None)
+        self._stacks.clear()
 
     def stacks(self, task: int) -> Iterator[tuple[Block, Tensor]]:
         """A task's stacks, and whose they are."""

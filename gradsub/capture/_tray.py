@@ -125,10 +125,12 @@ def tasks_side_by_side(stacks: Sequence[Tensor], axis: int) -> Tensor:
     """
     first = stacks[0]
     base, start, size = first._base, first.storage_offset(), first.numel()
-    together = base is not None and all(
-        each._base is base and each.storage_offset() == start + task * size for task, each in enumerate(stacks)
+    together = len(stacks) == 1 or all(
+        base is not None and each._base is base and each.storage_offset() == start + task * size
+        for task, each in enumerate(stacks)
     )
-    whole = base.narrow(0, start // size, len(stacks)) if together and base is not None else torch.stack(list(stacks))
+    every = (len(stacks), *first.shape)
+    whole = first.as_strided(every, (size, *first.stride()), start) if together else torch.stack(list(stacks))
     return whole.permute(1, 0, 3, 2) if axis == 1 else whole.transpose(0, 1)
 
 

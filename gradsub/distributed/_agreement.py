@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradsub.capture import MIXED, Captured
+from gradsub.capture import MIXED, Held
 from gradsub.distributed._ranks import Ranks
 from gradsub.linalg._arithmetic import widest
 
@@ -38,7 +38,7 @@ def agree(
     ranks: Ranks,
     device: torch.device,
     parameters: Sequence[Tensor],
-    gradients: Mapping[int, Mapping[Tensor, Captured]],
+    held: Held,
     samples: Mapping[int, float],
     losses: Mapping[int, Tensor],
     outside: Sequence[Tensor],
@@ -52,7 +52,7 @@ def agree(
     Args:
         device: where they sum.
         parameters: those whose gradients are to be summed, in the same order on every rank.
-        gradients: by task, what this rank has captured.
+        held: what this rank has captured.
         samples: by task, and for `MIXED` the rows of all mixed batches.
         losses: by task, where a loss was seen.
         outside: the parameters whose ``p.grad`` is to be averaged.
@@ -62,9 +62,9 @@ def agree(
     keys = [*range(tasks), MIXED]
     counts = [samples.get(key, 0.0) for key in keys]
     seen = [counts[task] if task in losses else 0.0 for task in range(tasks)]
-    arrived = [gradients.get(key, {}).keys() for key in keys]
-    arrived.append(dict.fromkeys(outside).keys())
-    flags = [float(parameter in found) for found in arrived for parameter in parameters]
+    arrived = [held.reached(key) for key in keys]
+    arrived.append(set(map(id, outside)))
+    flags = [float(id(parameter) in found) for found in arrived for parameter in parameters]
     numbers = torch.tensor([*counts, *seen, rounding, *flags], dtype=dtype, device="cpu").to(device, non_blocking=True)
     weighted = torch.stack(
         [
@@ -76,12 +76,12 @@ def agree(
     ranks.sum_([summed])
     host = summed[: numbers.numel()].tolist()
     totals, seen_by_all = host[: tasks + 1], host[tasks + 1 : 2 * tasks + 1]
-    rounding, held = host[2 * tasks + 1] / ranks.size, host[2 * tasks + 2 :]
+    rounding, has = host[2 * tasks + 1] / ranks.size, host[2 * tasks + 2 :]
     sums = summed[numbers.numel() :]
     width = len(parameters)
     # By task, for mixed batches, and last for what came from outside: who has what.
     *present, from_outside = (
-        [place for place in range(width) if held[row * width + place]] for row in range(len(keys) + 1)
+        [place for place in range(width) if has[row * width + place]] for row in range(len(keys) + 1)
     )
     return Agreement(
         samples={task: totals[task] for task in range(tasks) if totals[task]},

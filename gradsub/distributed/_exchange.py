@@ -148,14 +148,13 @@ class Exchange:
             return None
         if self._ranks.size == 1 and not self.sharded:
             return None
-        gradients = held.by_parameter()
+        if self.sharded:
+            complete_sharded(layers, held.by_parameter())
         if self._ranks.size == 1:
             self._done = True
-            complete_sharded(layers, gradients)
             return None
         if self.sharded:
             self._check_alike({**samples, MIXED: mixed})
-        complete_sharded(layers, gradients)
         parameters = [parameter for parameter in self._parameters if not is_distributed(parameter)]
         if not self._checked and parameters:
             check_replicas(self._ranks, parameters, self._names)
@@ -173,7 +172,7 @@ class Exchange:
             self._ranks,
             self._parameters[0].device,
             parameters,
-            gradients,
+            held,
             {**samples, MIXED: mixed},
             losses,
             outside,
@@ -181,8 +180,8 @@ class Exchange:
             rounding,
         )
         if merge and parameters:
-            agreement = merge_plain(gradients, parameters, layers, agreement)
-        reduce_captured(self._ranks, bank, parameters, layers, gradients, agreement)
+            agreement = merge_plain(held.single, parameters, layers, agreement)
+        reduce_captured(self._ranks, bank, parameters, layers, held, agreement)
         reduce_outside(self._ranks, agreement)
         self._done = True
         return agreement

@@ -1,33 +1,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gradsub.capture import MIXED, Captured, mix
+from gradsub.capture import MIXED, Captured, Held, mix
 from gradsub.distributed._agreement import Agreement
 from gradsub.distributed._ranks import Ranks
-from gradsub.subspace import SHARED, Layer, SubspaceBank
+from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
 
 Gradients = MutableMapping[int, dict[Tensor, Captured]]
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One tensor of one captured gradient: its place is the same in every rank's bucket."""
+    """One tensor of what was captured of a task: its place is the same in every rank's bucket.
+
+    Attributes:
+        task: its index.
+        of: a parameter, or a block of which all layers' projected gradients are wanted and nothing else.
+        field: of the `Captured` of a parameter.
+        shape: of the tensor.
+        dtype: likewise.
+        device: likewise.
+    """
 
     task: int
-    parameter: Tensor
+    of: Tensor | Block
     field: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    def put(self, held: Held, weight: float, place: Tensor) -> None:
+        """Write this rank's part into zeros."""
+        mine = held.single.get(self.task, {})
+        if isinstance(self.of, Block):
+            stack = dict(held.stacks(self.task)).get(self.of)
+            if stack is not None:
+                torch.mul(stack, weight, out=place)
+                return
+            for layer, row in zip(self.of.layers, place.unbind(), strict=True):
+                if (captured := mine.get(layer.parameter)) is not None:
+                    projected = captured.projected
+                    assert projected is not None  # since nothing is due
+                    torch.mul(projected.mT if layer.axis == 1 else projected, weight, out=row)
+        elif (captured := mine.get(self.of)) is not None:
+            torch.mul(getattr(captured, self.field), weight, out=place)
+
+    def take(self, held: Held, summed: Tensor) -> None:
+        """Give the sum over the ranks back."""
+        if isinstance(self.of, Block):
+            held.add_stack(self.task, self.of, summed)
+        else:
+            captured = held.single.setdefault(self.task, {}).setdefault(self.of, Captured())
+            setattr(captured, self.field, summed)
 
 
 def reduce_captured(
@@ -35,7 +69,7 @@ def reduce_captured(
     bank: SubspaceBank,
     parameters: Sequence[Tensor],
     layers: Mapping[Tensor, Layer],
-    gradients: Gradients,
+    held: Held,
     agreement: Agreement,
 ) -> None:
     """Replace what this rank has captured by the gradient of all ranks' samples: G_k = sum_r (n_k^r / N_k) G_k^r.
@@ -46,48 +80,70 @@ def reduce_captured(
 
     Args:
         bank: tells what is due, and so what the others have captured.
-        gradients: by task; replaced.
+        held: what this rank has captured; replaced.
         agreement: who has what.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[_Piece]] = {}
-    for task, places in agreement.present.items():
-        for place in places:
-            for piece in _pieces(bank, parameters[place], layers.get(parameters[place]), task):
-                kinds.setdefault((piece.dtype, piece.parameter.device), []).append(piece)
+    every = list(_pieces(bank, parameters, layers, agreement))
+    held.by_parameter(keep={(piece.task, piece.of) for piece in every if isinstance(piece.of, Block)})
+    for piece in every:
+        kinds.setdefault((piece.dtype, piece.device), []).append(piece)
     buckets = []
     for (dtype, device), pieces in kinds.items():
         flat = torch.zeros(sum(piece.numel for piece in pieces), dtype=dtype, device=device)
-        views = torch.split(flat, [piece.numel for piece in pieces])
+        parts = torch.split(flat, [piece.numel for piece in pieces])
+        views = [part.view(piece.shape) for piece, part in zip(pieces, parts, strict=True)]
         for piece, view in zip(pieces, views, strict=True):
-            held = gradients.get(piece.task, {}).get(piece.parameter)
-            if held is not None:
-                found = getattr(held, piece.field)
-                torch.mul(found.reshape(-1), agreement.weights.get(piece.task, 0.0), out=view)
-                setattr(held, piece.field, None)
+            piece.put(held, agreement.weights.get(piece.task, 0.0), view)
         buckets.append((flat, pieces, views))
+    held.drop(parameters)
     ranks.sum_(flat for flat, _, _ in buckets)
-    for held_by_task in gradients.values():
-        for parameter in parameters:
-            held_by_task.pop(parameter, None)
     for _, pieces, views in buckets:
         for piece, view in zip(pieces, views, strict=True):
-            held = gradients.setdefault(piece.task, {}).setdefault(piece.parameter, Captured())
-            setattr(held, piece.field, view.view(piece.shape))
+            piece.take(held, view)
 
 
-def _pieces(bank: SubspaceBank, parameter: Tensor, layer: Layer | None, task: int) -> list[_Piece]:
-    """What a capture holds of a parameter in this step; the other ranks know it without being told."""
-    if layer is None:
-        return [_Piece(task, parameter, "full", tuple(parameter.shape), parameter.dtype)]
+def _pieces(
+    bank: SubspaceBank, parameters: Sequence[Tensor], layers: Mapping[Tensor, Layer], agreement: Agreement
+) -> Iterator[_Piece]:
+    """What captures hold in this step; the other ranks know it without being told."""
+    whole: dict[Block, list[int]] = {}
+    for task, places in agreement.present.items():
+        blocks: dict[Block, list[Layer]] = {}
+        for parameter in (parameters[place] for place in places):
+            if (layer := layers.get(parameter)) is not None:
+                blocks.setdefault(layer.block, []).append(layer)
+            else:
+                shape = tuple(parameter.shape)
+                yield _Piece(task, parameter, "full", shape, parameter.dtype, parameter.device)
+        for block, members in blocks.items():
+            if len(members) == len(block) and bank.due_for(block, task) is None:
+                whole.setdefault(block, []).append(task)
+            else:
+                for layer in members:
+                    yield from _pieces_of(bank, layer, task)
+    # A block's tasks are neighbours: so the step finds them side by side.
+    for block, tasks in whole.items():
+        for task in tasks:
+            first = block.first
+            width = first.widths[SHARED] + first.widths[task + 1]
+            shape = (len(block), width, first.shape[1 - first.axis])
+            yield _Piece(task, block, "", shape, first.dtype, block.device)
+
+
+def _pieces_of(bank: SubspaceBank, layer: Layer, task: int) -> Iterator[_Piece]:
+    parameter = layer.parameter
     full, sketch = bank.demand(layer, task)
     if full:
-        return [_Piece(task, parameter, "full", layer.shape, layer.dtype)]
-    shape = list(layer.coordinates(SHARED))
-    shape[layer.axis] += layer.widths[task + 1]
-    pieces = [_Piece(task, parameter, "projected", tuple(shape), layer.dtype)]
+        yield _Piece(task, parameter, "full", layer.shape, layer.dtype, parameter.device)
+        return
+    rows, columns = layer.coordinates(SHARED)
+    own = layer.widths[task + 1]
+    shape = (rows, columns + own) if layer.axis == 1 else (rows + own, columns)
+    yield _Piece(task, parameter, "projected", shape, layer.dtype, parameter.device)
     if sketch:
-        pieces.append(_Piece(task, parameter, "sketch", (layer.dimension, layer.sketch_size), layer.dtype))
-    return pieces
+        shape = (layer.dimension, layer.sketch_size)
+        yield _Piece(task, parameter, "sketch", shape, layer.dtype, parameter.device)
 
 
 def complete_sharded(layers: Mapping[Tensor, Layer], gradients: Gradients) -> None:
