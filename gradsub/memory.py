@@ -80,11 +80,11 @@ def layer_bytes(
         sketched: whether the bases are refreshed from sketches, as by default those of large layers at small ranks
             are. If not, the step of a refresh holds a whole gradient (s m n) for every task instead.
         itemsize: bytes of a number in the subspaces: 4, or 8 for float64 weights.
-        protection: ``"host"`` or ``"device"``: where the protected directions lie between refreshes.
+        protection: ``"host"`` (as ``"auto"`` is) or ``"device"``: where protected directions lie between refreshes.
         anchor: whether what they held is kept, too; then they are in no smaller form.
 
     Raises:
-        ValueError: there is no such side, or more directions are protected than there are.
+        ValueError: there is no such side or ``protection``, or more directions are protected than there are.
 
     Example:
         >>> from gradsub.memory import layer_bytes
@@ -95,6 +95,8 @@ def layer_bytes(
         7077888
     """
     check_side(side)
+    if protection not in ("host", "device", "auto"):
+        raise ValueError(f"protection={protection!r} must be 'host', 'device' or 'auto', which is the host")
     most = min(out_features, in_features)
     own = max(1, rank // 2) if task_rank is None else task_rank
     widths = [min(rank, most), *[min(own, most)] * tasks]
@@ -115,7 +117,7 @@ def layer_bytes(
         joint=itemsize * d * sum(widths[0] + width for width in widths[1:]),
         captured=itemsize * o * sum(widths[0] + width for width in widths[1:]),
         sketches=itemsize * d * sketch_size(widths[0], o) * tasks if sketched else 0,
-        on_host=protection == "host",
+        on_host=protection != "device",
     )
 
 
@@ -206,7 +208,7 @@ def model_bytes(
         null_space: the protected directions, or the protected share of each layer's by its name; None: no such row.
         moments: how many numbers the base optimizer keeps for each entry.
         refresh: as of `GemsOptimizer`.
-        protection: ``"host"`` or ``"device"``: where protected directions lie between refreshes.
+        protection: ``"host"`` (as ``"auto"`` is) or ``"device"``: where protected directions lie between refreshes.
         inputs: layer -> any name of its input; layers with the same one have one set of directions. None: with a
             `NullSpace` those whose statistics are shared, else each layer has its own.
         master_weights: as of `GemsOptimizer`.

@@ -455,6 +455,7 @@ class GemsOptimizer(Optimizer):
             gathered = self._stepper.gather(self._intake.held, self._intake.rounding)
             if not self._finite(gathered):
                 return result
+            self._intake.held.forget_stacks()
             try:
                 self._measured = self._stepper.take(
                     self.param_groups,

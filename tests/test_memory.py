@@ -260,3 +260,14 @@ def test_protected_vectors_and_masters_stay_on_the_device(device):
         optimizer.state[v]["protected"].numel() * 4 for v in (model.norm.weight, model.norm.bias)
     )
     assert said.state == optimizer.summary().state
+
+
+def test_a_place_for_the_protection_is_one_that_an_optimizer_knows():
+    by_place = {place: layer_bytes(8, 6, rank=2, protected=3, protection=place) for place in ("auto", "host", "device")}
+    assert by_place["auto"] == by_place["host"]
+    assert by_place["host"].host == by_place["device"].state - by_place["host"].state > 0
+    with pytest.raises(ValueError, match="protection='gpu' must be 'host', 'device' or 'auto'"):
+        layer_bytes(8, 6, rank=2, protected=3, protection="gpu")
+    model = torch.nn.Linear(6, 8, bias=False)
+    tables = [model_bytes(model, rank=2, null_space={"": 0.5}, protection=place) for place in ("auto", "host")]
+    assert tables[0] == tables[1]

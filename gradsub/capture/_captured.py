@@ -8,6 +8,9 @@ from torch import Tensor
 from gradsub.linalg._arithmetic import norm, widest
 from gradsub.subspace import Layer, local
 
+# In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
+MIXED = -1
+
 
 @dataclass(eq=False, slots=True)
 class Captured:

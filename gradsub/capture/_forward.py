@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -127,26 +125,24 @@ class FusedForward:
             parameters = module._parameters
             if (
                 parameters.get("weight") is weight
+                and "bias" in parameters
                 and type(module).forward is self.own
                 and weight.requires_grad
                 and torch.is_grad_enabled()
                 and not (_any_autocast() or _saving_hooks(False) or seen_by_others(weight) or needs_autograd(x))
             ):
                 basis = tray.bases(x.dtype)[slot.layer.row]
-                return ordinary_linear(x, weight, tray.witness, parameters.get("bias"), basis, slot, tray)  # type: ignore[no-any-return]
+                return ordinary_linear(x, weight, tray.witness, parameters["bias"], basis, slot, tray)
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
         module = self.module
         if type(module).forward is not self.own:
             return type(module).forward(module, x)  # type: ignore[no-any-return]  # it has been replaced since
-        weight: Tensor | None = module._parameters.get("weight")
-        bias: Tensor | None = module._parameters.get("bias")
-        slots = self.slots
-        if weight is None or len(slots) != 1 or slots[0].layer.parameter is not weight:
-            weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-            slots = [slot for slot in slots if slot.layer.parameter is weight]
-        assert weight is not None
+        # Not from its parameters: where they are pruned or parametrized, another library computes them.
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, Tensor)
+        slots = [slot for slot in self.slots if slot.layer.parameter is weight]
         if not slots or not weight.requires_grad:
             return affine(x, weight, bias, self.transposed)
         compiling = is_compiling()
@@ -236,21 +232,13 @@ class _Opened:
 # Looked up once: it is asked in every layer and pass.
 _any_autocast = torch._C._is_any_autocast_enabled
 
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-# Before torch 2.8 only the stack of frames tells.
-_saving_hooks = _top_hooks or (lambda _: True)
+_saving_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def _checkpointed() -> bool:
     """Whether what the forward pass saves goes to a non-reentrant checkpoint, and not to hooks that only move it."""
-    if _top_hooks is not None:
-        hooks = _top_hooks(False)
-        return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
-    # torch before 2.8
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") != "torch.utils.checkpoint":
-        frame = frame.f_back
-    return frame is not None
+    hooks = _saving_hooks(False)
+    return hooks is not None and "checkpoint" in (getattr(hooks[0], "__module__", None) or "")
 
 
 def can_fuse(module: nn.Module) -> bool:

@@ -10,13 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from gradsub.capture._captured import Captured, squared_norm
+from gradsub.capture._captured import MIXED, Captured, squared_norm
 from gradsub.capture._held import Held
 from gradsub.linalg._arithmetic import without_autocast
 from gradsub.subspace import Block, Layer, SubspaceBank
-
-# In the place of a task: gradients of a batch whose rows belong to several tasks, already weighted and summed.
-MIXED = -1
 
 
 class GenericCapture:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from gradsub.capture._captured import Captured
+from gradsub.capture._captured import MIXED, Captured
 from gradsub.subspace import Block, Layer
 
 
@@ -41,7 +41,7 @@ class Held:
 
     def tasks(self) -> list[int]:
         """Those of which there is anything."""
-        return sorted({*self.single, *(task for task, _ in self._stacks)})
+        return sorted({*self.single, *(task for task, _ in self._stacks)}, key=lambda task: (task == MIXED, task))
 
     def any_of(self, parameters: Iterable[Tensor]) -> bool:
         """Whether there is a gradient of one of these."""
@@ -119,16 +119,19 @@ class Held:
             blocks: all that there are.
         """
         known = set(blocks)
-        alone: dict[Block, bool] = {}
-        for (_, block), (layers, _) in self._stacks.items():
-            if block not in alone:
-                alone[block] = block in known and not any(
-                    layer.parameter in mine for mine in self.single.values() for layer in block.layers
-                )
-            alone[block] = alone[block] and layers is block.layers
-        for task, block in list(self._stacks):
-            if not alone[block]:
-                self._unstack(task, block)
+        # First those of other layers than the block has now: their gradients may lie beside another block's stack.
+        current = {
+            (task, block)
+            for (task, block), (layers, _) in self._stacks.items()
+            if block in known and layers is block.layers
+        }
+        self.by_parameter(keep=current)
+        alone = {
+            block
+            for block in {block for _, block in self._stacks}
+            if not any(layer.parameter in mine for mine in self.single.values() for layer in block.layers)
+        }
+        self.by_parameter(keep={(task, block) for task, block in self._stacks if block in alone})
         found: dict[Block, dict[int, Tensor]] = {}
         for (task, block), (_, stack) in sorted(self._stacks.items(), key=lambda each: each[0][0]):
             found.setdefault(block, {})[task] = stack
@@ -137,6 +140,10 @@ class Held:
     def _unstack(self, task: int, block: Block) -> None:
         if (held := self._stacks.pop((task, block), None)) is not None:
             self.add(task, _by_parameter(*held), {})
+
+    def forget_stacks(self) -> None:
+        """Once they are somebody else's, memory may be freed that was copied."""
+        self._stacks.clear()
 
     def clear(self) -> None:
         """Forget all of it."""

@@ -155,7 +155,7 @@ class _Ordinary(torch.autograd.function._SingleLevelFunction):
         if for_input:
             kernel = weight if weight.dtype is g.dtype else weight.to(g.dtype)
             for_x = torch.mm(flat, kernel.mT if slot.orientation.transposed else kernel)
-            for_x = for_x if matrix else for_x.view(*g.shape[:-1], -1)
+            for_x = for_x if matrix else for_x.view(*g.shape[:-1], for_x.shape[-1])
         if for_its_bias:
             for_bias = flat.sum(0)
         wish = wish_of(ctx, weight, 1, 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from gradsub.capture import Captured
 
@@ -125,3 +127,99 @@ def test_a_norm_is_the_same_of_stacks_and_of_single_gradients(accumulated):
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-12, atol=0)
     assert float(norms[0].min()) > 1e-3
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
+
+
+def test_gradients_of_a_block_that_is_split_meanwhile_are_not_lost():
+    """Nothing does that between a backward pass and the step; whoever will must not lose a gradient in silence."""
+    weights = []
+    for looked in (False, True):
+        model = model_of((*WIDTHS, 16), bias=False)
+        optimizer = gems(model, tasks=TASKS, update_proj_gap=100)
+        train(model, optimizer, 2)
+        for number, task in enumerate(TASKS):
+            with optimizer.task(task):
+                model(input_of(number)).square().mean().backward()
+            if looked:
+                assert optimizer._intake.held.by_parameter()
+            if number == 0:
+                optimizer._blocks._split(optimizer._blocks.all[0], [2, 3])
+        optimizer.step()
+        weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tasks", [("a",), ("b", "a"), ("a", "b", "c")])
+def test_a_step_copies_no_stack_that_lies_side_by_side_and_keeps_none_that_it_copied(tasks):
+    """Also of a single task, and where other tasks came than in the last step."""
+    model = model_of(WIDTHS, bias=False)
+    optimizer = gems(model, tasks=("a", "b", "c"), update_proj_gap=100)
+    train(model, optimizer, 2)
+    for number, task in enumerate(tasks):
+        with optimizer.task(task):
+            model(input_of(number)).square().mean().backward()
+    stacks = [weakref.ref(stack) for task in range(3) for _, stack in optimizer._intake.held.stacks(task)]
+    assert len(stacks) == len(tasks)
+    seen = []
+    inner_step = optimizer._inner.step
+
+    def watched(*arguments):
+        seen.append([stack() is not None for stack in stacks])
+        return inner_step(*arguments)
+
+    optimizer._inner.step = watched
+    optimizer.step()
+    assert seen == [[False] * len(tasks)]
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 16), (3, 0, 16), (0, 16)])
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_an_empty_batch_adds_nothing(shape, side):
+    weights = []
+    for empty in (False, True):
+        model = model_of(WIDTHS, bias=True)
+        optimizer = gems(model, tasks=TASKS, side=side, update_proj_gap=100)
+        for step in range(4):
+            for number, task in enumerate(TASKS):
+                with optimizer.task(task):
+                    loss = model(input_of(2 * step + number)).square().mean()
+                    if empty and step > 1:
+                        loss = loss + model(torch.zeros(shape, dtype=torch.float64, requires_grad=True)).sum()
+                    loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=1e-12)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "bias", amount=0.5)
+
+
+def parametrized(layer):
+    parametrize.register_parametrization(layer, "bias", nn.Softplus())
+
+
+def computed(layer):
+    bias = layer.bias.detach() + 1.0
+    del layer.bias
+    layer.bias = bias
+
+
+@pytest.mark.parametrize("change", [pruned, parametrized, computed])
+def test_a_bias_that_somebody_else_computes_counts(change):
+    model, twin = model_of(WIDTHS, bias=True), model_of(WIDTHS, bias=True)
+    for layer in (*model, *twin):
+        if isinstance(layer, nn.Linear):
+            change(layer)
+    x = input_of(5)
+    before = model(x)
+    optimizer = gems(model, tasks=TASKS, update_proj_gap=100)
+    assert torch.equal(model(x), before)
+    train(model, optimizer, 2)
+    twin.load_state_dict(model.state_dict())
+    with optimizer.task("a"):
+        inside = model(x)
+        torch.testing.assert_close(inside, twin(x), rtol=0, atol=1e-12)
+        inside.square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model(x), inside)

@@ -21,7 +21,6 @@ from torch.utils.checkpoint import (
 )
 
 from gradsub import GemsOptimizer
-from gradsub.capture import _forward
 
 from .toys import TASKS, gems, mlp, noise, weights_of
 
@@ -218,14 +217,6 @@ def test_selective_checkpoints(device, capture, options):
         **options,
     )
     close(mine, run(device, functools.partial(step, lambda model, x: model(x)), capture="generic", **options))
-
-
-def test_checkpoints_where_torch_does_not_tell_of_hooks(device, monkeypatch):
-    """Before torch 2.8."""
-    monkeypatch.setattr(_forward, "_top_hooks", None)
-    plain = run(device, functools.partial(passes_in_between, lambda model, x: model(x)), capture="generic")
-    for kind in ("non-reentrant", "nested", "reentrant"):
-        close(run(device, functools.partial(passes_in_between, CHECKPOINTS[kind]), capture="fused"), plain)
 
 
 @captures
