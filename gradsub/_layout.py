@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -196,6 +197,11 @@ class Layout:
         m, n = layer.whole_shape
         return layer.sketch_size * (m + n) < m * n
 
+    @functools.cached_property
+    def _replicates(self) -> bool:
+        modules = () if self._model is None else self._model.modules()
+        return any(isinstance(module, nn.DataParallel) for module in modules)
+
     def fused(self, parameter: Tensor) -> tuple[list[nn.Module], bool] | None:
         """The modules whose forward pass captures the weight's gradient, and whether they store it transposed.
 
@@ -205,7 +211,7 @@ class Layout:
         target = (self.targets or {}).get(parameter)
         if target is None or self._capture == "generic" or is_distributed(parameter):
             return None
-        if isinstance(self._model, nn.DataParallel):
+        if self._replicates:
             return None  # its replicas would run the forward pass of the layer that they were copied from
         if self._capture == "auto" and parameter.numel() <= _NOT_WORTH_FUSING:
             return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,15 +112,25 @@ class FusedForward:
         transposed: whether its weight is ``in_features x out_features``.
     """
 
+    # Without a dictionary, which `functools.update_wrapper` would hand on to whoever wraps it.
+    __slots__ = ("__weakref__", "kind", "module", "own", "plain", "slots", "transposed")
+
     def __init__(self, module: nn.Module, transposed: bool) -> None:
         self.module = module
         self.transposed = transposed
-        self.own = type(module).forward
+        self.kind = type(module)
+        self.own = self.kind.forward
+        # Properties of the class, as parametrizations make them, come before the module's parameters.
+        self.plain = not (hasattr(self.kind, "weight") or hasattr(self.kind, "bias"))
         self.slots: list[Slot] = []
 
-    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output."""
-        (x,) = args or kwargs.values()
+        if type(self.module).forward is not self.own:  # it has been replaced since
+            return type(self.module).forward(self.module, *args, **kwargs)  # type: ignore[no-any-return]
+        if kwargs or len(args) != 1:
+            args = inspect.signature(self.own).bind(self.module, *args, **kwargs).args[1:]
+        (x,) = args
         # What nearly all calls are, and where every microsecond counts: `_compute` would find the same.
         if len(slots := self.slots) == 1 and (tray := (slot := slots[0]).tray) is not None and not is_compiling():
             module, weight = self.module, slot.layer.parameter
@@ -126,10 +138,12 @@ class FusedForward:
             if (
                 parameters.get("weight") is weight
                 and "bias" in parameters
-                and type(module).forward is self.own
+                and self.plain
+                and type(module) is self.kind
                 and weight.requires_grad
                 and torch.is_grad_enabled()
-                and not (_any_autocast() or _saving_hooks(False) or seen_by_others(weight) or needs_autograd(x))
+                and isinstance(x, Tensor)
+                and not (_any_autocast() or _saving_hooks(False) or seen_by_others(weight) or needs_autograd(x, weight))
             ):
                 basis = tray.bases(x.dtype)[slot.layer.row]
                 return ordinary_linear(x, weight, tray.witness, parameters["bias"], basis, slot, tray)
@@ -137,16 +151,15 @@ class FusedForward:
 
     def _compute(self, x: Tensor) -> Tensor:
         module = self.module
-        if type(module).forward is not self.own:
-            return type(module).forward(module, x)  # type: ignore[no-any-return]  # it has been replaced since
         # Not from its parameters: where they are pruned or parametrized, another library computes them.
         weight, bias = module.weight, getattr(module, "bias", None)
-        assert isinstance(weight, Tensor)
+        if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):  # a tracer's
+            return self.own(module, x)  # type: ignore[no-any-return]
         slots = [slot for slot in self.slots if slot.layer.parameter is weight]
         if not slots or not weight.requires_grad:
             return affine(x, weight, bias, self.transposed)
         compiling = is_compiling()
-        if compiling or not torch.is_grad_enabled() or needs_autograd(x) or seen_by_others(weight):
+        if compiling or not torch.is_grad_enabled() or needs_autograd(x, weight) or seen_by_others(weight):
             opened = [slot for slot in slots if slot.opened]
             if compiling and torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
                 return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
@@ -252,7 +265,17 @@ def can_fuse(module: nn.Module) -> bool:
         and getattr(own, "__func__", None) is not type(module).forward
     ):
         return False  # another library's
-    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+    return any(_defined(type(module).forward, *place) for place in _FUSED)
+
+
+# Where the forward passes are defined that are replaced. By name, for transformers need not be there.
+_FUSED = (("torch.nn.modules.linear", "Linear.forward"), ("transformers.pytorch_utils", "Conv1D.forward"))
+
+
+def _defined(function: Any, module: str, name: str) -> bool:
+    """Whether this is the function of that name, and not another one that stands, or passes, for it."""
+    code, home = getattr(function, "__code__", None), sys.modules.get(module)
+    return home is not None and code is not None and (code.co_filename, code.co_qualname) == (home.__file__, name)
 
 
 def uninstall(forward: FusedForward, slot: Slot) -> None:

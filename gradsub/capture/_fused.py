@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsub.capture._captured import Captured
-from gradsub.capture._forward import FusedForward, Slot, uninstall
+from gradsub.capture._forward import FusedForward, Slot, can_fuse, uninstall
 from gradsub.capture._generic import GenericCapture
 from gradsub.capture._linear import Segment
 from gradsub.capture._products import Orientation, Rows
@@ -285,7 +285,9 @@ class FusedCapture:
     def reinstall(self) -> None:
         """In a copy, once it is complete: take over the copied modules."""
         for layer, modules, transposed in self.__dict__.pop("_waiting", []):
-            self.adopt(layer, modules, transposed)
+            # Where another library has wrapped a forward pass, or changed a class, autograd's gradient is taken.
+            if all(map(can_fuse, modules)):
+                self.adopt(layer, modules, transposed)
 
 
 def _leaf(shape: tuple[int, int], slot: Slot, task: int) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.overrides import has_torch_function_variadic
+from torch.utils._device import DeviceContext
 
 from gradsub.capture._products import Orientation, Rows, affine, project_rows, rows_of, whole
 from gradsub.capture._tray import Tray
@@ -77,11 +79,12 @@ _transforms_active = torch._C._are_functorch_transforms_active
 _tracing = torch._C._is_tracing
 
 
-def needs_autograd(x: Tensor) -> bool:
+def needs_autograd(x: Tensor, weight: Tensor) -> bool:
     """Whether only operations that torch knows compute what is wanted: an ordinary linear layer does, captured or not.
 
     Function transforms (``torch.func``), forward-mode derivatives and ``torch.jit.trace`` want to see inside of an
-    operation; nested and sparse inputs have no rows to take; what is not floating is for torch to refuse.
+    operation, and so does who overrides ``F.linear``; nested and sparse inputs have no rows to take; what is not
+    floating is for torch to refuse.
     """
     return (
         _transforms_active()
@@ -90,7 +93,18 @@ def needs_autograd(x: Tensor) -> bool:
         or x.is_nested
         or x.layout is not torch.strided
         or not x.is_floating_point()
+        or F.linear is not torch._C._nn.linear
+        or (has_torch_function_variadic(x, weight) and _overridden(x, weight))
     )
+
+
+def _overridden(*tensors: Tensor) -> bool:
+    """Whether a mode or a tensor's class changes what functions do; `torch.device` as a mode does not."""
+    modes = [torch._C._get_function_stack_at(place) for place in range(torch._C._len_torch_function_stack())]
+    if not all(isinstance(mode, DeviceContext) for mode in modes):
+        return True
+    ordinary = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+    return any(type(tensor).__torch_function__ not in ordinary for tensor in tensors)
 
 
 def _unpack(layout: Layout, tensors: tuple[Tensor, ...]) -> list[Segment]:
@@ -311,9 +325,12 @@ class _Deferring(torch.autograd.Function):
                 projected, sketched = project_rows(
                     orientation, rows_of(x, rows), rows_of(g, rows), segment.basis, segment.directions
                 )
-                found[probe_place] = hand_over(wish, segment.probe, projected)
+                # Where the model was converted since the forward pass, the graph ends in leaves that nobody reads.
+                into = wish if ctx.probes[probe_place] is segment.probe else Wish.THIS_LEAF
+                found[probe_place] = hand_over(into, segment.probe, projected)
                 if sketched is not None:
-                    found[sketch_place] = hand_over(wish, ctx.probes[sketch_place], sketched)
+                    assert segment.sketch_probe is not None
+                    found[sketch_place] = hand_over(into, segment.sketch_probe, sketched)
         return for_x, for_bias, None, None, None, *found
 
 
