@@ -81,9 +81,9 @@ class Blocks:
         self._as_stacks.append(traits.entrywise and self._stacks)
         return self._build(group, layers)
 
-    def _build(self, group: int, layers: Sequence[Layer]) -> dict[Tensor, Tensor]:
+    def _build(self, group: int, layers: Sequence[Layer], turn: int | None = None) -> dict[Tensor, Tensor]:
         proxies: dict[Tensor, Tensor] = {}
-        for block in make_blocks(group, layers, lambda layer: layer.parameter in self._fused):
+        for block in make_blocks(group, layers, lambda layer: layer.parameter in self._fused, turn):
             self.all.append(block)
             self._bank.initialise(block)
             block.add(GATE_MEMORY, (len(self._tasks),))
@@ -187,7 +187,7 @@ class Blocks:
                 if layer.parameter.dtype == layer.dtype:
                     state.pop(MASTER, None)
             before = len(self.all)
-            fresh = self._build(block.group, block.layers)
+            fresh = self._build(block.group, block.layers, block.turn)
             self._inner.replace(block.group, [proxy for proxies in block.proxies for proxy in proxies], fresh)
             for made in self.all[before:]:
                 self._go_on_from(made, held)

@@ -114,9 +114,16 @@ def show_shards(
 ) -> dict[str, Any]:
     """In a state dict, what is kept by row of a sharded weight as DTensors that lie like the weight.
 
-    A distributed checkpoint then knows which part each rank has, and another number of ranks can go on from it.
+    A distributed checkpoint then knows which part each rank has, and another number of ranks can go on from it. It
+    reads into these tensors: what the layers of a block share here may differ there, so each has its own.
     """
     saved = _copied(saved)
+    seen: set[int] = set()
+    for mine in saved["state"].values():
+        for key, value in mine.items():
+            if isinstance(value, Tensor):
+                mine[key] = value.clone() if id(value) in seen else value
+                seen.add(id(value))
     for layer, held in _sharded(saved, groups, layers):
         assert layer.shards is not None
         for key, value in held.items():

@@ -104,7 +104,8 @@ class Directions:
     def spectrum(self, quick: bool = False) -> Spectrum:
         count, values = self.protection.count, self.protection.eigenvalues
         resolution = self.dimension * torch.finfo(torch.float32).eps
-        return Spectrum(values[:count], self.basis().to(values.dtype), self._total, 0.0, resolution)
+        paired = not self.protection.complementary
+        return Spectrum(values[:count], self.basis().to(values.dtype), self._total, 0.0, resolution, paired)
 
     def basis(self) -> Tensor:
         """K; where the complement is held, in no order."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -102,27 +102,39 @@ def _too_weak(spectrum: Spectrum, count: int) -> bool:
 def _polished(vectors: Tensor) -> Tensor:
     """A copy of its own; float32 eigenvectors, orthonormal to 1e-5 only, are made so to the rounding of float32."""
     if vectors.dtype == torch.float64:
-        return vectors.contiguous()
+        # Not contiguous(): of a single column it keeps the stride, and products round otherwise than those of a copy.
+        return vectors.clone(memory_format=torch.contiguous_format)
     with full_precision(vectors.device):
         excess = vectors.mT @ vectors
         excess.diagonal().sub_(1.0)
         return torch.addmm(vectors, vectors, excess, alpha=-0.5)
 
 
+# Of a direction's square: what K leaves of one that it holds, both rounded to float32, is less by far.
+_LEFT: Final = 1e-6
+
+
 def extend(spectrum: Spectrum, criterion: Criterion, kept: Tensor) -> Tensor:
     """K (d x k') that keeps every direction of ``kept`` (d x k) and adds the fewest that satisfy ``criterion``.
 
-    The leading eigenvectors of what ``kept`` leaves of the covariance, (I - K K^T) C (I - K K^T), are added.
+    The leading eigenvectors of what ``kept`` leaves of the covariance, (I - K K^T) C (I - K K^T), are added; where it
+    is not known which eigenvalue is whose, all that it leaves of the eigenvectors.
     """
     # Statistics and what is protected may lie on two devices: collected on the GPU, kept in the host's memory.
     K = kept.to(spectrum.vectors.device, torch.promote_types(spectrum.vectors.dtype, spectrum.eigenvalues.dtype))
-    roots = spectrum.vectors * spectrum.eigenvalues.sqrt()
+    roots = spectrum.vectors * spectrum.eigenvalues.sqrt() if spectrum.paired else spectrum.vectors
     left = roots - K @ (K.mT @ roots)
     vectors, values, _ = torch.linalg.svd(left, full_matrices=False)
     held = float(spectrum.eigenvalues.sum() - values.square().sum())
+    if not spectrum.paired:
+        return _with(K, vectors[:, : int((values.square() > _LEFT).sum())])
     # What a float32 basis leaves of a direction that it holds is no direction of its own.
     resolution = max(spectrum.resolution, K.shape[0] * torch.finfo(torch.float32).eps ** 2)
     count = criterion.count_beyond(values.square(), held, spectrum, resolution, K.shape[1])
-    added = vectors[:, :count]
-    added = torch.linalg.qr(added - K @ (K.mT @ added)).Q if count else added
+    return _with(K, vectors[:, :count])
+
+
+def _with(K: Tensor, added: Tensor) -> Tensor:
+    """K and further directions (d x j), which lie outside of it up to rounding."""
+    added = torch.linalg.qr(added - K @ (K.mT @ added)).Q if added.shape[1] else added
     return torch.cat([K, added], dim=1)

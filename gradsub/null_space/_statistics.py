@@ -17,6 +17,7 @@ class Spectrum:
         energy: tr(C), the features' mean square, exact also where the eigenvalues are not.
         error: bound of ||C - vectors diag(eigenvalues) vectors^T||_2; 0 where nothing was given up.
         resolution: eigenvalues below this share of the largest are rounding noise.
+        paired: whether the vectors are in the order of the eigenvalues.
     """
 
     eigenvalues: Tensor
@@ -24,6 +25,7 @@ class Spectrum:
     energy: float
     error: float
     resolution: float
+    paired: bool = True
 
 
 class Statistics(Protocol):

@@ -184,13 +184,16 @@ class Block:
         return {**self.__dict__, "_joint": {}, "_columns": {}, "_arrays": {}, "lr_factor": None, "shown": {}}
 
 
-def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable]) -> list[Block]:
+def make_blocks(
+    group: int, layers: Iterable[Layer], alike: Callable[[Layer], Hashable], turn: int | None = None
+) -> list[Block]:
     """Blocks of the layers that are alike, none with more coordinates than fit one operation.
 
     Args:
         group: the index of the parameter group.
         layers: of that group.
         alike: what layers of a block have to have in common beside their shape.
+        turn: of the block that they come from, if there is one: it decides their draws, and is in no checkpoint.
     """
     kinds: dict[Hashable, list[Layer]] = defaultdict(list)
     for layer in layers:
@@ -207,7 +210,7 @@ def make_blocks(group: int, layers: Iterable[Layer], alike: Callable[[Layer], Ha
         )
         kinds[key, alike(layer)].append(layer)
     return [
-        Block(group, some, some[0].index)
+        Block(group, some, some[0].index if turn is None else turn)
         for members in kinds.values()
         for some in pieces(members, _coordinates(members[0]), members[0].parameter.device)
     ]

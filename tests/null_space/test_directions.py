@@ -223,3 +223,23 @@ def test_numbers_of_numpy_and_large_features_survive_a_file(tmp_path):
     loaded = NullSpace.load(tmp_path / "null.safetensors")
     assert loaded.criterion.energy == null_space.criterion.energy
     torch.testing.assert_close(loaded.complement("layer"), null_space.complement("layer"))
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.97])
+def test_directions_alone_extend_a_basis_to_no_less_than_the_energy(energy, tmp_path):
+    """Also where their complement is stored, which does not tell which eigenvalue is whose."""
+    torch.manual_seed(0)
+    rotations = [torch.linalg.qr(torch.randn(24, 24)).Q for _ in range(2)]
+    features = [torch.randn(3000, 24) * torch.logspace(0, -1.2, 24) @ Q for Q in rotations]
+    first, second = (NullSpace(energy=energy) for _ in range(2))
+    first.update("layer", features[0])
+    second.update("layer", features[1])
+    second.save(tmp_path / "second.safetensors", statistics=False)
+    alone = NullSpace.load(tmp_path / "second.safetensors")
+    kept = first.basis("layer")[:, :4].contiguous()
+    total = features[1].square().sum()
+    for null_space in (second, alone):
+        found = null_space.extended("layer", kept)
+        torch.testing.assert_close(found.mT @ found, torch.eye(found.shape[1]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found @ (found.mT @ kept), kept, rtol=0, atol=1e-5)
+        assert float((features[1] @ found).square().sum() / total) > energy - 1e-3
