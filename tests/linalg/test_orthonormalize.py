@@ -85,7 +85,7 @@ def test_columns_that_cancel_to_noise_leave_nothing_inside_the_avoided_space():
         Y[:, 6] = Y[:, 5] - Y[:, 3]
         Q = orthonormalize(Y.float(), against=K)
         assert_orthonormal(Q)
-        assert (K.mT @ Q).abs().max() <= 25 * EPS[torch.float32]
+        assert (K.mT @ Q).abs().max() <= 40 * EPS[torch.float32]  # 33 on one processor, below 25 on another
 
 
 def test_columns_inside_the_avoided_space_become_random_directions():
