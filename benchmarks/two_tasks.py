@@ -35,6 +35,7 @@ class Method:
         refresh: of gems.
         gap: ``update_proj_gap`` of gems.
         compiled: whether the model goes through ``torch.compile``.
+        clipped: whether gradients are clipped before the step, as a ``Trainer`` does unless told otherwise.
     """
 
     summary: str
@@ -44,6 +45,7 @@ class Method:
     refresh: str = "auto"
     gap: int = NEVER
     compiled: bool = False
+    clipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Contender:
 
     def __init__(self, method: Method, workload: Workload) -> None:
         self._autocast = workload.autocast
+        self._clipped = method.clipped
         self._device = torch.device(workload.device).type
         with torch.device(workload.device):
             self.model = build_model({"architecture": "llama", **workload.model}, seed=0)
@@ -123,7 +126,11 @@ class Contender:
                     mean_loss(self._forward, batch).backward()
 
     def step(self) -> None:
-        """The optimizer's step, and zero_grad."""
+        """The optimizer's step, and zero_grad; before them the clipping, if there is one."""
+        if self._clipped and self._gems is not None:
+            self._gems.clip_grad_norm_(1.0)
+        elif self._clipped:
+            nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

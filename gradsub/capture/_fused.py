@@ -209,8 +209,8 @@ class FusedCapture:
             formats |= tray.formats
             stack, arrived = tray.take()
             if stack is not None:
-                share = shares[tray.task]
-                self._generic.deliver_stack(tray.task, tray.block, stack if share == 1.0 else stack.div_(share))
+                (stack,) = _in_own_scale([stack], shares[tray.task])
+                self._generic.deliver_stack(tray.task, tray.block, stack)
             elif arrived:
                 layers = tray.block.layers
                 gradients = _in_own_scale(list(arrived.values()), shares[tray.task])

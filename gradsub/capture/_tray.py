@@ -124,13 +124,11 @@ def tasks_side_by_side(stacks: Sequence[Tensor], axis: int) -> Tensor:
         axis: of the weights, that the bases span.
     """
     first = stacks[0]
-    base, start, size = first._base, first.storage_offset(), first.numel()
-    together = len(stacks) == 1 or all(
-        base is not None and each._base is base and each.storage_offset() == start + task * size
-        for task, each in enumerate(stacks)
-    )
-    every = (len(stacks), *first.shape)
-    whole = first.as_strided(every, (size, *first.stride()), start) if together else torch.stack(list(stacks))
+    if len(stacks) == 1 or _together(stacks):
+        every, strides = (len(stacks), *first.shape), (first.numel(), *first.stride())
+        whole = first.as_strided(every, strides, first.storage_offset())
+    else:
+        whole = torch.stack(list(stacks))
     return whole.permute(1, 0, 3, 2) if axis == 1 else whole.transpose(0, 1)
 
 

@@ -38,7 +38,7 @@ def operations_of_step(method: str, depth: int, steps: int) -> int:
     return count(contender.step).names.total()
 
 
-@pytest.mark.parametrize("method", ["adamw", "gems", "gems-mixed"])
+@pytest.mark.parametrize("method", ["adamw", "gems", "gems-clipped", "gems-mixed"])
 def test_a_step_asks_for_as_many_operations_whatever_the_number_of_layers(method: str) -> None:
     """Layers of one shape step together, also where the tasks' losses and gates are looked at."""
     assert operations_of_step(method, DEEP, 3) == operations_of_step(method, SHALLOW, 3)
