@@ -17,7 +17,7 @@ METHODS: Final = {
     "adamw-clipped": Method("AdamW (fused), a pass a task, clipped by torch", "adamw", clipped=True),
     "gems": Method("an ordinary step, a pass a task", "gems"),
     "gems-null": Method("the same with a null space", "gems", protected=True),
-    "gems-clipped": Method("the same, every task's gradient clipped", "gems", clipped=True),
+    "gems-clipped": Method("an ordinary step, every task's gradient clipped", "gems", clipped=True),
     "gems-mixed": Method("an ordinary step, one pass of both tasks' rows", "gems", one_batch=True),
     "gems-svd": Method("all layers decompose their gradients", "gems", refresh="svd", gap=1),
     "gems-sketch": Method("all layers sketch", "gems", refresh="sketch", gap=1),
