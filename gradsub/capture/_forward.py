@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,30 @@ from gradsub.subspace import Layer
 
 
 @dataclass(eq=False)
+class Opening:
+    """What is open at the layers of a block, or at one of them that wants something else in this step.
+
+    Attributes:
+        tasks: as indices.
+        tray: of the task, if one is open to which all rows belong and nothing but projections is wanted.
+        segments: by the layer's row in its block, the tasks' parts of the batch; None while no task is open, or where
+            autograd's own gradient is wanted.
+        whole: a task is open and wants autograd's own gradient.
+        layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
+    """
+
+    tasks: tuple[int, ...] = ()
+    tray: Tray | None = None
+    segments: Mapping[int, tuple[Segment, ...]] | None = None
+    whole: bool = False
+    layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
+
+    def close(self) -> None:
+        """No task is open any more."""
+        self.tasks, self.tray, self.segments, self.whole, self.layouts = (), None, None, False, ()
+
+
+@dataclass(eq=False)
 class Slot:
     """What a layer's forward pass has to know of an optimizer.
 
@@ -35,22 +60,14 @@ class Slot:
         orientation: of its weight and the bases.
         probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
             of the weight's where the whole gradient may be asked for. Their gradients are what is captured.
-        tasks: the open tasks, as indices.
-        tray: of the task, if one is open to which all rows belong and nothing but projections is wanted.
-        segments: the tasks' parts of the batch; None while no task is open, or where autograd's own gradient is wanted.
-        whole: a task is open and wants autograd's own gradient.
-        layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
+        opening: what is open.
         computed_in: the format of the last forward pass, for what is left in the probes.
     """
 
     layer: Layer
     orientation: Orientation
     probes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    tasks: tuple[int, ...] = ()
-    tray: Tray | None = None
-    segments: tuple[Segment, ...] | None = None
-    whole: bool = False
-    layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
+    opening: Opening = field(default_factory=Opening)
     computed_in: torch.dtype | None = None
 
     @property
@@ -61,11 +78,11 @@ class Slot:
     @property
     def opened(self) -> bool:
         """Whether a task is open."""
-        return self.whole or self.segments is not None
+        return self.opening.whole or self.opening.segments is not None
 
     def check_open(self, task: int) -> None:
         """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
-        if task not in self.tasks:
+        if task not in self.opening.tasks:
             raise RuntimeError(
                 f"the forward pass of {self.layer.name} ran inside optimizer.task or optimizer.mixed, its backward "
                 "pass outside of it or in another task: call backward() in the same block, or run the forward pass "
@@ -85,13 +102,14 @@ class Slot:
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
         """The segments, with the rows of this input."""
-        assert self.segments is not None
-        if not self.layouts:
-            return self.segments
-        for length, rows in self.layouts:
+        assert self.opening.segments is not None
+        segments, layouts = self.opening.segments[self.layer.row], self.opening.layouts
+        if not layouts:
+            return segments
+        for length, rows in layouts:
             if x.ndim > 1 and x.shape[0] == length:
-                return tuple(segment._replace(rows=its) for segment, its in zip(self.segments, rows, strict=True))
-        told = " or ".join(str(length) for length, _ in self.layouts)
+                return tuple(segment._replace(rows=its) for segment, its in zip(segments, rows, strict=True))
+        told = " or ".join(str(length) for length, _ in layouts)
         raise RuntimeError(
             f"optimizer.mixed was told of {told} rows, but the input of {self.layer.name or 'the model'} has the shape "
             f"{tuple(x.shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
@@ -133,7 +151,11 @@ class FusedForward:
         (x,) = args
         # What nearly all calls are, and where every microsecond counts: `_compute` would find the same.
         # Autocast, with which most train on a GPU, is one of them.
-        if len(slots := self.slots) == 1 and (tray := (slot := slots[0]).tray) is not None and not is_compiling():
+        if (
+            len(slots := self.slots) == 1
+            and (tray := (slot := slots[0]).opening.tray) is not None
+            and not is_compiling()
+        ):
             module, weight = self.module, slot.layer.parameter
             parameters = module._parameters
             if (
@@ -165,7 +187,7 @@ class FusedForward:
         compiling = is_compiling()
         if compiling or not torch.is_grad_enabled() or needs_autograd(x, weight) or seen_by_others(weight):
             opened = [slot for slot in slots if slot.opened]
-            if compiling and torch.is_grad_enabled() and len(opened) == 1 and opened[0].segments is not None:
+            if compiling and torch.is_grad_enabled() and len(opened) == 1 and not opened[0].opening.whole:
                 return projecting_linear(x, weight, bias, opened[0].orientation, opened[0].segments_of(x))
             return affine(x, weight, bias, self.transposed)
         if _any_autocast():
@@ -178,16 +200,16 @@ class FusedForward:
         if not opened or _checkpointed():
             probes = tuple(probe for slot in slots for pair in slot.probes for probe in pair)
             return deferring_linear(x, weight, bias, slots[0].orientation, _Opened(slots), probes)
-        if len(opened) > 1 or opened[0].segments is None:
+        if len(opened) > 1 or opened[0].opening.whole:
             # Autograd's own gradient is taken, which would arrive as one of no task if the block were closed by then.
             y = affine(x, weight, bias, self.transposed)
             for slot in opened:
                 y.register_hook(_Belongs(slot, weight))  # type: ignore[no-untyped-call]
             return y
         (slot,) = opened
-        if slot.tray is not None:
-            basis = slot.tray.bases(x.dtype)[slot.layer.row]
-            return ordinary_linear(x, weight, slot.tray.witness, bias, basis, slot, slot.tray)  # type: ignore[no-any-return]
+        if (tray := slot.opening.tray) is not None:
+            basis = tray.bases(x.dtype)[slot.layer.row]
+            return ordinary_linear(x, weight, tray.witness, bias, basis, slot, tray)  # type: ignore[no-any-return]
         return projecting_linear(x, weight, bias, slot.orientation, slot.segments_of(x))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -209,7 +231,7 @@ class _Belongs:
     """
 
     def __init__(self, slot: Slot, weight: Tensor) -> None:
-        self._slot, self._tasks, self._weight = slot, slot.tasks, weight
+        self._slot, self._tasks, self._weight = slot, slot.opening.tasks, weight
 
     def __call__(self, gradient: Tensor) -> None:
         if accumulates_into(self._weight):
@@ -228,10 +250,10 @@ class _Opened:
         if sum(slot.opened for slot in self._slots) > 1:
             return None
         for slot in self._slots:
-            if slot.segments is not None:
+            if slot.opening.segments is not None:
                 return [
                     (segment, start + 2 * task + (segment.basis is None), start + 2 * task + 1)
-                    for task, segment in zip(slot.tasks, slot.segments_of(x), strict=True)
+                    for task, segment in zip(slot.opening.tasks, slot.segments_of(x), strict=True)
                 ]
             start += 2 * len(slot.probes)
         return None

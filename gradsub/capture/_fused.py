@@ -3,23 +3,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import repeat
-from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradsub.capture._captured import Captured
-from gradsub.capture._forward import FusedForward, Slot, can_fuse, uninstall
+from gradsub.capture._forward import FusedForward, Opening, Slot, can_fuse, uninstall
 from gradsub.capture._generic import GenericCapture
 from gradsub.capture._linear import Segment
 from gradsub.capture._products import Orientation, Rows
 from gradsub.capture._tray import Rack, Tray
+from gradsub.capture._wish import Arrivals
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank
-
-# Asked of every probe, several times a step: without a line of python for each.
-_gradient = attrgetter("grad")
 
 
 @dataclass
@@ -44,6 +40,19 @@ class _Member:
     slot: Slot = field(repr=False)
 
 
+@dataclass(eq=False)
+class _Group:
+    block: Block
+    layers: Sequence[Layer]
+    slots: list[Slot]
+    opening: Opening = field(default_factory=Opening)
+
+    @property
+    def current(self) -> bool:
+        """Whether the block still has these layers, and they this block."""
+        return self.block.layers is self.layers and self.layers[0].block is self.block
+
+
 class FusedCapture:
     """Has linear layers compute their projected gradients themselves, so that the weight's gradient never exists.
 
@@ -64,8 +73,10 @@ class FusedCapture:
         self._parts: list[Part] = []
         self._forwards: list[FusedForward] = []
         self._probes: list[tuple[Slot, int, Tensor, Tensor]] = []
-        self._leaves: list[Tensor] = []
-        self._groups: list[tuple[Block, Sequence[Layer], list[Slot]]] = []
+        self._arrivals = Arrivals()
+        self._groups: list[_Group] = []
+        self._opened: list[Opening] = []
+        self._apart: list[tuple[Slot, Opening]] = []  # with the opening that is theirs otherwise
         self._racks: dict[Block, Rack] = {}
         self._trays: dict[tuple[Block, int], Tray] = {}
 
@@ -84,7 +95,6 @@ class FusedCapture:
         self._groups.clear()
         self._members.append(_Member(layer, modules, slot))
         self._probes += _probes_of(slot)
-        self._leaves += [leaf for pair in slot.probes for leaf in pair]
         self._install(self._members[-1])
 
     def convert(self, layer: Layer) -> None:
@@ -99,7 +109,6 @@ class FusedCapture:
 
     def _list_probes(self) -> None:
         self._probes = [each for member in self._members for each in _probes_of(member.slot)]
-        self._leaves = [leaf for _, _, first, second in self._probes for leaf in (first, second)]
 
     def _probe(self, slot: Slot) -> None:
         layer = slot.layer
@@ -109,7 +118,15 @@ class FusedCapture:
             width = layer.widths[SHARED] + own
             first = (rows, width) if layer.axis == 1 else (width, columns)
             second = (layer.dimension, layer.sketch_size) if layer.sketched else layer.shape
-            slot.probes.append((_leaf(first, slot, task), _leaf(second, slot, task)))
+            slot.probes.append((self._leaf(first, slot, task), self._leaf(second, slot, task)))
+
+    def _leaf(self, shape: tuple[int, int], slot: Slot, task: int) -> Tensor:
+        """A leaf of this shape that takes one number's memory, knows whose it is, and says when something arrives."""
+        zero = torch.zeros(1, dtype=slot.layer.dtype, device=slot.layer.parameter.device)
+        leaf = zero.expand(shape).detach().requires_grad_()
+        leaf.owner, leaf.arrivals = (weakref.ref(slot), task), self._arrivals  # type: ignore[attr-defined]
+        leaf.register_post_accumulate_grad_hook(self._arrivals)  # type: ignore[no-untyped-call]
+        return leaf
 
     def _install(self, member: _Member) -> None:
         for module in member.modules:
@@ -130,35 +147,42 @@ class FusedCapture:
         layouts = tuple((length, tuple(part.rows[length] for part in parts)) for length in parts[0].rows)
         tasks = tuple(part.task for part in parts)
         alone = len(parts) == 1 and not layouts
-        for block, slots in self._by_block():
-            dues, tray = self._open_block(block, tasks, alone)
-            ready = None if tray is None else self._ready(tray, slots)
-            for place, slot in enumerate(slots):
-                slot.tasks = tasks
-                if ready is not None and (dues[0] is None or not dues[0][slot.layer.row]):
-                    slot.tray, slot.segments = tray, ready[place]
-                    continue
-                segments = [self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True)]
-                # The whole gradient of a single task is what autograd computes anyway.
-                slot.whole = not layouts and any(segment.basis is None for segment in segments)
-                slot.segments = None if slot.whole else tuple(segments)
-                slot.layouts = layouts
+        for group in self._by_block():
+            dues, tray = self._open_block(group.block, tasks, alone)
+            opening, ordinary = group.opening, all(due is None for due in dues)
+            opening.tasks, opening.tray, opening.layouts = tasks, tray, layouts
+            if tray is not None:
+                opening.segments = self._ready(tray, group)
+            elif ordinary:
+                opening.segments = {slot.layer.row: self._segments(slot, tasks, dues) for slot in group.slots}
+            self._opened.append(opening)
+            for slot in () if ordinary else group.slots:
+                if tray is None or dues[0][slot.layer.row]:
+                    segments = self._segments(slot, tasks, dues)
+                    # The whole gradient of a single task is what autograd computes anyway.
+                    whole = not layouts and any(segment.basis is None for segment in segments)
+                    self._apart.append((slot, slot.opening))
+                    slot.opening = Opening(tasks, None, None if whole else {slot.layer.row: segments}, whole, layouts)
 
-    def _by_block(self) -> Iterable[tuple[Block, list[Slot]]]:
-        if not all(block.layers is layers and layers[0].block is block for block, layers, _ in self._groups):
+    def _by_block(self) -> list[_Group]:
+        if not all(group.current for group in self._groups):
             self._groups.clear()
         if not self._groups:
-            groups: dict[Block, list[Slot]] = {}
+            slots: dict[Block, list[Slot]] = {}
             for member in self._members:
-                groups.setdefault(member.layer.block, []).append(member.slot)
-            self._groups = [(block, block.layers, slots) for block, slots in groups.items()]
-        return [(block, slots) for block, _, slots in self._groups]
+                slots.setdefault(member.layer.block, []).append(member.slot)
+            self._groups = [_Group(block, block.layers, its) for block, its in slots.items()]
+            for group in self._groups:
+                for slot in group.slots:
+                    slot.opening = group.opening
+        return self._groups
 
-    def _ready(self, tray: Tray, slots: Sequence[Slot]) -> Sequence[tuple[Segment, ...]]:
+    def _ready(self, tray: Tray, group: _Group) -> Mapping[int, tuple[Segment, ...]]:
         """The segments where nothing but projections is wanted; made once after each change of the bases."""
         joint = tray.block.joint(tray.task, tray.block.first.dtype)
-        if tray.ready is None or tray.ready[0] is not joint or tray.ready[1] is not slots:
-            tray.ready = joint, slots, [(self._segment(slot, tray.task, None),) for slot in slots]
+        if tray.ready is None or tray.ready[0] is not joint or tray.ready[1] is not group:
+            segments = {slot.layer.row: (self._segment(slot, tray.task, None),) for slot in group.slots}
+            tray.ready = joint, group, segments
         return tray.ready[2]
 
     def _open_block(self, block: Block, tasks: Sequence[int], alone: bool) -> tuple[list[Any], Tray | None]:
@@ -172,6 +196,9 @@ class FusedCapture:
             tray = self._trays[key]
             tray.opened = True
         return [self._bank.due_for(block, task) for task in tasks], tray
+
+    def _segments(self, slot: Slot, tasks: Sequence[int], dues: Sequence[Any]) -> tuple[Segment, ...]:
+        return tuple(self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True))
 
     def _segment(self, slot: Slot, task: int, due: Any) -> Segment:
         layer = slot.layer
@@ -193,10 +220,11 @@ class FusedCapture:
             for tray in self._trays.values():
                 tray.opened = False
                 tray.take()  # what could not be delivered is of no later task
-            for member in self._members:
-                slot = member.slot
-                slot.tasks, slot.tray, slot.segments, slot.whole, slot.layouts = (), None, None, False, ()
-            self._parts = []
+            for slot, usual in self._apart:
+                slot.opening = usual
+            for opening in self._opened:
+                opening.close()
+            self._parts, self._apart, self._opened = [], [], []
 
     def _collect(self) -> None:
         """Deliver what backward passes have left."""
@@ -204,7 +232,7 @@ class FusedCapture:
         left = self._left_in_probes()
         # Of whole gradients, which the generic capture takes, the format of the forward pass is known here alone.
         formats = {slot.computed_in for slot, _ in left}
-        formats |= {member.slot.computed_in for member in self._members if member.slot.whole}
+        formats |= {slot.computed_in for slot, _ in self._apart if slot.opening.whole}
         for tray in self._trays.values():
             formats |= tray.formats
             stack, arrived = tray.take()
@@ -226,13 +254,15 @@ class FusedCapture:
 
     def _left_in_probes(self) -> list[tuple[Slot, int]]:
         """The layers and tasks of the probes that have a gradient."""
-        if all(map(is_, map(_gradient, self._leaves), repeat(None))):
+        if not self._arrivals.any:
             return []
-        return [
+        found = [
             (slot, task)
             for slot, task, first, second in self._probes
             if first.grad is not None or second.grad is not None
         ]
+        self._arrivals.any = bool(found)
+        return found
 
     def check_strays(self) -> None:
         """Raise if a backward pass has left something after its task was closed (one that torch has compiled)."""
@@ -279,7 +309,8 @@ class FusedCapture:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bank, self._generic = state["_bank"], state["_generic"]
         self._parts, self._forwards, self._members, self._probes = [], [], [], []
-        self._leaves, self._groups, self._racks, self._trays = [], [], {}, {}
+        self._groups, self._racks, self._trays, self._opened, self._apart = [], {}, {}, [], []
+        self._arrivals = Arrivals()
         self._waiting = state["members"]
 
     def reinstall(self) -> None:
@@ -288,14 +319,6 @@ class FusedCapture:
             # Where another library has wrapped a forward pass, or changed a class, autograd's gradient is taken.
             if all(map(can_fuse, modules)):
                 self.adopt(layer, modules, transposed)
-
-
-def _leaf(shape: tuple[int, int], slot: Slot, task: int) -> Tensor:
-    """A leaf of this shape that takes one number's memory, and knows whose it is."""
-    zero = torch.zeros(1, dtype=slot.layer.dtype, device=slot.layer.parameter.device)
-    leaf = zero.expand(shape).detach().requires_grad_()
-    leaf.owner = (weakref.ref(slot), task)  # type: ignore[attr-defined]
-    return leaf
 
 
 def _probes_of(slot: Slot) -> list[tuple[Slot, int, Tensor, Tensor]]:

@@ -65,6 +65,20 @@ def accumulates_into(weight: Tensor) -> bool:
         return False  # torch does not say it of leaves that `torch.autograd.grad` is asked for
 
 
+class Arrivals:
+    """Whether a probe may have a gradient: a hook of all of them, so that nobody has to look at each.
+
+    Attributes:
+        any: some came.
+    """
+
+    any = False
+
+    def __call__(self, probe: Tensor) -> None:
+        """One has come, from the engine or by `hand_over`."""
+        self.any = True
+
+
 def hand_over(wish: Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
     """To the engine, or to the probe itself."""
     if not torch.compiler.is_compiling():
@@ -75,4 +89,5 @@ def hand_over(wish: Wish, probe: Tensor, gradient: Tensor) -> Tensor | None:
     if wish is Wish.ALL_LEAVES:
         return gradient
     probe.grad = gradient if probe.grad is None else probe.grad + gradient
+    probe.arrivals(probe)  # type: ignore[attr-defined]
     return None
