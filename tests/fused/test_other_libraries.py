@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
@@ -80,6 +81,43 @@ def test_a_linear_function_that_somebody_overrides_counts_forward_and_backward(c
     assert not torch.allclose(changed[0], plain[0])
 
 
+def test_a_device_as_a_mode_overrides_nothing():
+    """Rows of a mixed batch can be told apart by the layers' own backward passes alone."""
+    model = model_of(WIDTHS)
+    optimizer = gems(model, tasks=TASKS)
+    with torch.device("cpu"), optimizer.mixed(["a", "b", "a", "b", "b"]) as rows:
+        rows.loss(model(input_of(0)).square().mean(1)).backward()
+    before = model[0].weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model[0].weight, before)
+
+
+class Louder(torch.Tensor):
+    """A class of tensors of which a linear layer has twice the output."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        found = super().__torch_function__(function, types, arguments, options or {})
+        return 2 * found if function is F.linear else found
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_linear_function_that_an_inputs_class_overrides_counts_forward_and_backward(inside):
+    model, twin = model_of(WIDTHS), model_of(WIDTHS)
+    optimizer = gems(model, tasks=TASKS)
+    passes(model, optimizer, 2)
+    twin.load_state_dict(model.state_dict())
+    found = []
+    for net in (model, twin):
+        x = input_of(7).as_subclass(Louder).requires_grad_()
+        with optimizer.task("a") if inside else contextlib.nullcontext():
+            y = net(x)
+            y.square().mean().backward()
+        found.append((y.detach().as_subclass(torch.Tensor), x.grad.as_subclass(torch.Tensor)))
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0, atol=1e-12)
+
+
 class Scaled(nn.Linear):
     """Its parameter is read through a property."""
 
@@ -92,10 +130,12 @@ class Scaled(nn.Linear):
         return self._parameters["weight"]
 
 
-def test_a_property_of_a_layers_class_comes_before_its_parameter():
-    model = model_of(WIDTHS)
+@pytest.mark.parametrize("when", ["before the optimizer", "after it"])
+def test_a_property_of_a_layers_class_comes_before_its_parameter(when):
+    model, twin = model_of(WIDTHS), model_of(WIDTHS)
+    if when == "before the optimizer":
+        model[0].__class__ = Scaled
     optimizer = gems(model, tasks=TASKS, update_proj_gap=100)
-    twin = copy.deepcopy(model)
     passes(model, optimizer, 2)
     twin.load_state_dict(model.state_dict())
     for net in (model, twin):
@@ -120,9 +160,17 @@ def test_a_forward_pass_that_was_patched_before_is_not_replaced(monkeypatch):
         assert torch.equal(model(x), expected)
 
 
+class Linear(nn.Linear):
+    """Its forward pass has the name of torch's."""
+
+    def forward(self, x):
+        return shifted(self, x)
+
+
 def test_a_name_alone_makes_no_layer_that_is_known():
     other = type("Conv1D", (nn.Linear,), {"forward": shifted})
     assert not can_fuse(other(4, 4))
+    assert not can_fuse(Linear(4, 4))
     assert can_fuse(Conv1D(4, 4))
     assert can_fuse(type("Mine", (nn.Linear,), {})(4, 4))
 
@@ -167,34 +215,64 @@ def test_arguments_are_those_of_the_layers_own_forward_pass():
 
 def test_who_wraps_a_forward_pass_by_functools_does_not_inherit_the_optimizer():
     model = model_of(WIDTHS)
-    gems(model, tasks=TASKS)
+    optimizer = gems(model, tasks=TASKS)
     forward = model[0].forward
+    assert forward.slots
     wrapper = functools.update_wrapper(functools.partial(plus_one, forward), forward)
     assert not hasattr(wrapper, "slots")
     model[0].forward = wrapper
     torch.save(model, io.BytesIO())
+    optimizer.close()
+    assert model[0].forward is wrapper
 
 
-def test_tracers_see_a_linear_layer():
+@pytest.mark.parametrize("inside", [True, False])
+def test_tracers_see_a_linear_layer(inside):
     class Traced(torch.fx.Tracer):
         def is_leaf_module(self, module, name):
             return False
 
     model = model_of(WIDTHS)
-    gems(model, tasks=TASKS)
-    graph = Traced().trace(model)
+    optimizer = gems(model, tasks=TASKS)
+    passes(model, optimizer, 2)
     x = input_of(3)
+    with optimizer.task("a") if inside else contextlib.nullcontext():
+        graph = Traced().trace(model)
     torch.testing.assert_close(torch.fx.GraphModule(model, graph)(x), model(x))
 
 
+class Duck:
+    """No tensor, but torch's functions take it for one."""
+
+    def __init__(self, x):
+        self.x = x
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        return function(*(each.x if isinstance(each, Duck) else each for each in arguments), **(options or {}))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_an_input_need_not_be_a_tensor(inside):
+    model = model_of(WIDTHS)
+    optimizer = gems(model, tasks=TASKS)
+    passes(model, optimizer, 2)
+    x = input_of(3)
+    with optimizer.task("a") if inside else contextlib.nullcontext():
+        torch.testing.assert_close(model(Duck(x)), model(x))
+
+
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_no_gradient_is_lost_where_the_model_was_converted_before_a_forward_pass_outside(kind):
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+@pytest.mark.parametrize("converted", [2, 3])
+def test_no_gradient_is_lost_where_the_model_was_converted_before_a_forward_pass_outside(kind, refresh, converted):
+    """In a step that refreshes bases, or in one between."""
     moved = []
     for capture in ("fused", "generic"):
         model = model_of(WIDTHS, bias=False)
-        optimizer = gems(model, tasks=TASKS, capture=capture, update_proj_gap=2)
+        optimizer = gems(model, tasks=TASKS, capture=capture, refresh=refresh, update_proj_gap=2)
         for step in range(6):
-            if step == 2:
+            if step == converted:
                 model.to(kind)
             before = [p.detach().clone().double() for p in model.parameters()]
             dtype = model[0].weight.dtype

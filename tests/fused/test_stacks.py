@@ -7,14 +7,16 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from gradsub import NullSpace
 from gradsub.capture import Captured
+from gradsub.capture._tray import tasks_side_by_side
 
-from .worlds import gems, model_of, null_space_of, train
+from .worlds import flat, gems, model_of, null_space_of, train
 
 WIDTHS = (16, 16, 16, 16)
 TASKS = ("a", "b")
@@ -45,6 +47,8 @@ def input_of(step, width=16):
 PLACES = st.sets(st.integers(0, 2), max_size=2)
 
 
+@example([("a", set(), set()), ("a", set(), set())], {0}, "input")  # a stack on top of another
+@example([("a", set(), set()), ("b", {0}, set())], {1}, "input")  # and beside what is none
 @settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(TASKS), PLACES, PLACES), min_size=1, max_size=6),
@@ -171,6 +175,33 @@ def test_a_step_copies_no_stack_that_lies_side_by_side_and_keeps_none_that_it_co
     assert seen == [[False] * len(tasks)]
 
 
+@pytest.mark.parametrize("blocks", [(("a", 0), ("a", 1), ("b", 2)), (("a", 0), ("b", 2), ("a", 1))])
+def test_a_task_that_is_opened_again_before_the_step_adds_to_what_it_left(blocks):
+    """Two blocks of one task are one pass of the sum of their losses."""
+    found = []
+    for together in (False, True):
+        model = Partly()
+        optimizer = gems(model, tasks=TASKS, gate="uniform", update_proj_gap=100)
+        for step in range(4):
+            for task, places in (("a", (0, 1)), ("b", (2,))) if together else [(task, (k,)) for task, k in blocks]:
+                with optimizer.task(task, samples=len(places)):
+                    sum(model(input_of(3 * step + place)).square().mean() for place in places).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_stacks_that_lie_side_by_side_are_not_copied(tasks, axis):
+    rack = torch.randn(tasks, 3, 4, 5)
+    stacks = list(rack.unbind()) if tasks > 1 else [rack[0].clone()]
+    found = tasks_side_by_side(stacks, axis)
+    assert found.data_ptr() == stacks[0].data_ptr()
+    assert all(torch.equal(found[:, k], stack.mT if axis == 1 else stack) for k, stack in enumerate(stacks))
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 16), (3, 0, 16), (0, 16)])
 @pytest.mark.parametrize("side", ["input", "output"])
 def test_an_empty_batch_adds_nothing(shape, side):
@@ -223,3 +254,43 @@ def test_a_bias_that_somebody_else_computes_counts(change):
         inside.square().mean().backward()
     optimizer.step()
     assert not torch.equal(model(x), inside)
+
+
+BASES = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=0.1),
+    "Muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("moments", ["rotate", "reset"])
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("capture", ["fused", "generic"])
+def test_layers_of_one_shape_train_as_if_each_were_alone(capture, base, moments, monkeypatch):
+    """Side by side in one block, or each in its own; backward passes of no task come too, and leave out a layer."""
+    found = []
+    for most in (1 << 22, 1):
+        monkeypatch.setattr("gradsub.subspace._block._MOST_ON_CPU", most)
+        model = Partly()
+        optimizer = gems(
+            model,
+            base=BASES[base](model.parameters()),
+            tasks=TASKS,
+            update_proj_gap=3,
+            null_space=NullSpace(max_rank=3).collect(model, [input_of(step) for step in range(60, 90)]),
+            anchor=True,
+            gate="hypergradient",
+            moments=moments,
+            capture=capture,
+            refresh="svd",
+        )
+        for step in range(8):
+            for number, task in enumerate(TASKS):
+                with optimizer.task(task):
+                    (model(input_of(2 * step + number)) - number).square().mean().backward()
+            if step in (3, 4, 6):
+                model(input_of(50 + step), {step % 3} if step > 3 else ()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(flat(model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)

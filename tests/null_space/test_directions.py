@@ -243,3 +243,15 @@ def test_directions_alone_extend_a_basis_to_no_less_than_the_energy(energy, tmp_
         torch.testing.assert_close(found.mT @ found, torch.eye(found.shape[1]), rtol=0, atol=1e-5)
         torch.testing.assert_close(found @ (found.mT @ kept), kept, rtol=0, atol=1e-5)
         assert float((features[1] @ found).square().sum() / total) > energy - 1e-3
+
+
+def test_directions_alone_add_none_to_a_basis_that_holds_their_energy(tmp_path):
+    torch.manual_seed(0)
+    spread = torch.logspace(0, -1.2, 24)
+    null_space, wider = NullSpace(energy=0.9), NullSpace(energy=0.97)
+    for each in (null_space, wider):
+        each.update("layer", torch.randn(3000, 24) * spread)
+    null_space.save(tmp_path / "null.safetensors", statistics=False)
+    kept = wider.basis("layer")
+    for each in (null_space, NullSpace.load(tmp_path / "null.safetensors")):
+        assert each.extended("layer", kept).shape == kept.shape

@@ -180,3 +180,24 @@ def test_decay_reaches_what_is_not_protected(device):
     world.optimizer.step()
     free = before - before @ K @ K.mT
     torch.testing.assert_close(world.weight.detach(), before - 0.05 * free, rtol=1e-5, atol=1e-6)
+
+
+def test_an_anchor_is_of_one_layer(device):
+    """Of several of one shape, of which one is written by somebody else."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)]).to(device)
+    null_space = NullSpace(max_rank=PROTECTED).collect(model, [torch.randn(64, WIDTH).to(model[0].weight)])
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options = {"rank": 8, "update_proj_gap": 2, "model": model, "null_space": null_space, "anchor": True}
+    optimizer = GemsOptimizer(base, tasks=("a",), **options)
+    for step in range(6):
+        if step == 3:
+            with torch.no_grad():
+                scaled(model[1].weight)
+        with optimizer.task("a"):
+            model(torch.randn(16, WIDTH).to(model[0].weight)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for layer, name in zip(model, "012", strict=True):
+        protected = layer.weight.detach() @ null_space.basis(name).to(layer.weight)
+        torch.testing.assert_close(optimizer.state[layer.weight]["anchor"].to(protected), protected, rtol=0, atol=1e-5)

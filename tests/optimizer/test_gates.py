@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from gradsub import GateInputs, GemsOptimizer
+from gradsub._measure import previous_step
 from gradsub.gates import heuristic_gate, resolve_gate, uniform_gate
 
-from .toys import SAMPLES, TASKS, gems, loss_of, mlp, noise, train
+from .toys import SAMPLES, TASKS, basis_of, gems, loss_of, mlp, noise, train
 
 SIZES = st.tuples(st.integers(1, 4), st.integers(1, 5))
 VALUES = st.floats(0.0, 1e6, width=32)
@@ -152,6 +153,41 @@ def test_gates_weigh_each_tasks_own_step(device, gates, kept):
     own = torch.linalg.svd(gradients[kept])
     expected = (shared.U[:, :3] * shared.S[:3]) @ shared.Vh[:3] + (own.U[:, :2] * own.S[:2]) @ own.Vh[:2]
     torch.testing.assert_close(before - weight.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("widths", [(12, 16, 8, 12), (12, 12, 12, 12)], ids=["three blocks", "one block"])
+def test_every_layer_has_a_gate_of_its_own(device, widths):
+    """Where it is 0 for all tasks, the update stays in the shared subspace."""
+
+    def gate(inputs: GateInputs) -> torch.Tensor:
+        assert len(inputs.present) == 3
+        return (torch.arange(3, device=device) > 0).float()[:, None].expand(3, 2)
+
+    model = mlp(widths, dtype=torch.float64, device=device)
+    optimizer = gems(model, base=torch.optim.SGD(model.parameters(), lr=0.1), gate=gate, task_rank=2)
+    before = [layer.weight.detach().clone() for layer in model[::2]]
+    train(model, optimizer, 1)
+    for layer, old, gated in zip(model[::2], before, optimizer.report().layers, strict=True):
+        change = layer.weight.detach() - old
+        basis = basis_of(optimizer, layer.weight, 0, (4, 2, 2))
+        outside = change - change @ basis @ basis.mT
+        assert (float(outside.norm()) > 1e-3 * float(change.norm())) == (gated.gates["rec"] > 0)
+
+
+def test_a_task_remembers_the_last_step_of_its_own(device):
+    model = mlp(dtype=torch.float64, device=device)
+    optimizer = gems(
+        model, base=torch.optim.SGD(model.parameters(), lr=0.1), gate="hypergradient", update_proj_gap=100, task_rank=2
+    )
+    train(model, optimizer, 2)
+    gradients = [torch.autograd.grad(loss_of(model, 2, task), list(model.parameters())) for task in (0, 1)]
+    train(model, optimizer, 1, start=2)
+    for place, parameter in enumerate(model.parameters()):
+        if parameter.ndim == 2:
+            for task in (0, 1):
+                own = basis_of(optimizer, parameter, task + 1, (4, 2, 2))
+                expected = -0.1 * gradients[task][place] @ own
+                torch.testing.assert_close(optimizer.state[parameter][previous_step(task)], expected)
 
 
 def test_gates_by_name_and_by_callable():

@@ -728,10 +728,12 @@ def test_another_forward_pass_of_the_class_is_run(capture: str) -> None:
             return 2 * super().forward(x)
 
     model, plain = mlp(), mlp()
-    gems(model, capture=capture)
+    optimizer = gems(model, capture=capture)
     for each in (model, plain):
         each[0].__class__ = Twice
     x = noise(5, model[0].in_features, key=(1,))
+    with optimizer.task(optimizer.tasks[0]):
+        assert torch.equal(model(x), plain(x))
     assert torch.equal(model(x), plain(x))
 
 
@@ -748,10 +750,12 @@ def test_inputs_of_another_dtype_are_refused_as_ever(capture: str, dtype: torch.
 
 def test_replicas_of_data_parallelism_run_their_own_weights() -> None:
     model = mlp()
-    gems(nn.DataParallel(model), base=torch.optim.SGD(model.parameters(), lr=0.1), capture="auto")
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = gems(nn.DataParallel(model), base=base, capture="auto")
     replica = model[0]._replicate_for_data_parallel()
     replica.weight, replica.bias = model[0].weight.detach() * 0, model[0].bias.detach() * 0
-    assert not replica(noise(2, model[0].in_features, key=(2,))).any()
+    with optimizer.task(optimizer.tasks[0]):
+        assert not replica(noise(2, model[0].in_features, key=(2,))).any()
 
 
 @pytest.mark.filterwarnings("ignore:null_space protects all 8 directions:UserWarning")

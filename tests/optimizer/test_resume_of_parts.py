@@ -30,8 +30,8 @@ class Skipping(nn.Module):
         return x
 
 
-def build(model: nn.Module, **options: Any) -> GemsOptimizer:
-    base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+def build(model: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.AdamW, **options: Any) -> GemsOptimizer:
+    base = kind(model.parameters(), lr=1e-2)
     return GemsOptimizer(base, tasks=("a",), rank=4, update_proj_gap=4, model=model, capture="fused", **options)
 
 
@@ -74,23 +74,29 @@ def test_layers_go_on_from_their_own_counts_and_draws(through, refresh, converte
     assert same(model.parameters(), other.parameters())
 
 
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+def test_layers_that_have_parted_draw_what_they_do_side_by_side_again_after_a_resume(refresh):
+    """Nothing that SGD keeps tells their counts apart."""
+    model = Skipping()
+    optimizer = build(model, torch.optim.SGD, refresh=refresh)
+    for step in range(7):
+        take(model, optimizer, step)
+    other = copy.deepcopy(model)
+    resumed = build(other, torch.optim.SGD, refresh=refresh)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(21, 42, 3):  # which reach all layers
+        take(model, optimizer, step)
+        take(other, resumed, step)
+    assert same(model.parameters(), other.parameters())
+
+
 def test_no_two_entries_of_a_state_dict_share_memory():
     model = Skipping()
     optimizer = build(model)
     take(model, optimizer, 0)
     saved = optimizer.state_dict()["state"]
-    tensors = [value for held in saved.values() for value in held.values() if isinstance(value, Tensor)]
-    assert len({id(tensor) for tensor in tensors}) == len(tensors)
-    before = [tensor.clone() for tensor in tensors]
-    for place, tensor in enumerate(tensors):
-        if tensor.is_floating_point():
-            tensor += 1
-            others = [each for number, each in enumerate(tensors) if number != place]
-            assert all(
-                torch.equal(now, then)
-                for now, then in zip(others, [b for n, b in enumerate(before) if n != place], strict=True)
-            )
-            tensor.copy_(before[place])
+    places = [value.data_ptr() for held in saved.values() for value in held.values() if isinstance(value, Tensor)]
+    assert len(set(places)) == len(places)
 
 
 def test_vectors_that_are_protected_along_one_direction_resume_bit_for_bit():
