@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,8 +75,6 @@ class Inner:
         base: the wrapped optimizer.
         probes: say what its steps depend on.
     """
-
-    TRIAL_STEPS = 2
 
     def __init__(self, base: Optimizer, probes: Probes) -> None:
         self.base = base
@@ -288,77 +285,6 @@ class Inner:
         """Whether the base optimizer has had state of it since before its first step."""
         return parameter in self._populated
 
-    def trial(
-        self, options: Mapping[str, Any], shape: torch.Size, dtype: torch.dtype, device: torch.device
-    ) -> dict[str, Any]:
-        """The state that the base optimizer has of a parameter after `TRIAL_STEPS` steps, in both directions.
-
-        Args:
-            options: its hyper-parameters.
-            shape: of the parameter.
-            dtype: likewise.
-            device: likewise.
-
-        Raises:
-            Exception: whatever it raises where it cannot step on its own, or not with these options.
-        """
-        parameter = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
-        stand_in = self._stand_in(options, parameter)
-        signs = 1 - 2 * (torch.arange(parameter.numel(), device=device) % 2).view(shape)
-        step = getattr(type(self.base).step, "__wrapped__", type(self.base).step)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for direction in range(self.TRIAL_STEPS):
-                parameter.grad = signs.to(dtype) * (1 - 2 * direction)
-                step(stand_in)
-        return dict(stand_in.state.get(parameter, {}))
-
-    def upgraded(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Saved hyper-parameters as the base optimizer's class takes them up when it loads."""
-        stand_in = self._stand_in({})
-        try:
-            stand_in.__setstate__({"state": defaultdict(dict), "param_groups": [{**options, "params": []}]})
-        except Exception:
-            return dict(options)  # what is wrong with them, `refusal` says
-        return {key: value for key, value in stand_in.param_groups[0].items() if key != "params"}
-
-    def refusal(self, options: Mapping[str, Any], proven: Mapping[str, Any], like: Tensor) -> str | None:
-        """What the base optimizer says against hyper-parameters, when it is built of them and when it steps.
-
-        Args:
-            options: the hyper-parameters.
-            proven: others that are in use; where these fail as well, nothing can be said.
-            like: a parameter that they are for.
-
-        Returns:
-            its words, or None.
-        """
-        accepted = inspect.signature(type(self.base)).parameters.keys() - {"params"}
-
-        def build(options: Mapping[str, Any]) -> None:
-            given = {key: value for key, value in options.items() if key in accepted}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                type(self.base)([nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))], **given)
-
-        def step(options: Mapping[str, Any]) -> None:
-            self.trial(options, torch.Size([4, 6]), like.dtype, like.device)
-
-        for use in (build, step):
-            refused = _failure(use, options)
-            if refused is not None and _failure(use, proven) is None:
-                return refused
-        return None
-
-    def _stand_in(self, options: Mapping[str, Any], *parameters: Tensor) -> Optimizer:
-        """An optimizer like the base one, with other parameters and no state."""
-        stand_in: Optimizer = object.__new__(type(self.base))
-        mine = self.base.__dict__.items()
-        stand_in.__dict__.update({k: copy.copy(v) if isinstance(v, (dict, list, set)) else v for k, v in mine})
-        stand_in.state = defaultdict(dict)
-        stand_in.param_groups = [{**copy.deepcopy(dict(options)), "params": list(parameters)}]
-        return stand_in
-
     def shape_of(self, proxy: Tensor) -> torch.Size:
         """The shape of a proxy, whose storage is released between steps."""
         return self._shapes[proxy]
@@ -436,11 +362,3 @@ class Inner:
                     self.base.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter))
             for parameter, gradient in zip(training, held, strict=True):
                 parameter.grad = gradient
-
-
-def _failure(use: Callable[[Mapping[str, Any]], None], options: Mapping[str, Any]) -> str | None:
-    try:
-        use(options)
-    except Exception as error:
-        return str(error) or repr(error)
-    return None

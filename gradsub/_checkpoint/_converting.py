@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsub.inner import Inner
+from gradsub._checkpoint._stand_in import TRIAL_STEPS
 from gradsub.subspace import check_steps_taken, local
 
 ANYTHING = object()
@@ -86,7 +86,7 @@ def check_usual(what: str, value: Any, seen: Any) -> None:
     least, most = _range(seen)
     if least >= 0 and most > 0 and _range(value)[0] < 0:
         raise ValueError(f"{what} has negative entries, which the base optimizer never makes: it is damaged")
-    if least == most == Inner.TRIAL_STEPS and count_of(value) == 1:
+    if least == most == TRIAL_STEPS and count_of(value) == 1:
         check_steps_taken(what, value)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradsub import _settings as settings
 from gradsub._blocks import Blocks
 from gradsub._checkpoint._converting import ANYTHING, check_usual, convert, count_of, described, is_finite
+from gradsub._checkpoint._stand_in import refusal, stepped_state, upgraded
 from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
@@ -117,13 +118,13 @@ class StateDictReader:
                     f"state_dict: 'basis' of {layer.name} has shape {there} there and {here} here, for subspaces of "
                     f"the ranks {widths} and {layer.widths}: use the same rank and task_rank"
                 )
-        given = self._inner.upgraded(settings.base_options(merged))
+        given = upgraded(self._inner.base, settings.base_options(merged))
         proven = settings.base_options(ours)
         stepped = [proxy for parameter in ours["params"] for proxy in self._proxies(parameter).values()][:1]
-        refusal = next((self._inner.refusal(given, proven, proxy) for proxy in stepped), None)
-        if refusal is not None:
+        refused = next((refusal(self._inner.base, given, proven, proxy) for proxy in stepped), None)
+        if refused is not None:
             raise ValueError(
-                f"state_dict: the options {where} are none of {type(self._inner.base).__name__}'s: {refusal}"
+                f"state_dict: the options {where} are none of {type(self._inner.base).__name__}'s: {refused}"
             )
         return {**merged, **given, **{key: ours[key] for key in _STRUCTURE}}
 
@@ -303,7 +304,7 @@ class StateDictReader:
         key = id(group), shape, proxy.dtype, proxy.device
         if key not in self._trials:
             try:
-                self._trials[key] = self._inner.trial(options, shape, proxy.dtype, proxy.device)
+                self._trials[key] = stepped_state(self._inner.base, options, shape, proxy)
             except Exception:
                 self._trials[key] = {}  # it does not step on its own: nothing is known of its state
         return self._trials[key]
