@@ -10,13 +10,14 @@ from torch import Tensor
 
 from gradsub import _settings as settings
 from gradsub._blocks import Blocks
+from gradsub._checkpoint._bases import check_bases
 from gradsub._checkpoint._converting import ANYTHING, check_usual, convert, count_of, described, is_finite
 from gradsub._checkpoint._stand_in import refusal, stepped_state, upgraded
 from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
 from gradsub.subspace import SKETCHES, Layer, Protected, SubspaceBank, is_distributed, orthonormality
-from gradsub.update import ANCHOR, FREE, PENDING_DECAY, PROTECTED, protected_in
+from gradsub.update import ANCHOR, FREE, PENDING_DECAY, PROTECTED
 
 NULL_SPACE = frozenset({ANCHOR, FREE, PROTECTED})
 
@@ -154,14 +155,7 @@ class StateDictReader:
         found = self._own(name, layer, parameter, theirs, ours)
         found.update(self._of_inner(name, layer, group, parameter, {**theirs, **found}))
         if layer is not None:
-            protected = protected_in(found)
-            free = layer.dimension if protected is None else protected.free
-            self._bank.check(layer, found, free, group["update_proj_gap"])
-            if protected is not None and _overlap(protected, found["basis"]) > orthonormality(found["basis"].dtype):
-                raise ValueError(
-                    f"state_dict: 'basis' of {name} is not orthogonal to its 'protected' directions: one of them is "
-                    "damaged, or of another checkpoint"
-                )
+            check_bases(layer, found, self._bank, group["update_proj_gap"])
             self._check_steps(name, layer, found)
         return {key: found[key] for key in (*theirs, *found) if key in found}
 
@@ -377,11 +371,6 @@ def _check_option(what: str, there: Any, here: Any) -> None:
         raise ValueError(f"state_dict: {what} is {here!r} here: that is another kind of value")
     if not is_finite(there) and is_finite(here):
         raise ValueError(f"state_dict: {what} is not finite")
-
-
-def _overlap(protected: Protected, basis: Tensor) -> float:
-    inside = basis - protected.to(basis.device).leaves(basis)
-    return float(torch.linalg.vector_norm(inside, dim=0).max()) if basis.numel() else 0.0
 
 
 def _difference(missing: set[str] | frozenset[str], extra: set[str]) -> str:

@@ -13,11 +13,11 @@ from gradsub.linalg._arithmetic import full_precision, product
 from gradsub.linalg._gaussian import gaussian
 from gradsub.linalg._orthonormal import _orthonormalize_unchecked
 from gradsub.linalg._room import Room
-from gradsub.subspace._basis import dominant_basis, orthonormality, sketched_basis
+from gradsub.subspace._basis import dominant_basis, sketched_basis
 from gradsub.subspace._block import Block, Rotation, pieces
 from gradsub.subspace._layer import Layer
 from gradsub.subspace._protected import Protected, side_by_side
-from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, check_steps_taken, next_multiple, next_place, own_place
+from gradsub.subspace._schedule import SKETCHES_PER_REFRESH, next_multiple, next_place, own_place
 from gradsub.subspace._verdicts import Verdicts
 
 SHARED = 0
@@ -27,9 +27,6 @@ SKETCHES = frozenset({"singular_values", "sketches", "usable"})
 
 # In the place of a subspace, for random numbers that belong to none.
 _DIRECTIONS = 1 << 16
-
-# In multiples of the gap that is in force: how far ahead a refresh may be planned in a checkpoint.
-_LONGEST_GAP = 1024
 
 # Rows of a block, and a stack of one matrix for each of them.
 Rows: TypeAlias = "tuple[Sequence[int], Tensor]"
@@ -59,7 +56,7 @@ class SubspaceBank:
     """
 
     def __init__(self, orthogonalize: str, seed: int, together: bool = False) -> None:
-        self._orthogonalize = orthogonalize
+        self._shared_first = orthogonalize == "shared_first"
         self._together = together
         self._seed = seed
         self._directions: dict[Hashable, Tensor] = {}
@@ -99,9 +96,22 @@ class SubspaceBank:
         """The subspace's basis (d x r), a view."""
         return layer.block.stacks["basis"][layer.row][:, layer.columns(subspace)]
 
-    def columns(self, layer: Layer, subspace: int) -> int:
-        """How many columns of the subspace's basis find room beside what is forbidden; the others are zero."""
-        return min(layer.widths[subspace], self._free(layer, subspace))
+    def columns(self, layer: Layer, subspace: int, free: int | None = None) -> int:
+        """How many columns of the subspace's basis find room beside what is forbidden; the others are zero.
+
+        Args:
+            layer: the layer.
+            subspace: its index.
+            free: how many directions are not protected; None: as now.
+        """
+        free = layer.free if free is None else free
+        if self._beside_shared(subspace):
+            free -= min(layer.widths[SHARED], free)
+        return min(layer.widths[subspace], free)
+
+    def _beside_shared(self, subspace: int) -> bool:
+        """Whether the subspace's basis is orthogonal to the shared one."""
+        return self._shared_first and subspace != SHARED
 
     def due(self, block: Block) -> Any:
         """Which rows (L) should refresh which subspaces (S) in this step: an array of booleans."""
@@ -169,41 +179,6 @@ class SubspaceBank:
             basis.copy_(free)
             layer.block.array("next_refresh")[layer.row] = int(layer.block.array("step")[layer.row])
 
-    def check(self, layer: Layer, state: Mapping[str, Any], free: int, update_proj_gap: int) -> None:
-        """Raise if a layer's state from elsewhere, of the right shapes, cannot have come about.
-
-        Args:
-            layer: the layer.
-            state: what is to be checked.
-            free: d - k of the protected directions that its bases were taken under.
-            update_proj_gap: steps between refreshes.
-
-        Raises:
-            ValueError: a count or a time is out of range, or a basis is not orthonormal.
-        """
-        of = f"of {layer.name}"
-        check_steps_taken(f"state_dict: 'step' {of}", state["step"])
-        step, due = int(state["step"]), state["next_refresh"].tolist()
-        # The gap may have been longer when the refresh was planned.
-        latest = step + _LONGEST_GAP * update_proj_gap
-        if not all(0 <= time <= latest for time in due):
-            raise ValueError(
-                f"state_dict: 'next_refresh' {of} is {due}: it must lie between 0 and {latest} at step {step}"
-            )
-        if "sketches" in state and not all(0 <= n < SKETCHES_PER_REFRESH for n in state["sketches"].tolist()):
-            raise ValueError(f"state_dict: 'sketches' {of} must be 0 to {SKETCHES_PER_REFRESH - 1}")
-        if "singular_values" in state and bool((state["singular_values"] < 0).any()):
-            raise ValueError(f"state_dict: 'singular_values' {of} has negative entries")
-        for subspace, width in enumerate(layer.widths):
-            room = free
-            if subspace != SHARED and self._orthogonalize == "shared_first":
-                room -= min(layer.widths[SHARED], free)
-            basis = state["basis"][:, layer.columns(subspace)]
-            if not _plausible(basis, min(width, room), step >= due[subspace]):
-                raise ValueError(
-                    f"state_dict: 'basis' {of} is not orthonormal in its columns {layer.columns(subspace)}"
-                )
-
     def loaded(self, block: Block) -> None:
         """Its state came from elsewhere: what the device decided last may not have been heeded yet."""
         if block.first.sketched:
@@ -236,15 +211,15 @@ class SubspaceBank:
                 if not some:
                     continue
                 step, kept = int(steps[some[0]]), piece.kept[subspace]
-                gradient = gradients[subspace]
                 found = dominant_basis(
-                    gradient if len(some) == len(rows) else gradient[_places(rows, some)],
+                    _of(gradients[subspace], rows, some),
                     block.first.widths[subspace],
                     block.first.axis,
                     self._room(block, piece, some, subspace),
                     kept,
                     self._generator(block, subspace, step),
-                    self._may_vanish(subspace) or not kept,
+                    # Where the shared basis has all of the gradient, it is in vain to wait for another.
+                    may_vanish=self._beside_shared(subspace) or not kept,
                 )
                 if found is None:
                     continue
@@ -254,7 +229,7 @@ class SubspaceBank:
                     some = [row for row, good in zip(some, usable, strict=True) if good]
                 self._write(block, some, subspace, new)
                 places[some, subspace] = next_multiple(step, update_proj_gap)
-                if subspace == SHARED and self._orthogonalize == "shared_first":
+                if subspace == SHARED and self._shared_first:
                     # The tasks' bases were orthogonal to the old one: they follow, now or with their next gradient.
                     places[some, 1:] = step
                     due[some, 1:] = True
@@ -284,17 +259,16 @@ class SubspaceBank:
     def _renew_block(self, block: Block, sketches: Mapping[int, Rows], update_proj_gap: int) -> None:
         due = self.due(block)
         found = {s: [row for row in rows if due[row, s]] for s, (rows, _) in sketches.items()}
-        follow = set(found.get(SHARED, ())) if self._orthogonalize == "shared_first" else set()
+        follow = set(found.get(SHARED, ())) if self._shared_first else set()
         for piece in self._pieces(block, sorted({row for rows in found.values() for row in rows})):
             for subspace in range(len(block.first.widths)):
                 here = set(found.get(subspace, ()))
                 rows = [row for row in piece.rows if row in here]
                 if rows:
                     every, Y = sketches[subspace]
-                    Y = Y if len(rows) == len(every) else Y[_places(every, rows)]
-                    self._renew(block, piece, rows, subspace, Y, judged=True)
+                    self._renew(block, piece, rows, subspace, _of(Y, every, rows), judged=True)
                 # A task without a sketch keeps what the new shared basis leaves of its own.
-                left = [row for row in piece.rows if row in follow - here] if subspace != SHARED else []
+                left = [row for row in piece.rows if row in follow - here]
                 if left:
                     Y = block.basis(subspace, left).clone()
                     self._renew(block, piece, left, subspace, Y, judged=False)
@@ -321,25 +295,23 @@ class SubspaceBank:
         columns = block.first.columns(subspace)
         for count in sorted({int(taken[row, subspace]) for row in rows}) if kept else ():
             some = [row for row in rows if taken[row, subspace] == count]
-            every = len(some) == len(block)
+            place: Any = slice(None) if len(some) == len(block) else some
             old = block.basis(subspace, some)
-            values = block.stacks["singular_values"][:, columns.start : columns.start + kept]
-            values = values if every else values[some]
+            values = block.stacks["singular_values"][place, columns.start : columns.start + kept]
             step = int(block.array("step")[some[0]])
             fresh, strengths, usable = sketched_basis(
-                Y if len(some) == len(rows) else Y[_places(rows, some)],
+                _of(Y, rows, some),
                 old[:, :, :kept] * values[:, None] if count else None,
                 kept,
                 self._room(block, piece, some, subspace),
                 self._generator(block, subspace, step),
-                self._may_vanish(subspace),
+                may_vanish=self._beside_shared(subspace),
             )
             new = torch.zeros_like(old)
             new[:, :, :kept] = torch.where(usable, fresh, old[:, :, :kept])
             self._write(block, some, subspace, new)
             # What is left of a refresh that began with nothing must not enter the next sketch.
             strengths = torch.where(usable[:, 0], strengths, values if count else 0.0)
-            place: Any = slice(None) if every else some
             block.stacks["singular_values"][place, columns.start : columns.start + kept] = strengths
             if judged:
                 block.stacks["usable"][place, subspace] = usable[:, 0, 0]
@@ -352,29 +324,23 @@ class SubspaceBank:
         else:
             basis[list(rows)] = new
 
-    def _may_vanish(self, subspace: int) -> bool:
-        """Whether a gradient counts of which nothing is left: where another basis has all of it, waiting is in vain."""
-        return subspace != SHARED and self._orthogonalize != "none"
-
     def _pieces(self, block: Block, rows: Sequence[int]) -> Iterator[_Piece]:
         """Rows that one operation can refresh; what they protect travels to the device once for all subspaces."""
         kinds: dict[tuple[tuple[int, ...], int, bool], list[int]] = defaultdict(list)
         steps, widths = block.array("step"), block.first.widths
         for row in rows:
             layer = block.layers[row]
-            kept = tuple(min(width, self._free(layer, subspace)) for subspace, width in enumerate(widths))
+            kept = tuple(self.columns(layer, subspace) for subspace in range(len(widths)))
             form = layer.protected is not None and layer.protected.complement
             kinds[kept, int(steps[row]), form].append(row)
         for (kept, *_), some in kinds.items():
-            size = max(_columns(block.layers[row]) for row in some) + 2 * max(widths)
+            held = [block.layers[row].protected for row in some]
+            # What a refresh has to stay out of, or in, and two bases.
+            most = widths[SHARED] + max(0 if each is None else each.directions.shape[1] for each in held)
+            size = most + 2 * max(widths)
             for piece in pieces(some, block.first.dimension * size, block.device):
                 protected = [block.layers[row].protected for row in piece]
                 yield _Piece(piece, kept, side_by_side(protected, block.stacks["basis"]))
-
-    def _free(self, layer: Layer, subspace: int) -> int:
-        if subspace == SHARED or self._orthogonalize == "none":
-            return layer.free
-        return max(0, layer.free - min(layer.widths[SHARED], layer.free))
 
     def _room(self, block: Block, piece: _Piece, rows: Sequence[int], subspace: int) -> Room:
         """Where the bases of some of the rows of a piece have to stay."""
@@ -382,8 +348,7 @@ class SubspaceBank:
         room = Room()
         if protected is not None:
             room = Room(within=protected.directions) if protected.complement else Room(protected.directions)
-        beside_shared = subspace != SHARED and self._orthogonalize != "none"
-        return room.without(block.basis(SHARED, rows)) if beside_shared else room
+        return room.without(block.basis(SHARED, rows)) if self._beside_shared(subspace) else room
 
     def _generator(self, block: Block, subspace: int, step: int) -> torch.Generator:
         """An own generator for every draw: reproducible after a resume, and the global one is left alone."""
@@ -412,27 +377,12 @@ class _Piece:
     def protected_of(self, some: Sequence[int]) -> Protected | None:
         if self.protected is None or len(some) == len(self.rows):
             return self.protected
-        return Protected(self.protected.directions[_places(self.rows, some)], self.protected.complement)
+        return Protected(_of(self.protected.directions, self.rows, some), self.protected.complement)
 
 
-def _columns(layer: Layer) -> int:
-    """How many columns a refresh has to stay out of, or in."""
-    return layer.widths[SHARED] + (0 if layer.protected is None else layer.protected.directions.shape[1])
-
-
-def _places(every: Sequence[int], some: Sequence[int]) -> list[int]:
+def _of(stack: Tensor, every: Sequence[int], some: Sequence[int]) -> Tensor:
+    """The matrices of some rows, of a stack with one for every row."""
+    if len(some) == len(every):
+        return stack
     where = {row: place for place, row in enumerate(every)}
-    return [where[row] for row in some]
-
-
-def _plausible(basis: Tensor, columns: int, due: bool) -> bool:
-    """Whether a basis (d x r) can have come about: orthonormal in as many columns as there is room for, else zero.
-
-    One that is due may also be zero still, or what new protected directions have left of it.
-    """
-    gramian = basis.mT @ basis
-    slack = orthonormality(basis.dtype)
-    if due:
-        return not gramian.numel() or float(torch.linalg.eigvalsh(gramian)[-1]) <= 1 + slack
-    there = gramian.diagonal() != 0
-    return int(there.sum()) == columns and float((gramian - there.diag().to(gramian)).abs().amax()) <= slack
+    return stack[[where[row] for row in some]]
