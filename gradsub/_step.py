@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,24 +11,19 @@ from torch import Tensor
 
 from gradsub._blocks import Blocks
 from gradsub._constants import Constants
+from gradsub._intake import Intake
 from gradsub._lr_scale import asks, factor
 from gradsub._measure import measure, needs_alignment, previous_step
 from gradsub._reporting import Measurements
 from gradsub._state import INNER, prefixed
-from gradsub.capture import MIXED, Captured, Gathered, Held, Projected, gather_block, gather_stacks, mix, project_block
+from gradsub.capture import MIXED, Captured, Gathered, Projected, gather_block, gather_stacks, mix, project_block
 from gradsub.gates import Gate
 from gradsub.inner import Inner, decoupled_shrinkage
 from gradsub.subspace import SHARED, Block, Layer, SubspaceBank, carry_moments
 from gradsub.surgery import Surgery, SurgeryInputs
 from gradsub.surgery._inputs import needs_losses, weigh
-from gradsub.update import (
-    apply_updates,
-    collect_decay,
-    decay,
-    hold_protected,
-)
+from gradsub.update import apply_updates, collect_decay, decay, hold_protected
 
-State = MutableMapping[Tensor, Any]
 Groups = Sequence[dict[str, Any]]
 
 
@@ -73,16 +68,11 @@ class Stepper:
         """Whether parameters without subspaces need only the weighted sum of the tasks' gradients."""
         return self._surgery is None
 
-    def gather(self, held: Held, rounding: float) -> list[Gathered]:
-        """What the captures left, block by block, without what is only rounding; layers without gradients get a block.
-
-        Args:
-            held: what was captured.
-            rounding: epsilon of the coarsest format in which a gradient was computed.
-        """
+    def gather(self, intake: Intake) -> list[Gathered]:
+        """What the captures left by block, without what is only rounding; layers without gradients get a block."""
         found = []
-        stacks = held.stacks_by_block(self._blocks.all)
-        gradients = held.single
+        stacks = intake.held.stacks_by_block(self._blocks.all)
+        gradients, rounding = intake.held.single, intake.rounding
         tasks = sorted(task for task in gradients if task != MIXED)
         for whole in list(self._blocks.all):
             if whole in stacks:
@@ -115,38 +105,27 @@ class Stepper:
         parameters = [layer.parameter for layer in block.layers]
         return {task: list(map(gradients[task].get, parameters)) for task in tasks}
 
-    def take(
-        self,
-        groups: Groups,
-        gathered: Sequence[Gathered],
-        gradients: Mapping[int, Mapping[Tensor, Captured]],
-        samples: Mapping[int, float],
-        mixed: float,
-        losses: Mapping[int, Tensor],
-        rounding: float,
-    ) -> Measurements | None:
+    def take(self, groups: Groups, gathered: Sequence[Gathered], intake: Intake) -> Measurements | None:
         """Take a step.
 
         Args:
             groups: the optimizer's parameter groups.
             gathered: of the layers, what was captured; it is used up.
-            gradients: by task, what was captured.
-            samples: by task.
-            mixed: how many of all samples were rows of mixed batches.
-            losses: by task, where a loss was seen.
-            rounding: epsilon of the coarsest format in which a gradient was computed.
+            intake: what else came in.
 
         Returns:
             what a report is made from.
         """
+        samples, mixed, losses = intake.samples, intake.mixed_samples, intake.losses
         total = sum(samples.values())
         shares = {task: count / total for task, count in samples.items()}
-        projected = self._project(groups, gathered, shares, rounding)
+        projected = self._project(groups, gathered, shares, intake.rounding)
         # Who calls backward() on the mean of a mixed batch, not on rows.loss(), has chosen a gate without losses.
         unseen = (lambda tasks: None) if mixed else self._say_unseen
         measured = measure(projected, losses, samples, len(self._tasks), self._gate, unseen, self._constants)
         weights = self._operate(shares, samples, measured, losses)
-        steps = self._inner_step(groups, gradients, projected, {**weights, MIXED: mixed / total if total else 0.0})
+        weights = {**weights, MIXED: mixed / total if total else 0.0}
+        steps = self._inner_step(groups, intake.held.single, projected, weights)
         self._update(groups, projected, steps, measured)
         self._renew(groups, projected)
         for found in projected:

@@ -453,20 +453,12 @@ class GemsOptimizer(Optimizer):
             if not self._unscaled():
                 return result
             self._intake.reduce(merge=self._stepper.sums)
-            gathered = self._stepper.gather(self._intake.held, self._intake.rounding)
+            gathered = self._stepper.gather(self._intake)
             if not self._finite(gathered):
                 return result
             self._intake.held.forget_stacks()
             try:
-                self._measured = self._stepper.take(
-                    self.param_groups,
-                    gathered,
-                    self._intake.held.single,
-                    self._intake.samples,
-                    self._intake.mixed_samples,
-                    self._intake.losses,
-                    self._intake.rounding,
-                )
+                self._measured = self._stepper.take(self.param_groups, gathered, self._intake)
                 self._known.see(self._measured)
             finally:
                 self._intake.clear()
@@ -739,17 +731,13 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: gradients were captured and not stepped; they are in no checkpoint.
         """
-        if "_intake" in self.__dict__:
-            self._intake.forget_skipped()
-        if "_intake" in self.__dict__ and self._intake.held:
+        self._intake.forget_skipped()
+        if self._intake.held:
             raise RuntimeError(
                 "state_dict between backward and step would lose gradients: call step() or zero_grad() first"
             )
-        if "_weighing" in self.__dict__:
-            self._show_callables()
-        saved = super().state_dict()
-        layers = self._blocks.layers if "_blocks" in self.__dict__ else {}
-        return show_shards(saved, self.param_groups, layers)
+        self._show_callables()
+        return show_shards(super().state_dict(), self.param_groups, self._blocks.layers)
 
     def _show_callables(self) -> None:
         """Put the state of surgery and gate where checkpoints find it: beside that of one layer."""
@@ -765,8 +753,7 @@ class GemsOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_blocks" in self.__dict__:
-            self._follow_state()
+        self._follow_state()
         if "_intake" in state:
             self._blocks.show(anew=True)
             self._intake.capture.hook()
