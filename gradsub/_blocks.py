@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -166,23 +166,32 @@ class Blocks:
             parts.append(block)
         return parts
 
-    def convert(self, parameters: Collection[Tensor], on_device: Callable[[Tensor], bool]) -> None:
+    def check(self, state: State) -> None:
+        """Raise a RuntimeError if somebody else has thrown away the state that shows the blocks."""
+        if state is not self.state or not all("basis" in state.get(parameter, ()) for parameter in self.layers):
+            raise RuntimeError(
+                "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
+                "which a checkpoint would lack a part. Call optimizer.close() and build a new optimizer, and load a "
+                "checkpoint into that one to go on from it"
+            )
+
+    def convert(self, parameters: Collection[Tensor], on_device: Collection[Tensor]) -> None:
         """Bring the state of parameters to the dtype, device and memory format that they have by now.
 
         Args:
-            on_device: whether a parameter's base optimizer keeps counts on the device.
+            on_device: the parameters for which the base optimizer keeps counts on the device.
         """
         for parameter in parameters:
             if parameter in self.layers:
                 continue
-            self._convert_state(self.state[parameter], parameter, parameter.dtype, on_device(parameter))
+            self._convert_state(self.state[parameter], parameter, parameter.dtype, parameter in on_device)
             self._inner.load_state(parameter, loaded_inner(self.state[parameter], "", [""]))
         for block in [b for b in self.all if any(layer.parameter in parameters for layer in b.layers)]:
             self.all.remove(block)
             held = {layer.parameter: dict(self.state[layer.parameter]) for layer in block.layers}
             for layer in block.layers:
                 state = held[layer.parameter]
-                self._convert_state(state, layer.parameter, layer.dtype, on_device(layer.parameter))
+                self._convert_state(state, layer.parameter, layer.dtype, layer.parameter in on_device)
                 layer.protected = protected_in(state)
                 if layer.parameter.dtype == layer.dtype:
                     state.pop(MASTER, None)

@@ -49,11 +49,8 @@ __all__ = ["GemsOptimizer", "NonFiniteError"]
 def _ordinary_tensors() -> Iterator[None]:
     """In full precision, and outside of inference mode: what is made there can never be written to again."""
     grad = torch.is_grad_enabled()
-    with (
-        full_precision(),
-        torch.inference_mode(False),
-        torch.set_grad_enabled(grad),
-    ):  # they switch gradients off and on
+    # The first two switch gradients off and on.
+    with full_precision(), torch.inference_mode(False), torch.set_grad_enabled(grad):
         yield
 
 
@@ -436,7 +433,8 @@ class GemsOptimizer(Optimizer):
             RuntimeError: a task is open.
         """
         self._intake.check_closed("step()")
-        self._check_unedited()
+        self._adopted.check(self.param_groups)
+        self._blocks.check(self.state)
         self._said.check_unfrozen()
         result = None
         if closure is not None:
@@ -592,21 +590,6 @@ class GemsOptimizer(Optimizer):
 
     # --- groups and state --------------------------------------------------------------------------------------------
 
-    def _check_unedited(self) -> None:
-        """Raise if somebody else has edited the groups, or thrown the state away.
-
-        Raises:
-            RuntimeError: what was adopted when the optimizer was built is no longer there.
-        """
-        self._adopted.check(self.param_groups)
-        state = self.state
-        if state is not self._blocks.state or not all("basis" in state.get(p, ()) for p in self._blocks.layers):
-            raise RuntimeError(
-                "optimizer.state was replaced or cleared by somebody else: the subspaces go on from what they hold, of "
-                "which a checkpoint would lack a part. Call optimizer.close() and build a new optimizer, and load a "
-                "checkpoint into that one to go on from it"
-            )
-
     @_ordinary_tensors()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters during training, with the base optimizer's options and this class's own."""
@@ -628,8 +611,9 @@ class GemsOptimizer(Optimizer):
 
     def _adopt(self, position: int, layers: list[Layer], traits: Traits) -> None:
         group = self.param_groups[position]
-        fused = {layer.parameter: self._layout.fused(layer.parameter) for layer in layers}
-        fused = {parameter: found for parameter, found in fused.items() if found is not None}
+        fused = {
+            p: found for p in (layer.parameter for layer in layers) if (found := self._layout.fused(p)) is not None
+        }
         if layers:
             self._stepper.say_kept(traits.unknown)
         proxies = self._blocks.adopt(position, layers, fused, traits)
@@ -638,8 +622,8 @@ class GemsOptimizer(Optimizer):
         self._inner.add_group(settings.base_options(group), traits, plain, proxies)
         self._intake.capture.watch(group["params"], layers)
         for layer in layers:
-            if (found := fused.get(layer.parameter)) is not None:
-                self._intake.fused.adopt(layer, *found)
+            if layer.parameter in fused:
+                self._intake.fused.adopt(layer, *fused[layer.parameter])
         self._blocks.show()
         self._adopted.add(group)
 
@@ -661,14 +645,10 @@ class GemsOptimizer(Optimizer):
                 "gradients were captured: convert the model between step() and the next backward pass, or call "
                 "zero_grad()"
             )
-        on_device = {
-            parameter: bool(group.get("fused") or group.get("capturable"))
-            for group in self.param_groups
-            for parameter in group["params"]
-        }
         for parameter in changed:
             self._layout.check_dtype(parameter)
-        self._blocks.convert(changed, on_device.__getitem__)
+        counts_there = [group for group in self.param_groups if group.get("fused") or group.get("capturable")]
+        self._blocks.convert(changed, {parameter for group in counts_there for parameter in group["params"]})
         for parameter in changed:
             self._adopted.follow(parameter)
             layer = self._blocks.layers.get(parameter)
