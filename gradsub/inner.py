@@ -92,11 +92,7 @@ class Inner:
         base.state.clear()
 
     def add_group(
-        self,
-        options: Mapping[str, Any],
-        traits: Traits,
-        plain: Iterable[Tensor],
-        proxies: Mapping[Tensor, Tensor],
+        self, options: Mapping[str, Any], traits: Traits, plain: Iterable[Tensor], proxies: Mapping[Tensor, Tensor]
     ) -> None:
         """Add one outer group.
 
@@ -232,10 +228,7 @@ class Inner:
             )
 
     def step(
-        self,
-        groups: Sequence[dict[str, Any]],
-        gradients: Mapping[Tensor, Tensor],
-        starts: Mapping[Tensor, Tensor],
+        self, groups: Sequence[dict[str, Any]], gradients: Mapping[Tensor, Tensor], starts: Mapping[Tensor, Tensor]
     ) -> dict[Tensor, Tensor]:
         """One step of the base optimizer.
 

@@ -133,12 +133,11 @@ def _head(model: nn.Module) -> object:
     return output() if callable(output) else None
 
 
-def _listing(linear: dict[str, nn.Module], most: int = 8) -> str:
+def _listing(linear: dict[str, nn.Module]) -> str:
     names = list(linear)
     if not names:
         return "the model has no linear layer at all"
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"the linear layers are {names[:most]}{more}"
+    return f"the linear layers are {names[:8]}" + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def some(names: Collection[str], most: int = 3) -> str:

@@ -25,11 +25,7 @@ def scale_norms(held: Held, task: int, factor: Tensor) -> None:
 
 
 def clip_captured(
-    held: Held,
-    task: int,
-    max_norm: float,
-    layers: Mapping[Tensor, Layer],
-    in_common: Callable[[Tensor], Tensor],
+    held: Held, task: int, max_norm: float, layers: Mapping[Tensor, Layer], in_common: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Scale one task's gradient so that its norm over all parameters is at most ``max_norm``; the norm it had.
 

@@ -13,14 +13,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from gradsub.capture._generic import seen_by_others
-from gradsub.capture._linear import (
-    Segment,
-    cast,
-    deferring_linear,
-    needs_autograd,
-    ordinary_linear,
-    projecting_linear,
-)
+from gradsub.capture._linear import Segment, cast, deferring_linear, needs_autograd, ordinary_linear, projecting_linear
 from gradsub.capture._products import Orientation, Rows, affine
 from gradsub.capture._tray import Tray
 from gradsub.capture._wish import Wish, accumulates_into, hand_over

@@ -293,13 +293,7 @@ class _Deferring(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: Tensor,
-        orientation: Orientation,
-        opened: Any,
-        *probes: Tensor,
+        ctx: Any, x: Tensor, bias: Tensor | None, weight: Tensor, orientation: Orientation, opened: Any, *probes: Tensor
     ) -> Tensor:
         ctx.orientation, ctx.opened, ctx.probes, ctx.biased = orientation, opened, probes, bias is not None
         ctx.save_for_backward(x, weight)
@@ -335,12 +329,7 @@ class _Deferring(torch.autograd.Function):
 
 
 def deferring_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    orientation: Orientation,
-    opened: Any,
-    probes: tuple[Tensor, ...],
+    x: Tensor, weight: Tensor, bias: Tensor | None, orientation: Orientation, opened: Any, probes: tuple[Tensor, ...]
 ) -> Tensor:
     """`projecting_linear` for a forward pass outside any task: which gradient is wanted shows in the backward pass.
 

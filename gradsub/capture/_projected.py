@@ -125,11 +125,7 @@ class Projected:
 
 
 def project_block(
-    gathered: Gathered,
-    bank: SubspaceBank,
-    weights: Mapping[int, float | Tensor],
-    update_proj_gap: int,
-    rounding: float,
+    gathered: Gathered, bank: SubspaceBank, weights: Mapping[int, float | Tensor], update_proj_gap: int, rounding: float
 ) -> Projected:
     """Refresh the bases that are due, and project what still has to be projected.
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -104,7 +103,7 @@ class Content:
         steps: dict[int, Steps] = {id(source): [] for source in sources.values()}
         with torch.inference_mode(False), torch.no_grad():
             for name, source in sources.items():
-                self.shared.advance(name, steps[id(source)], source.copy, partial(_merge, source))
+                self.shared.advance(name, steps[id(source)], source.copy, lambda held, more=source: held.merge(more))
                 self._protected.pop(name, None)
         self.shared.normalized = {**other.shared.normalized, **self.shared.normalized}
 
@@ -174,10 +173,6 @@ class Content:
             narrow = rows.dtype == torch.float64 or dimension < NARROWEST_SINGLE
             return Covariance.empty(dimension, device, single=self.criterion.coarse and not narrow)
         return Sketch.within(budget, dimension, rows.dtype, device)
-
-
-def _merge(source: Statistics, held: Statistics) -> None:
-    held.merge(source)
 
 
 def _checked(name: str, features: Tensor) -> Tensor:

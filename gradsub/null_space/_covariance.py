@@ -33,7 +33,7 @@ class Covariance:
     error = 0.0
 
     def __init__(self, blocks: list[Tensor], count: int, single: bool = False) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self.count = count
         self.single = single
 
@@ -61,7 +61,7 @@ class Covariance:
 
     @property
     def dimension(self) -> int:
-        return self._blocks[0].shape[1]
+        return self.blocks[0].shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,21 +69,16 @@ class Covariance:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._blocks[0].dtype
-
-    @property
-    def blocks(self) -> list[Tensor]:
-        """The sums themselves, to be changed in place by who makes them of several accumulators."""
-        return self._blocks
+        return self.blocks[0].dtype
 
     @property
     def nbytes(self) -> int:
-        return sum(block.nbytes for block in self._blocks)
+        return sum(block.nbytes for block in self.blocks)
 
     @property
     def tensor(self) -> Tensor:
         """X^T X (d x d), a copy."""
-        total = self._blocks[0].new_empty(self.shape)
+        total = self.blocks[0].new_empty(self.shape)
         for (start, stop), block in self._ranged():
             total[start:stop, start:] = block
             total[stop:, start:stop] = block[:, stop - start :].mT
@@ -107,24 +102,24 @@ class Covariance:
             self._add(rows / largest, largest**2)
 
     def _add(self, rows: Tensor, scale: float = 1.0) -> None:
-        rows = rows.to(self._blocks[0].device)
+        rows = rows.to(self.blocks[0].device)
         for (start, stop), block in self._ranged():
             block.add_(rows[:, start:stop].mT @ rows[:, start:], alpha=scale)
 
     def _ranged(self) -> Iterator[tuple[tuple[int, int], Tensor]]:
-        return zip(_ranges(self.dimension), self._blocks, strict=True)
+        return zip(_ranges(self.dimension), self.blocks, strict=True)
 
     def merge(self, other: Statistics) -> None:
         assert isinstance(other, Covariance)
-        for mine, theirs in zip(self._blocks, other._blocks, strict=True):
+        for mine, theirs in zip(self.blocks, other.blocks, strict=True):
             mine.add_(theirs.to(mine))
         self.count += other.count
 
     def copy(self) -> Covariance:
-        return Covariance([block.clone() for block in self._blocks], self.count, self.single)
+        return Covariance([block.clone() for block in self.blocks], self.count, self.single)
 
     def spectrum(self, quick: bool = False) -> Spectrum:
-        with full_precision(self._blocks[0].device):
+        with full_precision(self.blocks[0].device):
             return self._spectrum(quick)
 
     def _spectrum(self, quick: bool) -> Spectrum:
@@ -136,7 +131,7 @@ class Covariance:
         else:
             # Divided by the trace, because float32 has no room for squares of huge or tiny features.
             unit = max(self.count, 1) * (energy or 1.0)
-            scaled = self._blocks[0].new_zeros(self.shape, dtype=dtype)
+            scaled = self.blocks[0].new_zeros(self.shape, dtype=dtype)
             for (start, stop), block in self._ranged():
                 scaled[start:stop, start:] = block / unit
             values, vectors = torch.linalg.eigh(scaled.mT)  # reads the lower half, which is whole there
@@ -156,10 +151,10 @@ class Covariance:
 
     def energy(self, basis: Tensor | None = None) -> float:
         if basis is None:
-            parts = [block.diagonal().sum() for block in self._blocks]
+            parts = [block.diagonal().sum() for block in self.blocks]
         else:
             # tr(K^T C K): each block beside the diagonal stands for its mirror image, too.
-            K, parts = basis.to(self._blocks[0]), []
+            K, parts = basis.to(self.blocks[0]), []
             for (start, stop), block in self._ranged():
                 parts.append((K[start:stop] * (block[:, : stop - start] @ K[start:stop])).sum())
                 parts.append(2.0 * (K[start:stop] * (block[:, stop - start :] @ K[stop:])).sum())

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from gradsub.null_space._streams import Streams, fits
 
 Observe = Callable[[str, Tensor], None]
-Side = str
 Hook = Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor], Tensor], None]
 
 
@@ -65,7 +64,7 @@ def eager() -> Iterator[None]:
 
 
 def observe_features(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], side: Side, observe: Observe
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], side: str, observe: Observe
 ) -> int:
     """Run ``batches`` through ``model`` and hand every layer's features to ``observe(name, (N, d))``; how many ran."""
     streams = Streams(None)

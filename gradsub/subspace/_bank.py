@@ -189,13 +189,7 @@ class SubspaceBank:
         steps = block.array("step")
         steps += 1
 
-    def refresh(
-        self,
-        block: Block,
-        rows: Sequence[int],
-        gradients: Mapping[int, Tensor],
-        update_proj_gap: int,
-    ) -> None:
+    def refresh(self, block: Block, rows: Sequence[int], gradients: Mapping[int, Tensor], update_proj_gap: int) -> None:
         """Recompute the bases that are due and whose gradient is there and says something.
 
         Args:
@@ -282,15 +276,7 @@ class SubspaceBank:
         if any(found.values()):
             self._verdicts.expect(block)
 
-    def _renew(
-        self,
-        block: Block,
-        piece: _Piece,
-        rows: Sequence[int],
-        subspace: int,
-        Y: Tensor,
-        judged: bool,
-    ) -> None:
+    def _renew(self, block: Block, piece: _Piece, rows: Sequence[int], subspace: int, Y: Tensor, judged: bool) -> None:
         taken, kept = block.array("sketches"), piece.kept[subspace]
         columns = block.first.columns(subspace)
         for count in sorted({int(taken[row, subspace]) for row in rows}) if kept else ():

@@ -41,13 +41,7 @@ def orthonormality(dtype: torch.dtype) -> float:
 
 
 def dominant_basis(
-    gradient: Tensor,
-    width: int,
-    axis: int,
-    room: Room,
-    free: int,
-    generator: torch.Generator,
-    may_vanish: bool = False,
+    gradient: Tensor, width: int, axis: int, room: Room, free: int, generator: torch.Generator, may_vanish: bool = False
 ) -> tuple[Tensor, list[bool]] | None:
     """The leading singular vectors of (I - K K^T) G along ``axis``, as orthonormal columns orthogonal to K.
 
@@ -89,12 +83,7 @@ def dominant_basis(
 
 
 def sketched_basis(
-    Y: Tensor,
-    earlier: Tensor | None,
-    width: int,
-    room: Room,
-    generator: torch.Generator,
-    may_vanish: bool = False,
+    Y: Tensor, earlier: Tensor | None, width: int, room: Room, generator: torch.Generator, may_vanish: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""The leading left singular vectors of (I - K K^T) [B diag(s), Y / ||Y||], without waiting for the device.
 

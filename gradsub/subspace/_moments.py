@@ -12,11 +12,7 @@ MOMENT_RULES = ("rotate", "keep", "reset")
 
 
 def carry_moments(
-    state: Mapping[str, Any],
-    kinds: Mapping[str, str],
-    rows: Sequence[int] | None,
-    rotation: Tensor,
-    axis: int,
+    state: Mapping[str, Any], kinds: Mapping[str, str], rows: Sequence[int] | None, rotation: Tensor, axis: int
 ) -> list[str]:
     r"""Express an inner optimizer's moments, in place, in new bases.
 
