@@ -69,29 +69,16 @@ def range_finder(
     check_count("rank", rank, at_least=1)
     check_count("oversampling", oversampling, at_least=0)
     check_count("power_iterations", power_iterations, at_least=0)
-    result = _range_finder_unchecked(
-        A, rank, oversampling=oversampling, power_iterations=power_iterations, generator=generator
-    )
+    with full_precision(A.device):
+        wide = widen(A)
+        rank = min(rank, A.shape[-2], A.shape[-1])
+        if exact_is_cheaper(wide, rank, oversampling, power_iterations):
+            result = exact_svd(wide)[0][..., :rank]
+        else:
+            Y, _ = sketch(wide, rank + oversampling, power_iterations, generator)
+            result = positive_qr(Y) if oversampling == 0 else thin_svd(Y)[0][..., :rank]
     check_finite_through(result, "A", A)
     return result
-
-
-def _range_finder_unchecked(
-    A: Tensor,
-    rank: int,
-    *,
-    oversampling: int = 8,
-    power_iterations: int = 2,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """`range_finder` without looking at the values: NaN or Inf in ``A`` gives NaN."""
-    with full_precision(A.device):
-        A = widen(A)
-        rank = min(rank, A.shape[-2], A.shape[-1])
-        if exact_is_cheaper(A, rank, oversampling, power_iterations):
-            return exact_svd(A)[0][..., :rank]
-        Y, _ = sketch(A, rank + oversampling, power_iterations, generator)
-        return positive_qr(Y) if oversampling == 0 else thin_svd(Y)[0][..., :rank]
 
 
 def sketch(A: Tensor, size: int, power_iterations: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -289,13 +289,12 @@ def test_no_tensor_is_a_type_error():
 
 @pytest.mark.parametrize("rank", [3, 20])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_the_unchecked_twins_pass_nan_on(rank, bad):
+def test_the_unchecked_twin_passes_nan_on(rank, bad):
     from gradsub.linalg._randomized_svd import _randomized_svd_unchecked
-    from gradsub.linalg._range_finder import _range_finder_unchecked
 
     A = gaussian(30, 20, dtype=torch.float32)
     A[4, 5] = bad
-    for result in (*_randomized_svd_unchecked(A, rank), _range_finder_unchecked(A, rank)):
+    for result in _randomized_svd_unchecked(A, rank):
         assert result.isnan().all()
 
 
