@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from operator import methodcaller
 
 import torch
 from torch import Tensor
@@ -103,7 +104,7 @@ class Content:
         steps: dict[int, Steps] = {id(source): [] for source in sources.values()}
         with torch.inference_mode(False), torch.no_grad():
             for name, source in sources.items():
-                self.shared.advance(name, steps[id(source)], source.copy, lambda held, more=source: held.merge(more))
+                self.shared.advance(name, steps[id(source)], source.copy, methodcaller("merge", source))
                 self._protected.pop(name, None)
         self.shared.normalized = {**other.shared.normalized, **self.shared.normalized}
 
