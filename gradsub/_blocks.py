@@ -144,7 +144,7 @@ class Blocks:
         leaving = set(rows)
         staying = [row for row in range(len(block)) if row not in leaving]
         size = len(block)
-        other = block.split(rows, staying)
+        other = block.split(rows)
         for proxies in block.proxies:
             if len(proxies) == size:
                 other.proxies.append([proxies[row] for row in rows])

@@ -46,7 +46,7 @@ class Intake:
         exchange: Exchange,
         name: Callable[[Tensor], str],
         parameters: list[Tensor],
-        tasks: bool = True,
+        tasks: bool,
     ) -> None:
         self._bank = bank
         self._exchange = exchange

@@ -50,7 +50,7 @@ class Stepper:
         gate: Gate,
         surgery: Surgery | None,
         moments: str,
-        lr_scale: str | None = None,
+        lr_scale: str | None,
     ) -> None:
         self._blocks = blocks
         self._bank = bank

@@ -334,10 +334,6 @@ def deferring_linear(
     """`projecting_linear` for a forward pass outside any task: which gradient is wanted shows in the backward pass.
 
     Args:
-        x: (..., in_features).
-        weight: W, stored as ``orientation`` says.
-        bias: (out_features,) or None.
-        orientation: of the weight and the bases.
         opened: called in the backward pass with x; returns the open task's segments, each with the places of its probe
             and its sketch probe among ``probes``, or None: then the weight receives its ordinary gradient.
         probes: all that may receive a gradient.

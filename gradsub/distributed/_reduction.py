@@ -23,9 +23,6 @@ class _Piece:
         task: its index.
         of: a parameter, or a block of which all layers' projected gradients are wanted and nothing else.
         field: of the `Captured` of a parameter.
-        shape: of the tensor.
-        dtype: likewise.
-        device: likewise.
     """
 
     task: int

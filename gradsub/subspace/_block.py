@@ -165,12 +165,14 @@ class Block:
             found = self._columns[subspaces] = (rows[0], rows[1:])
         return found
 
-    def split(self, rows: Sequence[int], staying: Sequence[int]) -> Block:
+    def split(self, rows: Sequence[int]) -> Block:
         """A block of its own for some of the rows; the others stay. Views of the old stacks are to be shown anew."""
+        leaving = set(rows)
+        staying = [row for row in range(len(self)) if row not in leaving]
         other = Block(self.group, [self.layers[row] for row in rows], self.turn)
         other._fills = self._fills
         other.stacks = {key: stack[list(rows)] for key, stack in self.stacks.items()}
-        self.stacks = {key: stack[list(staying)] for key, stack in self.stacks.items()}
+        self.stacks = {key: stack[staying] for key, stack in self.stacks.items()}
         self.layers = [self.layers[row] for row in staying]
         self._joint.clear()
         self.lr_factor = None
