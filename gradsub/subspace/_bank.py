@@ -330,10 +330,10 @@ class SubspaceBank:
 
     def _room(self, block: Block, piece: _Piece, rows: Sequence[int], subspace: int) -> Room:
         """Where the bases of some of the rows of a piece have to stay."""
-        protected = piece.protected_of(rows)
         room = Room()
-        if protected is not None:
-            room = Room(within=protected.directions) if protected.complement else Room(protected.directions)
+        if piece.protected is not None:
+            directions = _of(piece.protected.directions, piece.rows, rows)
+            room = Room(within=directions) if piece.protected.complement else Room(directions)
         return room.without(block.basis(SHARED, rows)) if self._beside_shared(subspace) else room
 
     def _generator(self, block: Block, subspace: int, step: int) -> torch.Generator:
@@ -359,11 +359,6 @@ class _Piece:
     rows: Sequence[int]
     kept: tuple[int, ...]
     protected: Protected | None
-
-    def protected_of(self, some: Sequence[int]) -> Protected | None:
-        if self.protected is None or len(some) == len(self.rows):
-            return self.protected
-        return Protected(_of(self.protected.directions, self.rows, some), self.protected.complement)
 
 
 def _of(stack: Tensor, every: Sequence[int], some: Sequence[int]) -> Tensor:
