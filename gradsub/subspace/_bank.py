@@ -213,7 +213,7 @@ class SubspaceBank:
                     kept,
                     self._generator(block, subspace, step),
                     # Where the shared basis has all of the gradient, it is in vain to wait for another.
-                    may_vanish=self._beside_shared(subspace) or not kept,
+                    self._beside_shared(subspace) or not kept,
                 )
                 if found is None:
                     continue
@@ -291,7 +291,7 @@ class SubspaceBank:
                 kept,
                 self._room(block, piece, some, subspace),
                 self._generator(block, subspace, step),
-                may_vanish=self._beside_shared(subspace),
+                self._beside_shared(subspace),
             )
             new = torch.zeros_like(old)
             new[:, :, :kept] = torch.where(usable, fresh, old[:, :, :kept])
