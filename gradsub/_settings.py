@@ -5,8 +5,9 @@ import numbers
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradsub.null_space import NullSpace
 from gradsub.subspace import MOMENT_RULES
 
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -16,6 +17,15 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "capture": ("auto", "fused", "generic"),
     "refresh": ("auto", "sketch", "svd"),
     "protection": ("auto", "device", "host"),
+}
+_KINDS: Mapping[str, tuple[Any, str]] = {
+    "tasks": (Iterable, "the names of the tasks, such as ('search', 'rec')"),
+    "null_space": (NullSpace | None, "a NullSpace, as NullSpace(...).collect(model, batches) gives it, or None"),
+    "model": (nn.Module | None, "the torch.nn.Module that the base optimizer trains, or None"),
+    "target_modules": (Iterable, "a regular expression, or a collection of layers' names"),
+    "seed": (numbers.Integral, "an integer of at least 0"),
+    "master_weights": (bool, "True or False"),
+    "anchor": (bool, "True or False"),
 }
 # What a parameter group holds that the base optimizer must not see.
 NOT_INNER = frozenset(
@@ -33,6 +43,16 @@ def check_choices(**chosen: object) -> None:
     for argument, value in chosen.items():
         if value not in CHOICES[argument]:
             raise ValueError(f"{argument}={value!r} must be one of {', '.join(map(repr, CHOICES[argument]))}")
+
+
+def check_kinds(**given: object) -> None:
+    """Raise a TypeError unless each argument is of the kind that it must be, or a ValueError if it is negative."""
+    for argument, value in given.items():
+        kind, what = _KINDS[argument]
+        if not isinstance(value, kind):
+            raise TypeError(f"{argument}={value!r} ({type(value).__name__}) must be {what}")
+        if isinstance(value, numbers.Integral) and value < 0:
+            raise ValueError(f"{argument}={value!r} must be {what}")
 
 
 def check_count(argument: str, value: object, *, optional: bool = False) -> None:

@@ -158,10 +158,10 @@ def resolve_gate(gate: str | Gate) -> Gate:
     """The gate of that name, or the callable itself.
 
     Raises:
-        ValueError: there is no gate of that name.
+        ValueError: there is no gate of that name, or the object cannot be called.
     """
-    if not isinstance(gate, str):
-        return gate
-    if gate not in GATES:
+    if isinstance(gate, str) and gate in GATES:
+        return GATES[gate]
+    if isinstance(gate, str) or not callable(gate):
         raise ValueError(f"gate={gate!r} must be one of {sorted(GATES)} or a callable from GateInputs to (L, K) gates")
-    return GATES[gate]
+    return gate

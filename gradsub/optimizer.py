@@ -133,8 +133,8 @@ class GemsOptimizer(Optimizer):
             memory; they come to the device layer by layer. ``"device"``: they stay there. ``"auto"``: the host.
         anchor: also keep the protected part W K of each weight, beside the directions, and set it back once in
             ``update_proj_gap`` steps, so that roundings do not add up: as many numbers more as protected directions
-            times the other axis. Without it a few roundings of W are left after thousands of steps, and more with weight
-            decay and a gap below about 100.
+            times the other axis. Without it a few roundings of W are left after thousands of steps, and more with
+            weight decay and a gap below about 100.
         process_group: the ranks that train this model on different data: a process group, a one-dimensional
             ``DeviceMesh``, or None: the default group once torch.distributed is initialised (a group of one rank turns
             communication off). Every rank has to step; what was captured is then summed in one flat bucket, and a
@@ -206,6 +206,15 @@ class GemsOptimizer(Optimizer):
         process_group: Any = None,
     ) -> None:
         check_wrappable(base)
+        settings.check_kinds(
+            tasks=tasks,
+            null_space=null_space,
+            model=model,
+            target_modules=target_modules,
+            seed=seed,
+            master_weights=master_weights,
+            anchor=anchor,
+        )
         check_side(side)
         settings.check_choices(
             orthogonalize=orthogonalize,

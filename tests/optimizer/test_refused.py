@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 from typing import Any
 
@@ -40,6 +41,8 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
         ({"side": "left"}, r"side='left' must be 'input' or 'output'"),
         ({"orthogonalize": "all"}, r"orthogonalize='all' must be one of 'none', 'shared_first'"),
         ({"gate": "learned"}, r"gate='learned' must be one of"),
+        ({"seed": -1}, r"seed=-1 must be an integer of at least 0"),
+        ({"gate": 0.5}, r"gate=0.5 must be one of .* or a callable"),
         ({"moments": "forget"}, r"moments='forget'"),
         ({"nonfinite": "panic"}, r"nonfinite='panic'"),
         ({"target_modules": ["query"]}, r"target_modules=\['query'\] matches no linear layer.*\['0', '2'\]"),
@@ -54,6 +57,16 @@ def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
         gems(model, base=base, **options)
     gems(model, base=base)  # the base optimizer is as it was: correct the argument and go on
+
+
+@pytest.mark.parametrize("wrong", [3, (3,), object()], ids=["number", "numbers", "object"])
+@pytest.mark.parametrize("argument", sorted(inspect.signature(GemsOptimizer).parameters.keys() - {"base"}))
+def test_no_argument_takes_whatever_it_is_given(argument, wrong):
+    """At once, by its name: not in the first step, nor by an attribute that is not there."""
+    if isinstance(wrong, int) and argument in {"rank", "task_rank", "update_proj_gap", "scale", "seed"}:
+        return
+    with pytest.raises((TypeError, ValueError), match=argument):
+        GemsOptimizer(sgd(model := mlp()), **{"model": model, "rank": 4, argument: wrong})
 
 
 @pytest.mark.parametrize(
