@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradsub._kinds import check_kind
 from gradsub.null_space import NullSpace
 from gradsub.subspace import MOMENT_RULES
 
@@ -49,8 +50,7 @@ def check_kinds(**given: object) -> None:
     """Raise a TypeError unless each argument is of the kind that it must be, or a ValueError if it is negative."""
     for argument, value in given.items():
         kind, what = _KINDS[argument]
-        if not isinstance(value, kind):
-            raise TypeError(f"{argument}={value!r} ({type(value).__name__}) must be {what}")
+        check_kind(argument, value, kind, what)
         if isinstance(value, numbers.Integral) and value < 0:
             raise ValueError(f"{argument}={value!r} must be {what}")
 

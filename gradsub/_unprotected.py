@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradsub._coverage import Coverage
 from gradsub._effective import own_weight
+from gradsub._kinds import check_kind
 from gradsub.layers import ALL_LINEAR, is_linear, named_layers, named_parameters, select_layers, some
 from gradsub.null_space import NullSpace
 from gradsub.subspace import shards_of
@@ -89,6 +90,7 @@ def freeze_unprotected(
         >>> gradsub.freeze_unprotected(model, null_space, new_tokens=[8])
         ['1.weight', '1.bias', '2.bias']
     """
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
     if not isinstance(null_space, NullSpace):
         raise TypeError(
             f"null_space must be a NullSpace, found {type(null_space).__name__}: collect one with "

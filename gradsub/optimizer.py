@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from gradsub._facade import put_before
 from gradsub._finite import NonFiniteError
 from gradsub._groups import Adopted, check_group_count, lay_out
 from gradsub._intake import Intake
+from gradsub._kinds import check_kind
 from gradsub._layout import Layout
 from gradsub._measure import needs_alignment
 from gradsub._probe import Probes, Traits
@@ -331,6 +332,7 @@ class GemsOptimizer(Optimizer):
         """
         index = self._task_index(name)
         samples = settings.check_samples(samples, name)
+        check_kind("loss", loss, Tensor | None, "the loss as a tensor, or None")
         self._follow_conversions()
         with self._intake.open([Part(index)], {index: samples}, f"task({name!r})"), self._intake.watch(index, loss):
             yield
@@ -407,6 +409,7 @@ class GemsOptimizer(Optimizer):
             ValueError: a task was never declared, ``samples`` names a task without a loss, or a loss is no scalar with
                 a graph; nothing was captured.
         """
+        check_kind("losses", losses, Mapping, "a mapping from tasks to their losses")
         losses = {self.tasks[self._task_index(name)]: loss for name, loss in losses.items()}
         samples = {self.tasks[self._task_index(name)]: count for name, count in (samples or {}).items()}
         for name, loss in losses.items():
@@ -489,6 +492,7 @@ class GemsOptimizer(Optimizer):
         Raises:
             ValueError: ``max_norm`` is not positive.
         """
+        check_kind("max_norm", max_norm, SupportsFloat, "a positive number")
         if not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} must be positive")
         self._intake.check_closed("clip_grad_norm_()")
@@ -537,6 +541,7 @@ class GemsOptimizer(Optimizer):
             >>> norms = optimizer.clip_grad_norm_(1.0)
             >>> optimizer.step()
         """
+        check_kind("scale", scale, SupportsFloat, "a positive number, or a tensor with one entry")
         fits = scale.numel() == 1 if isinstance(scale, Tensor) else 0 < scale < math.inf
         if not fits:
             raise ValueError(f"scale={scale!r} must be a positive number, or a tensor with one entry")

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradsub._kinds import check_kind
 from gradsub.capture._fused import Part
 from gradsub.capture._losses import weighted, when_weighted
 from gradsub.capture._products import Rows
@@ -41,15 +43,16 @@ class MixedRows:
         shares: Mapping[str, float] | None,
         observe: Callable[[int, Tensor], None],
     ) -> None:
-        self.size, self.rows = _by_task(tasks, task_ids)
+        self.size, self.rows = _by_task(tasks, "task_ids", task_ids)
         if not self.size:
             raise ValueError("task_ids is empty: name the task of every row of the batch")
         self._tasks = tasks
         self._observe = observe
         self.told = False
         self._layouts = {self.size: self.rows}
+        check_kind("other_rows", other_rows, Iterable, "a sequence of sequences of tasks")
         for ids in other_rows:
-            length, rows = _by_task(tasks, ids)
+            length, rows = _by_task(tasks, "other_rows", ids)
             if not rows.keys() <= self.rows.keys():
                 absent = sorted(tasks[task] for task in rows.keys() - self.rows.keys())
                 raise ValueError(f"other_rows names {absent}, of which task_ids has no row")
@@ -153,13 +156,16 @@ class MixedRows:
             self._observe(task, weighted(mean, weight))
 
 
-def _by_task(tasks: Sequence[str], task_ids: Sequence[str | int] | Tensor) -> tuple[int, dict[int, list[int]]]:
+def _by_task(
+    tasks: Sequence[str], argument: str, given: Sequence[str | int] | Tensor
+) -> tuple[int, dict[int, list[int]]]:
     """The number of rows, and the rows of each task."""
-    listed = task_ids.tolist() if isinstance(task_ids, Tensor) else list(task_ids)
+    ids: Any = given.tolist() if isinstance(given, Tensor) else given
+    check_kind(argument, ids, Iterable, "the task of each row: names or indices, or a tensor of indices")
     rows: dict[int, list[int]] = {}
-    for row, task in enumerate(listed):
-        rows.setdefault(_index(tasks, task), []).append(row)
-    return len(listed), dict(sorted(rows.items()))
+    for row, task in enumerate(ids := list(ids)):
+        rows.setdefault(_index(tasks, argument, task), []).append(row)
+    return len(ids), dict(sorted(rows.items()))
 
 
 def _located(rows: list[int], device: torch.device) -> Rows:
@@ -171,9 +177,9 @@ def _located(rows: list[int], device: torch.device) -> Rows:
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
-def _index(tasks: Sequence[str], task: str | int) -> int:
+def _index(tasks: Sequence[str], argument: str, task: str | int) -> int:
     if isinstance(task, str) and task in tasks:
         return tasks.index(task)
     if isinstance(task, numbers.Integral) and not isinstance(task, bool) and 0 <= task < len(tasks):
         return int(task)
-    raise ValueError(f"task_ids holds {task!r}: pass names of {tuple(tasks)}, or their indices from 0")
+    raise ValueError(f"{argument} holds {task!r}: pass names of {tuple(tasks)}, or their indices from 0")

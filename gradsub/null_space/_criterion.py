@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import SupportsFloat
 
 from torch import Tensor
 
+from gradsub._kinds import check_kind
 from gradsub.null_space._statistics import Spectrum
 
 _SURE_IN_SINGLE = 0.999
@@ -26,6 +28,7 @@ class Criterion:
         for name in ("energy", "threshold"):
             value = getattr(self, name)
             if value is not None:
+                check_kind(name, value, SupportsFloat, "a number, or None")
                 object.__setattr__(self, name, float(value))  # numpy's numbers could not be written into a file
         if self.energy is not None and self.threshold is not None:
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsub._kinds import check_kind
 from gradsub._table import aligned
 from gradsub.distributed import Ranks
 from gradsub.layers import ALL_LINEAR, select_layers
@@ -187,6 +188,8 @@ class NullSpace:
             >>> {name: null_space.basis(name).shape for name in null_space}
             {'0': torch.Size([4, 2]), '1': torch.Size([3, 2])}
         """
+        _check_given(model, batches)
+        check_kind("normalize", normalize, bool | None, "True, False, or None for the default")
         layers = select_layers(model, target_modules)
         names = list(layers)
         normalize = normalization(self._content, names, normalize)
@@ -262,6 +265,9 @@ class NullSpace:
 
         Source: projecting updates off gradients of what is to be kept is OGD (arXiv 1910.07104).
         """
+        _check_given(model, batches)
+        if loss is not None:
+            check_kind("loss", loss, Callable, "a function of the model and a batch, or None")
         observed = partial(collect_gradients, model=model, loss=loss or own_loss)
         collect_into(self._content, model, batches, Ranks(process_group), shard, observed)
         return self
@@ -277,6 +283,8 @@ class NullSpace:
             ValueError: the features are not at least 2-D, are empty, hold NaN or Inf, or their width d differs from
                 what the layer had before; or ``layer_memory_budget`` is too small for two rows of them.
         """
+        check_kind("name", name, str, "a layer's name")
+        check_kind("features", features, Tensor, "a tensor (N, d)")
         if features.ndim < 2 or features.numel() == 0:
             raise ValueError(f"features of {name!r} must be (N, d) and not empty, found {tuple(features.shape)}")
         rows = features.detach().reshape(-1, features.shape[-1])
@@ -299,6 +307,7 @@ class NullSpace:
             ValueError: side, criterion, memory budget, or a layer's width or normalization differ, or the latter is
                 known of one of them alone; then nothing is changed.
         """
+        check_kind("other", other, NullSpace, "a NullSpace")
         settings, others = self._settings(), other._settings()
         different = {key: (value, others[key]) for key, value in settings.items() if others[key] != value}
         if different:
@@ -429,6 +438,7 @@ class NullSpace:
             >>> round(null_space.residual_energy(held_out)["layer"], 6)
             0.1
         """
+        check_kind("held_out", held_out, NullSpace, "a NullSpace")
         if held_out.side != self.side:
             raise ValueError(f"held_out.side={held_out.side!r} must be {self.side!r}, as here: collect it again")
         return residual_shares(self._content, held_out._content)
@@ -555,3 +565,9 @@ class NullSpace:
             raise ValueError(f"path={os.fspath(path)!r} {error}") from error
         loaded._content.shared, loaded.fitted_on = shared, fitted_on
         return loaded
+
+
+def _check_given(model: object, batches: object) -> None:
+    check_kind("model", model, nn.Module, "a torch.nn.Module")
+    kind = () if isinstance(batches, (str, bytes)) else Iterable
+    check_kind("batches", batches, kind, "batches of what the model takes, such as token ids")
