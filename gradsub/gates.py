@@ -113,7 +113,8 @@ class HypergradientGate:
     g_k (a_k - sum_j g_j a_j). A task whose steps help its next batch gains weight; one of noisy gradients loses it.
 
     Args:
-        lr: step size of theta (dimensionless; theta moves by at most lr / 4 a step). Typical: 0.01 to 0.5.
+        lr: step size of theta (dimensionless). Typical: 0.01 to 0.5. What theta descends along is at most 1/2 for
+            any number of tasks, so theta moves by at most lr / (2 temperature) a step.
         temperature: of the softmax; larger is flatter.
         limit: bound on |theta|, which keeps every gate positive: at least exp(-2 limit / temperature) / K.
 

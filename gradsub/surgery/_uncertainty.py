@@ -24,7 +24,9 @@ class UncertaintyWeighting(LossWeighting):
     `GemsOptimizer` to see every loss. One object serves one optimizer.
 
     Args:
-        lr: step size of s (dimensionless): by so much at most a logarithm moves in a step. Typical: 1e-3 to 0.05.
+        lr: step size of s (dimensionless). Typical: 1e-3 to 0.05. While the gradients of s keep their size, a logarithm
+            moves by about lr a step. When one comes after many steps without any, it moves by up to 3.2 lr. When they
+            grow by 11 % at every step, it moves by up to 7.3 lr, and never by more.
         limit: bound on |s|.
 
     Raises:

@@ -82,6 +82,23 @@ def test_gates_stay_positive_however_long_a_task_is_useless():
     assert found.sum() == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("tasks", [2, 3, 7])
+def test_theta_moves_by_no_more_than_the_gate_says(tasks, temperature):
+    """As much where one task's gate is 1/2 and the others' steps help while its own do harm."""
+    gate = HypergradientGate(lr=0.1, temperature=temperature, limit=50.0)
+    generator = torch.Generator().manual_seed(tasks)
+    theta = temperature * torch.randn(10_000, tasks, generator=generator).clamp_(-3.0, 3.0)
+    alignment = torch.rand(10_000, tasks, generator=generator).round().mul_(2.0).sub_(1.0)
+    theta[0] = torch.tensor([0.0] + (tasks - 1) * [-temperature * torch.tensor(tasks - 1.0).log().item()])
+    alignment[0] = torch.tensor([1.0] + (tasks - 1) * [-1.0])
+    memory, ones = theta.clone(), torch.ones_like(theta)
+    gate(GateInputs(ones[0], ones, ones[0], ones.bool(), memory=memory, alignment=alignment))
+    moved, most = (memory - theta).abs(), gate.lr / (2 * temperature)
+    assert float(moved.max()) <= most * (1 + 1e-4)
+    assert float(moved[0].max()) == pytest.approx(most, rel=1e-4)
+
+
 @pytest.mark.parametrize("after", [7, 20, 33])
 def test_a_resumed_run_has_the_same_gates_bit_for_bit(after):
     model, target = problem()

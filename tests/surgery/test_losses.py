@@ -100,6 +100,32 @@ def test_uncertainty_is_trained_along(K, seed, lr):
         descent.step()
 
 
+def moves(gradients: torch.Tensor, lr: float = 1e-3, quiet: int = 100_000) -> torch.Tensor:
+    """By how much each of these gradients (steps, K) of the logarithms moves them, after so many steps without any."""
+    surgery, K = UncertaintyWeighting(lr=lr), gradients.shape[1]
+    surgery(inputs(torch.ones(K)))
+    surgery.load_state_dict({**surgery.state_dict(), "steps": torch.full((K,), quiet, dtype=torch.float64)})
+    s = [surgery.state_dict()["log_variances"]]
+    for gradient in gradients:
+        surgery(inputs((1 - gradient) * s[-1].exp()))
+        s.append(surgery.state_dict()["log_variances"])
+    return torch.stack(s).diff(dim=0) / lr
+
+
+@few
+@given(K=tasks, seed=seeds, rate=st.sampled_from([0.9, 1.0, 1.11, 1.5]), quiet=st.sampled_from([0, 10, 100_000]))
+def test_a_logarithm_moves_by_at_most_seven_point_three_rates(K, seed, rate, quiet):
+    noise = torch.rand(40, K, generator=generator(seed), dtype=torch.float64) + 0.1
+    assert float(moves(-noise * rate ** torch.arange(40.0)[:, None], quiet=quiet).abs().max()) <= 7.3
+
+
+def test_the_moves_of_a_logarithm_are_those_that_its_rate_promises():
+    steps = torch.arange(120.0, dtype=torch.float64)[:, None]
+    assert float(moves(-torch.ones_like(steps), quiet=0)[-1]) == pytest.approx(1, rel=1e-3)
+    assert float(moves(-torch.ones_like(steps[:1]))) == pytest.approx(3.2, abs=0.05)
+    assert float(moves(-1e-3 * (0.999 / 0.9) ** steps)[-1]) == pytest.approx(7.3, abs=0.05)
+
+
 @few
 @given(name=names, K=tasks, seed=seeds, size=sizes, dtype=dtypes, zeros=st.booleans())
 def test_weights_are_finite_and_have_their_size(name, K, seed, size, dtype, zeros):
