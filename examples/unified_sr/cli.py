@@ -13,7 +13,7 @@ import yaml
 from .beside import run_beside, summary
 from .compare import compare
 from .config import beside, resolve
-from .grid import BUNDLE, GRACE, read_grid, run_grid, write_bundle
+from .grid import BUNDLE, GRACE, joining, read_grid, run_grid, write_bundle
 from .interruption import UNFINISHED
 from .methods import METHODS, defaults_of
 from .processes import joined, launched
@@ -230,7 +230,7 @@ def _bundle(options: argparse.Namespace) -> int:
     for part in parts:
         print(f"{part}: {part.stat().st_size:,} bytes")
     whole = Path(options.out).name
-    unpack = f"tar xf {whole}" if len(parts) == 1 else f"cat {whole}.* > {whole} && tar xf {whole}"
+    unpack = f"tar xf {whole}" if len(parts) == 1 else f"{joining(parts)} && tar xf {whole}"
     print(f"there: {unpack} && python -m examples.unified_sr grid --config {BUNDLE}/grid.yaml --out runs/NAME")
     return 0
 

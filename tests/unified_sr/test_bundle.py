@@ -167,3 +167,22 @@ def test_what_cannot_be_packed_is_named(here: Path, tmp_path: Path, capfd: pytes
         assert main([*line, *more]) == 2
         assert message in capfd.readouterr().err
     assert not list(tmp_path.glob("grid.*"))
+
+
+@pytest.mark.parametrize("name", ["grid.tar", "a b's.tar"])
+@pytest.mark.parametrize("size", [500, 1_000, 1_001])
+def test_parts_are_joined_in_their_order(tmp_path: Path, name: str, size: int) -> None:
+    """Also more than a thousand, where an archive of the same name was cut before; what is no part stays as it is."""
+    path, content = tmp_path / name, os.urandom(size)
+    for number in (0, 3, 700, 12_345):
+        path.with_name(f"{name}.{number:03d}").write_bytes(b"of an earlier archive")
+    others = [path.with_name(f"{name}.{end}") for end in ("sha256", "3", "2024-12", "xz")]
+    for other in others:
+        other.write_bytes(b"of somebody else")
+    path.write_bytes(content)
+    parts = _bundle.split(path, 1)
+    assert set(tmp_path.iterdir()) == {*parts, *others}
+    subprocess.run(_bundle.joining(parts), shell=True, cwd=tmp_path, check=True)
+    assert path.read_bytes() == content
+    assert _bundle.split(path, size) == [path]
+    assert set(tmp_path.iterdir()) == {path, *others}

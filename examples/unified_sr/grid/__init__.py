@@ -7,9 +7,9 @@ what a grid needs on another machine.
 
 from __future__ import annotations
 
-from ._bundle import BUNDLE, write_bundle
+from ._bundle import BUNDLE, joining, write_bundle
 from ._config import read_grid
 from ._runner import GRACE, run_grid
 from ._select import Trial, choose
 
-__all__ = ["BUNDLE", "GRACE", "Trial", "choose", "read_grid", "run_grid", "write_bundle"]
+__all__ = ["BUNDLE", "GRACE", "Trial", "choose", "joining", "read_grid", "run_grid", "write_bundle"]

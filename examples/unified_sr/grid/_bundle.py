@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
+import re
+import shlex
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +84,29 @@ def write_bundle(
 
 
 def split(path: Path, size: int) -> list[Path]:
-    """Cut a file into parts of so many bytes at most, unless it is no larger; the file itself goes."""
-    if path.stat().st_size <= size:
+    """Cut a file into parts of so many bytes at most, unless it is no larger; the file itself goes.
+
+    Parts of an earlier archive of this name go too, or they would be joined with these.
+    """
+    for old in list(path.parent.iterdir()):
+        if re.fullmatch(re.escape(path.name) + r"\.[0-9]{3,}", old.name):
+            old.unlink()
+    count = math.ceil(path.stat().st_size / size)
+    if count <= 1:
         return [path]
-    parts: list[Path] = []
+    digits = max(3, len(str(count - 1)))  # as many in every name, or their order would not be that of the parts
+    parts = [path.with_name(f"{path.name}.{number:0{digits}d}") for number in range(count)]
     with path.open("rb") as file:
-        while chunk := file.read(size):
-            parts.append(path.with_name(f"{path.name}.{len(parts):03d}"))
-            parts[-1].write_bytes(chunk)
+        for part in parts:
+            part.write_bytes(file.read(size))
     path.unlink()
     return parts
+
+
+def joining(parts: Sequence[Path]) -> str:
+    """The shell's command that makes the whole file of its parts."""
+    whole, digits = parts[0].stem, len(parts[0].suffix) - 1
+    return f"cat {shlex.quote(whole)}.{digits * '[0-9]'} > {shlex.quote(whole)}"
 
 
 class _Contents:
