@@ -65,6 +65,12 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{layer}.{name}" if layer else name, parameter
 
 
+def check_targets(target_modules: str | Iterable[str]) -> None:
+    """Raise a ValueError if no model could have such layers: a string that is no regular expression."""
+    if isinstance(target_modules, str):
+        _pattern(target_modules)
+
+
 def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LINEAR) -> dict[str, nn.Module]:
     """The linear layers of ``model`` that ``target_modules`` names, in the model's order.
 
@@ -76,7 +82,7 @@ def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LI
             its last components (``"q_proj"`` takes every layer whose name ends in ``.q_proj``).
 
     Raises:
-        ValueError: nothing matches; the message lists the layers there are.
+        ValueError: nothing matches, and the message lists the layers there are; or a string is no regular expression.
 
     Example:
         >>> from torch import nn
@@ -84,6 +90,7 @@ def select_layers(model: nn.Module, target_modules: str | Iterable[str] = ALL_LI
         >>> list(select_layers(model)), list(select_layers(model, ["value"]))
         (['query', 'value'], ['value'])
     """
+    check_targets(target_modules)
     linear = {name: module for name, module in named_layers(model) if is_linear(module)}
     if target_modules == ALL_LINEAR:
         head = _head(model)
@@ -124,8 +131,18 @@ def other_matrices(model: nn.Module, target_modules: str | Iterable[str] = ALL_L
 
 def _names(target_modules: str | Iterable[str], name: str) -> bool:
     if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, name) is not None
+        return _pattern(target_modules).fullmatch(name) is not None
     return any(name == target or name.endswith(f".{target}") for target in target_modules)
+
+
+def _pattern(target_modules: str) -> re.Pattern[str]:
+    try:
+        return re.compile(target_modules)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"target_modules={target_modules!r} is no regular expression ({error}): write one that the whole name of a "
+            f"layer matches (such as r'.*\\.q_proj'), {ALL_LINEAR!r}, or a list of names"
+        ) from error
 
 
 def _head(model: nn.Module) -> object:

@@ -105,6 +105,8 @@ def test_layers_are_chosen_by_name(model, x):
     assert set(NullSpace().collect(model, [x], target_modules="(query|head)")) == {"query", "head"}
     with pytest.raises(ValueError, match=r"target_modules=\['key'\] matches no linear layer"):
         NullSpace().collect(model, [x], target_modules=["key"])
+    with pytest.raises(ValueError, match=r"target_modules='\(' is no regular expression"):
+        NullSpace().collect(model, [x], target_modules="(")
 
 
 def test_collecting_again_adds(model, x):

@@ -48,6 +48,9 @@ def sgd(model: nn.Module, **options: Any) -> torch.optim.SGD:
         ({"target_modules": ["query"]}, r"target_modules=\['query'\] matches no linear layer.*\['0', '2'\]"),
         ({"target_modules": ["0", "query"]}, r"\['query'\] match no linear layer"),
         ({"target_modules": "attention.*"}, r"target_modules='attention"),
+        ({"target_modules": "(0|1"}, r"target_modules='\(0\|1' is no regular expression \(missing \)"),
+        ({"target_modules": "*.query"}, r"target_modules='\*.query' is no regular expression \(nothing to repeat"),
+        ({"target_modules": "a{99999999999}"}, r"target_modules='a\{9+\}' is no regular expression"),
     ],
     ids=str,
 )
