@@ -22,6 +22,14 @@ def called(parameter: Tensor, names: Mapping[Tensor, str]) -> str:
     return names.get(parameter, f"a parameter of shape {tuple(parameter.shape)}")
 
 
+def check_sides(null_space: NullSpace | None, side: str) -> None:
+    """Raise a ValueError if the null space was collected for the other side."""
+    if null_space is not None and null_space.side != side:
+        raise ValueError(
+            f"side={side!r}, but null_space was collected for side={null_space.side!r}: make both the same"
+        )
+
+
 class Guard:
     """Asks the null space about parameters.
 
@@ -45,10 +53,7 @@ class Guard:
         where: str,
         anchor: bool,
     ) -> None:
-        if null_space is not None and null_space.side != side:
-            raise ValueError(
-                f"side={side!r}, but null_space was collected for side={null_space.side!r}: make both the same"
-            )
+        check_sides(null_space, side)
         self._null_space = null_space
         self._side = side
         self._nameless = model is None

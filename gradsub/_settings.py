@@ -23,8 +23,6 @@ _KINDS: Mapping[str, tuple[Any, str]] = {
     "tasks": (Iterable, "the names of the tasks, such as ('search', 'rec')"),
     "null_space": (NullSpace | None, "a NullSpace, as NullSpace(...).collect(model, batches) gives it, or None"),
     "model": (nn.Module | None, "the torch.nn.Module that the base optimizer trains, or None"),
-    "target_modules": (Iterable, "a regular expression, or a collection of layers' names"),
-    "seed": (numbers.Integral, "an integer of at least 0"),
     "master_weights": (bool, "True or False"),
     "anchor": (bool, "True or False"),
 }
@@ -47,20 +45,18 @@ def check_choices(**chosen: object) -> None:
 
 
 def check_kinds(**given: object) -> None:
-    """Raise a TypeError unless each argument is of the kind that it must be, or a ValueError if it is negative."""
+    """Raise a TypeError unless each argument is of the kind that it must be."""
     for argument, value in given.items():
-        kind, what = _KINDS[argument]
-        check_kind(argument, value, kind, what)
-        if isinstance(value, numbers.Integral) and value < 0:
-            raise ValueError(f"{argument}={value!r} must be {what}")
+        check_kind(argument, value, *_KINDS[argument])
 
 
-def check_count(argument: str, value: object, *, optional: bool = False) -> None:
-    """Raise a ValueError unless ``value`` is a positive integer (or None, if optional)."""
+def check_count(argument: str, value: object, *, least: int = 1, optional: bool = False) -> None:
+    """Raise a ValueError unless ``value`` is an integer, numpy's too, of at least that (or None, if optional)."""
     if optional and value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument}={value!r} must be an integer of at least 1{', or None' if optional else ''}")
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        other = ", or None" if optional else ""
+        raise ValueError(f"{argument}={value!r} must be an integer of at least {least}{other}")
 
 
 def check_tasks(tasks: Iterable[str]) -> tuple[str, ...]:

@@ -8,6 +8,8 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from gradsub._kinds import check_kind
+
 __all__ = [
     "ALL_LINEAR",
     "is_linear",
@@ -67,6 +69,7 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def check_targets(target_modules: str | Iterable[str]) -> None:
     """Raise a ValueError if no model could have such layers: a string that is no regular expression."""
+    check_kind("target_modules", target_modules, Iterable, "a regular expression, or a collection of layers' names")
     if isinstance(target_modules, str):
         _pattern(target_modules)
 

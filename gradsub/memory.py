@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
+from gradsub._guard import check_sides
 from gradsub._layout import Layout
+from gradsub._settings import check_choices, check_count
+from gradsub.layers import some
 from gradsub.null_space import NullSpace
 from gradsub.null_space._null_space import check_side
 from gradsub.subspace import Layer, sketch_size
@@ -84,7 +88,8 @@ def layer_bytes(
         anchor: whether what they held is kept, too; then they are in no smaller form.
 
     Raises:
-        ValueError: there is no such side or ``protection``, or more directions are protected than there are.
+        ValueError: there is no such side or ``protection``, a number is none that there can be, or more directions are
+            protected than there are.
 
     Example:
         >>> from gradsub.memory import layer_bytes
@@ -94,15 +99,18 @@ def layer_bytes(
         >>> 2 * 4 * 576 * 1536  # the moments of Adam on the whole weight
         7077888
     """
+    for name, size in (("out_features", out_features), ("in_features", in_features), ("itemsize", itemsize)):
+        check_count(name, size)
     check_side(side)
-    if protection not in ("host", "device", "auto"):
-        raise ValueError(f"protection={protection!r} must be 'host', 'device' or 'auto', which is the host")
+    check_choices(protection=protection)
+    out_features, in_features, itemsize = int(out_features), int(in_features), int(itemsize)
+    rank, own, tasks, moments = _counts(rank, task_rank, tasks, moments)
     most = min(out_features, in_features)
-    own = max(1, rank // 2) if task_rank is None else task_rank
     widths = [min(rank, most), *[min(own, most)] * tasks]
     d, o = (in_features, out_features) if side == "input" else (out_features, in_features)
-    if not 0 <= protected <= d:
+    if not isinstance(protected, numbers.Integral) or not 0 <= protected <= d:
         raise ValueError(f"protected={protected} must be a number of directions from 0 to {d}")
+    protected = int(protected)
     counts = len(widths)
     # step, next_refresh, gate_memory, pending_decay; of sketches, their number, singular values and whether the last
     # was usable.
@@ -213,6 +221,10 @@ def model_bytes(
             `NullSpace` those whose statistics are shared, else each layer has its own.
         master_weights: as of `GemsOptimizer`.
 
+    Raises:
+        ValueError: an argument is none that `GemsOptimizer` would take, ``null_space`` or ``inputs`` names a layer that
+            is not decomposed, or a share is not from 0 to 1.
+
     Example:
         >>> import torch
         >>> from gradsub.memory import model_bytes
@@ -224,10 +236,17 @@ def model_bytes(
         >>> round(found.methods["gradsub, null space"].host / 1e6, 1)
         15.4
     """
+    check_side(side)
+    check_choices(refresh=refresh, protection=protection)
+    rank, task_rank, tasks, moments = _counts(rank, task_rank, tasks, moments)
+    if isinstance(null_space, NullSpace):
+        check_sides(null_space, side)
     layout = Layout(side, tasks, None, model, target_modules, refresh=refresh)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     group = {"params": trained, "rank": rank, "task_rank": task_rank, "subspace": True}
     layers = layout.add_group(group, 0)
+    shares = _shares(null_space, layers)
+    _check_names("inputs", inputs or (), layers)
     decomposed = {layer.parameter for layer in layers}
     weights = sum(parameter.numel() * parameter.itemsize for parameter in model.parameters())
 
@@ -271,7 +290,7 @@ def model_bytes(
     found["gradsub"] = ours({}, 0)
     if null_space is not None:
         vectors = sum(_of_vector(null_space, layout.name(p), p) for p in plain if p.ndim == 1)
-        found["gradsub, null space"] = ours(_shares(null_space, layers), vectors)
+        found["gradsub, null space"] = ours(shares, vectors)
     return ModelBytes(found)
 
 
@@ -301,9 +320,34 @@ def _of_vector(null_space: NullSpace | Mapping[str, float] | None, name: str, pa
     return size * round(null_space.protected_fraction(name) * parameter.numel())
 
 
-def _shares(null_space: NullSpace | Mapping[str, float], layers: list[Layer]) -> Mapping[str, float]:
+def _counts(rank: int, task_rank: int | None, tasks: int, moments: int) -> tuple[int, int, int, int]:
+    """These, checked, as Python's integers: numpy's small ones would overflow."""
+    check_count("rank", rank)
+    check_count("task_rank", task_rank, optional=True)
+    check_count("tasks", tasks, least=0)
+    check_count("moments", moments, least=0)
+    own = max(1, rank // 2) if task_rank is None else task_rank
+    return int(rank), int(own), int(tasks), int(moments)
+
+
+def _check_names(argument: str, names: Iterable[str], layers: list[Layer]) -> None:
+    known = [layer.name for layer in layers]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{argument}: {unknown[:3]} are no decomposed layers; these are {some(known, 8)}")
+
+
+def _shares(null_space: NullSpace | Mapping[str, float] | None, layers: list[Layer]) -> Mapping[str, float]:
+    if null_space is None:
+        return {}
     if isinstance(null_space, Mapping):
-        return null_space
+        _check_names("null_space", null_space, layers)
+        for name, share in null_space.items():
+            if not isinstance(share, numbers.Real) or not 0 <= share <= 1:
+                raise ValueError(f"null_space[{name!r}]={share!r} must be the share that is protected, from 0 to 1")
+        return {name: float(share) for name, share in null_space.items()}
+    if not isinstance(null_space, NullSpace):
+        raise ValueError(f"null_space={null_space!r} must be a NullSpace, a share for each layer by its name, or None")
     return {layer.name: null_space.protected_fraction(layer.name) for layer in layers if layer.name in null_space}
 
 

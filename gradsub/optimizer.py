@@ -34,7 +34,7 @@ from gradsub.capture import MIXED, Gathered, MixedRows, Part, scaler_reading, sc
 from gradsub.distributed import Exchange
 from gradsub.gates import Gate, resolve_gate
 from gradsub.inner import Inner, check_wrappable
-from gradsub.layers import ALL_LINEAR
+from gradsub.layers import ALL_LINEAR, check_targets
 from gradsub.linalg._arithmetic import full_precision, widest
 from gradsub.null_space import NullSpace
 from gradsub.null_space._null_space import check_side
@@ -208,14 +208,10 @@ class GemsOptimizer(Optimizer):
     ) -> None:
         check_wrappable(base)
         settings.check_kinds(
-            tasks=tasks,
-            null_space=null_space,
-            model=model,
-            target_modules=target_modules,
-            seed=seed,
-            master_weights=master_weights,
-            anchor=anchor,
+            tasks=tasks, null_space=null_space, model=model, master_weights=master_weights, anchor=anchor
         )
+        check_targets(target_modules)
+        settings.check_count("seed", seed, least=0)
         check_side(side)
         settings.check_choices(
             orthogonalize=orthogonalize,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -232,6 +234,81 @@ def test_more_directions_than_there_are():
         layer_bytes(24, 24, rank=4, protected=25)
 
 
+OF_BOTH = [
+    ({"side": "x"}, "side='x' must be 'input' or 'output'"),
+    ({"protection": "gpu"}, "protection='gpu' must be one of 'auto', 'device', 'host'"),
+    ({"rank": -3}, "rank=-3 must be an integer of at least 1"),
+    ({"rank": 2.5}, "rank=2.5 must be an integer of at least 1"),
+    ({"rank": True}, "rank=True must be an integer of at least 1"),
+    ({"task_rank": 0}, "task_rank=0 must be an integer of at least 1, or None"),
+]
+OF_THESE = [
+    ({"moments": -1}, "moments=-1 must be an integer of at least 0"),
+    ({"moments": 1.5}, "moments=1.5 must be an integer of at least 0"),
+    ({"tasks": -1}, "tasks=-1 must be an integer of at least 0"),
+    ({"tasks": TASKS}, r"tasks=\('a', 'b'\) must be an integer of at least 0"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), [*OF_BOTH, *OF_THESE], ids=str)
+def test_what_no_optimizer_takes_has_no_bytes(wrong, message):
+    """Said in the words in which the optimizer says it."""
+    model = Block()
+    with pytest.raises(ValueError, match=message):
+        layer_bytes(24, 24, **{"rank": 4, **wrong})
+    with pytest.raises(ValueError, match=message):
+        model_bytes(model, **{"rank": 4, **wrong})
+    if (wrong, message) in OF_BOTH:
+        with pytest.raises(ValueError, match=message):
+            GemsOptimizer(torch.optim.AdamW(model.parameters()), tasks=TASKS, **{"rank": 4, "model": model, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"out_features": 0}, "out_features=0 must be an integer of at least 1"),
+        ({"in_features": 2.0}, "in_features=2.0 must be an integer of at least 1"),
+        ({"itemsize": -4}, "itemsize=-4 must be an integer of at least 1"),
+        ({"protected": -1}, "protected=-1 must be a number of directions from 0 to 24"),
+        ({"protected": 0.5}, "protected=0.5 must be a number of directions from 0 to 24"),
+    ],
+    ids=str,
+)
+def test_what_no_layer_has_has_no_bytes(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        layer_bytes(**{"out_features": 24, "in_features": 24, "rank": 4, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"refresh": "x"}, "refresh='x' must be one of 'auto', 'sketch', 'svd'"),
+        ({"target_modules": "("}, r"target_modules='\(' is no regular expression"),
+        ({"null_space": {"nope": 0.5}}, r"null_space: \['nope'\] are no decomposed layers; these are layers.q"),
+        ({"null_space": {"norm": 0.5}}, r"null_space: \['norm'\] are no decomposed layers"),
+        ({"null_space": {"layers.q": math.nan}}, r"null_space\['layers.q'\]=nan must be .* from 0 to 1"),
+        ({"null_space": {"layers.q": 77}}, r"null_space\['layers.q'\]=77 must be .* from 0 to 1"),
+        ({"null_space": {"layers.q": -0.1}}, r"null_space\['layers.q'\]=-0.1 must be"),
+        ({"null_space": {"layers.q": "half"}}, r"null_space\['layers.q'\]='half' must be"),
+        ({"null_space": 0.5}, "null_space=0.5 must be a NullSpace, a share for each layer by its name, or None"),
+        ({"null_space": NullSpace("output")}, "side='input', but null_space was collected for side='output'"),
+        ({"inputs": {"nope": "x"}}, r"inputs: \['nope'\] are no decomposed layers"),
+    ],
+    ids=str,
+)
+def test_what_no_model_has_has_no_bytes(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        model_bytes(Block(), **{"rank": 4, **wrong})
+
+
+def test_numbers_of_numpy_count_as_those_of_python():
+    few, many = np.int8(4), {name: np.float32(0.5) for name, _ in Block().named_modules() if name.startswith("layers.")}
+    found = model_bytes(Block(), rank=few, tasks=np.int8(2), moments=np.int8(2), null_space=many)
+    expected = model_bytes(Block(), rank=4, null_space=dict.fromkeys(many, 0.5))
+    assert found == expected
+    assert layer_bytes(576, 1536, rank=few, tasks=np.int8(2)) == layer_bytes(576, 1536, rank=4)
+
+
 @pytest.mark.parametrize("refresh", ["svd", "sketch"])
 def test_a_step_holds_what_the_table_says(refresh):
     model = Block()
@@ -266,7 +343,7 @@ def test_a_place_for_the_protection_is_one_that_an_optimizer_knows():
     by_place = {place: layer_bytes(8, 6, rank=2, protected=3, protection=place) for place in ("auto", "host", "device")}
     assert by_place["auto"] == by_place["host"]
     assert by_place["host"].host == by_place["device"].state - by_place["host"].state > 0
-    with pytest.raises(ValueError, match="protection='gpu' must be 'host', 'device' or 'auto'"):
+    with pytest.raises(ValueError, match="protection='gpu' must be one of 'auto', 'device', 'host'"):
         layer_bytes(8, 6, rank=2, protected=3, protection="gpu")
     model = torch.nn.Linear(6, 8, bias=False)
     tables = [model_bytes(model, rank=2, null_space={"": 0.5}, protection=place) for place in ("auto", "host")]
