@@ -13,7 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsub.layers import check_targets
+from gradsub.null_space._files import check_writable
+from gradsub.null_space._language_model import LanguageModel, check_device, saying
 from gradsub.null_space._null_space import SIDES, NullSpace
+from gradsub.null_space._scratch import Scratch
 
 _STAGES = (4, 2, 1)  # the residual is measured after a quarter, a half and all of the tokens
 _MORE = 0.1  # text is enough that leaves at most a tenth more than any amount of it would,
@@ -25,8 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     try:
         _collect(chosen)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:  # torch's, where memory is short
+        print(f"error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 1
     return 0
 
@@ -53,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "given, which is an absolute eigenvalue)",
     )
     add("--tokens", type=int, help="how many tokens to fit on (default: all that the text has)")
-    add("--window", type=int, default=256, help="tokens of one sequence (default: %(default)s)")
+    add("--window", type=int, help="tokens of one sequence (default: 256, or as many as the model has positions)")
     add("--batch", type=int, default=4, help="sequences of one forward pass (default: %(default)s)")
     add("--target-modules", default="all-linear", help="'all-linear' or a regular expression (default: %(default)s)")
     add("--layer-memory-budget", type=int, help="bytes of one layer's statistics (default: exact statistics)")
@@ -68,32 +72,64 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _collect(chosen: argparse.Namespace) -> None:
-    for name, least in (("window", 2), ("batch", 1)):
-        if getattr(chosen, name) < least:
-            raise ValueError(f"--{name} {getattr(chosen, name)} must be at least {least}")
-    if chosen.tokens is not None and chosen.tokens < chosen.window:
-        raise ValueError(f"--tokens {chosen.tokens} must be at least --window {chosen.window}")
+def _check(chosen: argparse.Namespace) -> None:
+    """Raise an error for arguments that are wrong whatever the model and the text are."""
+    for name, least in (("window", 2), ("batch", 1), ("layers_at_once", 1)):
+        value = getattr(chosen, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
     if chosen.statistics and chosen.layers_at_once is not None:
         raise ValueError("--statistics are not kept with --layers-at-once: leave one of them out")
-    if not chosen.out.absolute().parent.is_dir():
-        raise ValueError(f"--out {str(chosen.out)!r}: there is no folder {str(chosen.out.absolute().parent)!r}")
-    if chosen.out.is_dir():
-        raise ValueError(f"--out {str(chosen.out)!r} is a folder: name a file in it")
+    check_targets(chosen.target_modules)
+    check_device(chosen.device)
+    _check_out(chosen.out)
+
+
+def _check_out(path: Path) -> None:
+    """Raise an error unless a file can be written there: hours of work would be lost."""
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--out {str(path)!r}: there is no folder {str(path.absolute().parent)!r}")
+    try:
+        with Scratch(path) as scratch:
+            check_writable(scratch)
+    except OSError as error:
+        raise OSError(f"--out {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _prepared(chosen: argparse.Namespace) -> tuple[LanguageModel, list[Tensor], list[Tensor]]:
+    """The model, and windows of the text to fit on and to hold out; nothing of it takes long."""
+    fit, fresh = _parts(_read(chosen.text))
+    model = LanguageModel.of(chosen.model)
+    length = model.length(chosen.window)
+    if chosen.tokens is not None and chosen.tokens < length:
+        raise ValueError(f"--tokens {chosen.tokens} must be at least {length}, which one --window holds")
+    model.check_layers(chosen.target_modules)
+    windows = _windows(model.tokenizer, fit, length, chosen.tokens)
+    held_out = _windows(model.tokenizer, fresh, length, None)
+    held_out = held_out[: max(1, len(windows) // 4)]
+    model.check_tokens([*windows, *held_out])
+    return model, windows, held_out
+
+
+def _loaded(source: LanguageModel, chosen: argparse.Namespace, window: Tensor) -> Any:
+    """The model itself, once it has run on a window."""
+    model = source.load(getattr(torch, chosen.dtype), chosen.device)
+    with saying(f"--model {chosen.model!r} cannot run on a window of {len(window)} tokens"), torch.no_grad():
+        model(**source.inputs(window[None].to(chosen.device)))
+    return model
+
+
+def _collect(chosen: argparse.Namespace) -> None:
+    _check(chosen)
     null_space = NullSpace(chosen.side, chosen.energy, chosen.threshold, chosen.max_rank, chosen.layer_memory_budget)
     normalize = chosen.threshold is None if chosen.normalize is None else chosen.normalize
-    fit, fresh = _parts(_read(chosen.text))
-    model, tokenizer = _load(chosen.model, getattr(torch, chosen.dtype), chosen.device)
-    # With what the tokenizer puts around them windows are as long as asked for, and no longer than a model takes.
-    length = max(2, chosen.window - sum(map(len, _around(tokenizer))))
-    windows = _windows(tokenizer, fit, length, chosen.tokens)
-    held_out = _windows(tokenizer, fresh, length, None)
-    held_out = held_out[: max(1, len(windows) // 4)]
+    source, windows, held_out = _prepared(chosen)
     tokens = len(windows) * len(windows[0])
     print(f"{tokens} tokens to fit on, {len(held_out) * len(held_out[0])} held out", flush=True)
+    model = _loaded(source, chosen, windows[0])
 
     def add(into: NullSpace, some: Sequence[Tensor], what: str, **options: Any) -> NullSpace:
-        batches = _Batches(model, tokenizer, some, chosen.batch, chosen.device, what)
+        batches = _Batches(source, some, chosen.batch, chosen.device, what)
         options = {"target_modules": chosen.target_modules, **options}
         return into.collect(model, batches, normalize=normalize, **options)
 
@@ -173,22 +209,10 @@ class Trend:
 
 
 class _Batches:
-    """Keyword arguments of the model, ``size`` windows at a time, with a progress bar where tqdm is installed.
+    """Keyword arguments of the model, ``size`` windows at a time, with a progress bar where tqdm is installed."""
 
-    Each window stands in what the tokenizer puts around every input; of an encoder-decoder the encoder's half.
-    """
-
-    def __init__(
-        self, model: Any, tokenizer: Any, windows: Sequence[Tensor], size: int, device: str, what: str
-    ) -> None:
-        self._windows, self._size, self._device, self._what = windows, size, device, what
-        self._around = _around(tokenizer)
-        config = model.config
-        self._start = None
-        if getattr(config, "is_encoder_decoder", False):
-            self._start = config.decoder_start_token_id
-            if self._start is None:
-                raise ValueError("--model says in its config of no decoder_start_token_id: set it there")
+    def __init__(self, model: LanguageModel, windows: Sequence[Tensor], size: int, device: str, what: str) -> None:
+        self._model, self._windows, self._size, self._device, self._what = model, windows, size, device, what
 
     def __iter__(self) -> Any:
         starts: Iterable[int] = range(0, len(self._windows), self._size)
@@ -199,17 +223,8 @@ class _Batches:
         else:
             starts = tqdm(starts, desc=self._what, unit="batch")
         for start in starts:
-            ids = torch.stack(list(self._windows[start : start + self._size])).to(self._device)
-            if self._start is None:
-                yield {"input_ids": self._whole(ids)}
-            else:  # the decoder goes on where the encoder's half ends
-                source, target = ids.tensor_split(2, dim=1)
-                shifted = torch.cat([torch.full_like(target[:, :1], self._start), target[:, :-1]], dim=1)
-                yield {"input_ids": self._whole(source), "decoder_input_ids": shifted}
-
-    def _whole(self, ids: Tensor) -> Tensor:
-        before, after = (end.to(ids.device).expand(len(ids), -1) for end in self._around)
-        return torch.cat([before, ids, after], dim=1)
+            ids = torch.stack(list(self._windows[start : start + self._size]))
+            yield self._model.inputs(ids.to(self._device))
 
 
 def _read(path: Path) -> str:
@@ -241,32 +256,3 @@ def _windows(tokenizer: Any, text: str, length: int, tokens: int | None) -> list
     # Neighbours come in different stages, so that the trend shows the amount of text and not its subject.
     order = torch.randperm(count, generator=torch.Generator(device="cpu").manual_seed(0), device="cpu").tolist()
     return [found[index * len(found) // count] for index in order]
-
-
-def _around(tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """The special tokens before and after every input, such as that of the beginning of a text.
-
-    Directions that were fitted without them would leave the features of a token that all inputs begin with free.
-    """
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    special = tokenizer("a")["input_ids"]
-    start = next((at for at in range(len(special)) if plain and special[at : at + len(plain)] == plain), None)
-    ends = ([], []) if start is None else (special[:start], special[start + len(plain) :])
-    before, after = (torch.tensor(end, dtype=torch.int64, device="cpu") for end in ends)
-    return before, after
-
-
-def _load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            "collecting for a language model needs transformers: pip install 'gradsub[examples]'"
-        ) from error
-    config = transformers.AutoConfig.from_pretrained(name)
-    seq2seq = getattr(config, "is_encoder_decoder", False)
-    factory = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    model: Any = factory.from_pretrained(name, dtype=dtype)
-    model = model.to(device).eval()
-    model.config.use_cache = False  # keys and values of past tokens would only take memory
-    return model, transformers.AutoTokenizer.from_pretrained(name)

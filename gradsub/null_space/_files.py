@@ -27,6 +27,17 @@ class DamagedError(ValueError):
     """What is wrong with a file, without its name."""
 
 
+def check_writable(scratch: Scratch) -> Path:
+    """Raise an error if `write` could not make its file, before the hours in which its content is collected.
+
+    Raises:
+        OSError: there is no folder for it, or nothing can be put there.
+        ImportError: safetensors is not installed.
+    """
+    _safetensors()
+    return scratch.folder
+
+
 def write(
     path: str | os.PathLike[str], settings: dict[str, Any], shared: SharedStatistics, fitted_on: FittedOn
 ) -> None:

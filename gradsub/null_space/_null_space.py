@@ -17,7 +17,7 @@ from gradsub.null_space._collecting import check_groups, check_seen, collect_fea
 from gradsub.null_space._content import Content
 from gradsub.null_space._criterion import Criterion
 from gradsub.null_space._features import unit_rows
-from gradsub.null_space._files import DamagedError, read, write
+from gradsub.null_space._files import DamagedError, check_writable, read, write
 from gradsub.null_space._fitted_on import FittedOn
 from gradsub.null_space._gradients import own_loss
 from gradsub.null_space._normalization import check_told, normalization
@@ -198,7 +198,7 @@ class NullSpace:
         ranks = Ranks(process_group)
         with nullcontext() if out is None else Scratch(out) as scratch:
             if scratch is not None:
-                on_every_rank(ranks, lambda: scratch.folder)  # before hours of work
+                on_every_rank(ranks, partial(check_writable, scratch))
             for start in range(0, len(names), layers_at_once or len(names)):
                 group = {name: layers[name] for name in names[start:][:layers_at_once]}
                 observed = partial(collect_features, model=model, layers=group, side=self.side, normalize=normalize)

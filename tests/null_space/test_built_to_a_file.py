@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gradsub import NullSpace
+from gradsub.null_space import _files
 from gradsub.null_space._scratch import Scratch
 
 
@@ -134,6 +135,20 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path, left, way):
     assert "null.safetensors" in str(raised.value)
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("why", ["no folder", "no safetensors"])
+def test_a_file_that_cannot_be_written_is_said_before_anything_runs(tmp_path, monkeypatch, why):
+    def missing(*names: str) -> None:
+        raise ImportError(names)
+
+    if why == "no safetensors":
+        monkeypatch.setattr(_files, "optional", missing)
+    batches = ["no batch that the model takes"]
+    path = tmp_path / ("missing/null.safetensors" if why == "no folder" else "null.safetensors")
+    with pytest.raises(OSError if why == "no folder" else ImportError):
+        NullSpace().collect(Blocks(), batches, out=path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_interrupts_the_building_leaves_the_earlier_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import json
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,34 @@ with warnings.catch_warnings():
 WORDS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 
-def saved(folder: Path, kind: str) -> str:
+POSITIONS = 40
+BART = {"layers": 1, "ffn_dim": 24, "attention_heads": 2}
+
+
+def saved(folder: Path, kind: str, **more: Any) -> str:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1}
-    if kind == "t5":
+    sizes: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "eos_token_id": 1} | more
+    if kind == "gpt2":
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=POSITIONS, **sizes)
+        transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    elif kind == "bart":
+        names = {"d_model": 16, **{f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in BART.items()}}
+        config = transformers.BartConfig(
+            max_position_embeddings=POSITIONS, decoder_start_token_id=1, forced_eos_token_id=None, **names, **sizes
+        )
+        transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    elif kind == "roberta":
+        config = transformers.RobertaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            is_decoder=True,
+            max_position_embeddings=POSITIONS,
+            **sizes,
+        )
+        transformers.RobertaForCausalLM(config).save_pretrained(folder)
+    elif kind == "t5":
         config = transformers.T5Config(
             d_model=16, d_ff=24, d_kv=4, num_layers=1, num_heads=2, decoder_start_token_id=0, **sizes
         )
@@ -127,17 +152,94 @@ def test_any_layout_of_text_and_groups_of_layers(tmp_path, llama, separator, cap
         (["--tokens", "3"], "--tokens 3"),
         (["--window", "1"], "--window 1"),
         (["--target-modules", "nothing"], "nothing"),
-        (["--layers-at-once", "0"], "layers_at_once=0"),
+        (["--target-modules", "("], "target_modules='(' is no regular expression"),
+        (["--layers-at-once", "0"], "--layers-at-once 0 must be at least 1"),
+        (["--layers-at-once", "-1"], "--layers-at-once -1"),
+        (["--window", "2049"], "--window 2049 is longer than --model has positions: pass 2048 at most"),
+        (["--device", "cuda:99"], "--device 'cuda:99' cannot be used here"),
+        (["--device", "meta"], "--device 'meta' cannot be used here"),
+        (["--device", "nonsense"], "--device 'nonsense' cannot be used here"),
         (["--layers-at-once", "2", "--statistics"], "leave one of them out"),
         (["--text", "missing.txt"], "missing.txt"),
         (["--out", "missing/null.safetensors"], "no folder"),
+        (["--out", 250 * "n"], "cannot be written: File name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_is_said_in_a_line(tmp_path, llama, options, match, capsys):
-    assert run(llama, written(tmp_path / "text.txt"), tmp_path / "null.safetensors", *options) == 1
+def test_what_cannot_be_is_said_in_a_line_before_weights_are_read(tmp_path, llama, options, match, capsys):
+    text, model = written(tmp_path / "text.txt"), tmp_path / "model"
+    shutil.copytree(llama, model)
+    (model / "model.safetensors").unlink()
+    assert run(str(model), text, tmp_path / "null.safetensors", *options) == 1
     assert match in capsys.readouterr().err
+    assert set(tmp_path.iterdir()) == {Path(text), model}
+
+
+def refused(model: str, tmp_path: Path, capsys: Any, *options: str) -> str:
+    """The one line in which a model is refused."""
+    assert run(model, written(tmp_path / "text.txt"), tmp_path / "null.safetensors", *options) == 1
     assert not (tmp_path / "null.safetensors").exists()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: ")
+    return last
+
+
+@pytest.mark.parametrize("content", ["half", "", "[]", "\0", "{}"])
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_files_that_are_none_of_a_model_are_said_in_a_line(tmp_path, llama, file, content, capsys):
+    shutil.copytree(llama, tmp_path / "model")
+    whole = (tmp_path / "model" / file).read_bytes()
+    (tmp_path / "model" / file).write_bytes(whole[: len(whole) // 2] if content == "half" else content.encode())
+    if (file, content) == ("tokenizer_config.json", "{}"):
+        return  # all that it says may be left out
+    assert str(tmp_path / "model") in refused(str(tmp_path / "model"), tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hidden_size": "x"}, {"hidden_size": 32}, {"num_key_value_heads": 0}, {"vocab_size": 40}, {"model_type": "none"}],
+    ids=str,
+)
+def test_a_configuration_of_another_model_is_said_in_a_line(tmp_path, llama, wrong, capsys):
+    shutil.copytree(llama, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | wrong))
+    assert str(tmp_path / "model") in refused(str(tmp_path / "model"), tmp_path, capsys)
+
+
+def test_a_tokenizer_of_another_model_is_said_in_a_line(tmp_path, capsys):
+    model = saved(tmp_path / "model", "llama", vocab_size=8)
+    assert "a vocab_size of 8 in its config, and a tokenizer that makes the token 27" in refused(
+        model, tmp_path, capsys
+    )
+
+
+@pytest.mark.parametrize(("kind", "most"), [("gpt2", POSITIONS), ("bart", 2 * POSITIONS)])
+def test_a_window_is_no_longer_than_the_model_has_positions(tmp_path, kind, most, capsys):
+    model, text, out = saved(tmp_path / "model", kind), written(tmp_path / "text.txt"), tmp_path / "null.safetensors"
+    line = ["collect", "--model", model, "--text", text, "--out", str(out)]
+    assert main([*line, "--window", str(most)]) == 0
+    said = capsys.readouterr().out
+    assert main(line) == 0  # 256 is what is taken of a model with more
+    assert capsys.readouterr().out == said
+    out.unlink()
+    assert f"pass {most} at most" in refused(model, tmp_path, capsys, "--window", str(most + 1))
+
+
+def test_a_model_that_takes_fewer_tokens_than_it_says_is_said_in_a_line(tmp_path, capsys):
+    model = saved(tmp_path / "model", "roberta", pad_token_id=1)  # its first position is the third
+    assert run(model, written(tmp_path / "text.txt"), tmp_path / "null.safetensors") == 0
+    (tmp_path / "null.safetensors").unlink()
+    last = refused(model, tmp_path, capsys, "--window", str(POSITIONS))
+    assert f"cannot run on a window of {POSITIONS} tokens: " in last
+
+
+def test_too_little_memory_is_said_in_a_line(tmp_path, llama, monkeypatch, capsys):
+    def full(*args: Any, **options: Any) -> NullSpace:
+        raise torch.OutOfMemoryError("there is none left")
+
+    monkeypatch.setattr(NullSpace, "collect", full)
+    assert refused(llama, tmp_path, capsys) == "error: there is none left"
 
 
 def test_text_that_is_too_short_or_no_text(tmp_path, llama, capsys):
