@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gradsub.layers import check_targets
-from gradsub.null_space._files import check_writable
 from gradsub.null_space._language_model import LanguageModel, check_device, saying
 from gradsub.null_space._null_space import SIDES, NullSpace
 from gradsub.null_space._scratch import Scratch
@@ -91,7 +90,7 @@ def _check_out(path: Path) -> None:
         raise ValueError(f"--out {str(path)!r}: there is no folder {str(path.absolute().parent)!r}")
     try:
         with Scratch(path) as scratch:
-            check_writable(scratch)
+            _ = scratch.folder
     except OSError as error:
         raise OSError(f"--out {str(path)!r} cannot be written: {error.strerror}") from error
 
