@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -15,6 +15,8 @@ _LEAST = 1e-6
 # Such rows may have a gradient all the same, as of a router's loss, which is divided by the task's share of the step:
 # that is then so much of its share of the rows, or its moments would be those of a gradient a million times as large.
 _UNCOUNTED = 0.1
+
+_Rows: TypeAlias = "tuple[list[int], list[float]]"
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,13 @@ class Batch:
         tasks: of every row, its index.
         weights: of every row, u_b.
         totals: by task, U_k over all batches of the step.
+        otherwise: the same with the other counts of `TaskCollator`; None where it made none.
     """
 
     tasks: list[int]
     weights: list[float]
     totals: dict[int, float]
+    otherwise: Batch | None = None
 
     @property
     def samples(self) -> dict[int, float]:
@@ -59,7 +63,7 @@ class Batch:
 def account(
     batches: Sequence[Any], tasks: Sequence[str], column: str, whole: bool, equal_ranks: bool
 ) -> list[Batch | None]:
-    """What each batch of a step is of it; None for a batch that no `TaskCollator` made.
+    """What each batch of a step is of it, by both counts of its rows; None for a batch that no `TaskCollator` made.
 
     Args:
         batches: the entries of `TaskCollator`, or None.
@@ -71,7 +75,19 @@ def account(
     Raises:
         ValueError: there are several tasks, and rows without one, or whose number differs from the batch's.
     """
-    read = [None if entry is None else _read(entry, tasks, column) for entry in batches]
+    # Once: of a tensor it waits for the device.
+    listed = [entry.tolist() if isinstance(entry, Tensor) else entry for entry in batches]
+    parts = _parts([None if entry is None else _read(entry, tasks, column) for entry in listed], whole, equal_ranks)
+    if not all(len(row) > 2 for entry in listed if entry is not None for row in entry):
+        return parts
+    others = [None if entry is None else _read(entry, tasks, column, 2) for entry in listed]
+    return [
+        None if part is None else replace(part, otherwise=other)
+        for part, other in zip(parts, _parts(others, whole, equal_ranks), strict=True)
+    ]
+
+
+def _parts(read: Sequence[_Rows | None], whole: bool, equal_ranks: bool) -> list[Batch | None]:
     found = [rows for rows in read if rows is not None]
     everything = sum(sum(counts) for _, counts in found) or 1.0
     totals: dict[int, float] = {}
@@ -90,12 +106,11 @@ def account(
     return [None if rows is None else next(made) for rows in read]
 
 
-def _read(entry: Any, tasks: Sequence[str], column: str) -> tuple[list[int], list[float]]:
-    """The task and the count of every row."""
-    listed = entry.tolist() if isinstance(entry, Tensor) else entry
+def _read(listed: list[Any], tasks: Sequence[str], column: str, place: int = 1) -> _Rows:
+    """The task of every row, and the count that stands at this place."""
     # NaN and -1 stand for nothing in a tensor.
-    ids = [task for task, _ in listed if task is not None and task != -1]
-    counts = [count for _, count in listed if count is not None and count == count]
+    ids = [row[0] for row in listed if row[0] is not None and row[0] != -1]
+    counts = [row[place] for row in listed if row[place] is not None and row[place] == row[place]]
     if len(tasks) <= 1:
         return ([0] * len(counts), counts) if tasks else ([], [])  # whatever else a column of that name may mean
     if not ids:

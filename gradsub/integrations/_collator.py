@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ IGNORED = -100
 class TaskCollator:
     """A data collator around another one, which never sees the column of tasks.
 
-    The batch gets one more entry: for each row ``[task, count]``. Accelerate leaves lists where they are when it moves
-    tensors to the device, so that reading them later waits for nothing.
+    The batch gets one more entry: for each row ``[task, count]``, or ``[task, count, other count]``. Accelerate leaves
+    lists where they are when it moves tensors to the device, so that reading them later waits for nothing.
 
     Args:
         collate: the collator around which this one is.
@@ -24,6 +25,7 @@ class TaskCollator:
         count: what each row of the batch counts in the loss; None: leave tasks out of the batch, for evaluation.
         tasks: the names of all tasks, if the entry has to be a tensor (B, 2) of indices and counts: where one process
             reads the batches of all, nothing else travels. A row without a task has the index -1.
+        otherwise: what each row counts if the model's loss turns out to pair logits and labels in the other way.
     """
 
     def __init__(
@@ -32,8 +34,9 @@ class TaskCollator:
         column: str,
         count: Callable[[Mapping[str, Any]], Sequence[float]] | None,
         tasks: Sequence[str] | None = None,
+        otherwise: Callable[[Mapping[str, Any]], Sequence[float]] | None = None,
     ) -> None:
-        self.collate, self.column, self.count, self.tasks = collate, column, count, tasks
+        self.collate, self.column, self.count, self.tasks, self.otherwise = collate, column, count, tasks, otherwise
 
     def __call__(self, features: list[Any]) -> Any:
         """The batch.
@@ -54,12 +57,9 @@ class TaskCollator:
         batch = self.collate(rows)
         if self.count is None or not isinstance(batch, MutableMapping):
             return batch
-        counts = self.count(batch)
+        columns = [ids, self.count(batch), *([] if self.otherwise is None else [self.otherwise(batch)])]
         # Where sequences were joined there are fewer rows than tasks, or more: whoever reads it can tell.
-        entries = [
-            [ids[row] if row < len(ids) else None, counts[row] if row < len(counts) else None]
-            for row in range(max(len(ids), len(counts)))
-        ]
+        entries = [list(row) for row in zip_longest(*columns)]
         batch[self.column] = entries if self.tasks is None else _as_tensor(entries, self.tasks)
         return batch
 
@@ -73,8 +73,11 @@ def _plain(task: Any) -> Any:
 def _as_tensor(entries: list[list[Any]], tasks: Sequence[str]) -> Tensor:
     numbers = [
         # With one task, or none, the column may mean anything, and nobody reads it.
-        [-1 if task is None or len(tasks) < 2 else task_index(task, tasks), float("nan") if count is None else count]
-        for task, count in entries
+        [
+            -1 if task is None or len(tasks) < 2 else task_index(task, tasks),
+            *(float("nan") if count is None else count for count in counts),
+        ]
+        for task, *counts in entries
     ]
     return torch.tensor(numbers, dtype=torch.float32, device="cpu")  # which every device has
 

@@ -55,6 +55,63 @@ def _entry(outputs: Any, name: str) -> Any:
     return outputs.get(name) if isinstance(outputs, dict) else getattr(outputs, name, None)
 
 
+class Pairing:
+    """Whether a model's loss pairs a logit with the next label: what its loss and its logits say of it.
+
+    Attributes:
+        shifted: what was found out; None as long as nothing was.
+    """
+
+    def __init__(self) -> None:
+        self.shifted: bool | None = None
+        self._looks = _LOOKS
+
+    @torch.no_grad()
+    def look(self, outputs: Any, labels: Any, items: Tensor | int | None) -> None:
+        """Compare the loss among these outputs with that of either pairing, which waits for the device.
+
+        It is asked until it can be told, or until the loss is neither: then it holds something else as well.
+
+        Args:
+            outputs: of the model, with ``loss``.
+            labels: (B, T) integers.
+            items: what the model was told to divide its loss by; None: its own number of labels.
+        """
+        loss, more = _entry(outputs, "loss"), _entry(outputs, "aux_loss")
+        if self.shifted is not None or not self._looks or more is not None:
+            return
+        if not (isinstance(loss, Tensor) and loss.numel() == 1 and isinstance(labels, Tensor) and labels.ndim == 2):
+            return
+        self._looks -= 1
+        sums = [_total(outputs, labels, shifted) for shifted in (False, True)]
+        if any(found is None for found in sums):
+            self._looks = 0
+            return
+        pairs = [pair for pair in sums if pair is not None]
+        means = [torch.stack([total / count, total / (count if items is None else items)]) for total, count in pairs]
+        off = (torch.stack(means) / loss.detach().float().reshape(()) - 1).abs().amin(1).tolist()
+        near = max(_NEAR, torch.finfo(loss.dtype).eps)
+        if min(off) > near:
+            self._looks = 0
+        elif max(off) > 4 * near:
+            self.shifted = off[1] < off[0]
+
+
+# A loss that is a mean over labels is met so closely; two pairings of random labels differ by a hundredth.
+_NEAR = 5e-5
+# Batches that are looked at: more than one where the pairings' losses are too close to tell which is the model's.
+_LOOKS = 16
+
+
+def _total(outputs: Any, labels: Tensor, shifted: bool) -> tuple[Tensor, Tensor] | None:
+    """The sum of the losses of all labels, and their number."""
+    losses = row_losses({"logits": _entry(outputs, "logits")}, labels, shifted)
+    if losses is None:
+        return None
+    counts = ((labels[:, 1:] if shifted else labels) != IGNORED).sum(1).to(losses.device)
+    return losses @ counts.to(losses.dtype), counts.sum()
+
+
 class Ear:
     """Hears what a model returns."""
 

@@ -19,7 +19,7 @@ from gradsub.integrations._accumulation import Batch, account
 from gradsub.integrations._arguments import telling_rows_apart
 from gradsub.integrations._callbacks import AtTheStart, GemsReportCallback, find_gems
 from gradsub.integrations._collator import TaskCollator, count_labels
-from gradsub.integrations._hearing import Ear, row_losses
+from gradsub.integrations._hearing import Ear, Pairing, row_losses
 from gradsub.optimizer import GemsOptimizer
 
 __all__ = ["GemsFactory", "GemsReportCallback", "GemsTrainerMixin", "find_gems"]
@@ -86,6 +86,7 @@ class GemsTrainerMixin:
         self._count_samples = count_samples
         self._task_losses = task_losses
         self._ear = Ear()
+        self._pairing = Pairing()
         super().__init__(*arguments, **options)
         me: Any = self
         if gems is not None and find_gems(me.optimizer) is not None:
@@ -184,9 +185,21 @@ class GemsTrainerMixin:
             me._signature_columns.append(self._task_column)
 
     @property
+    def _said_shifted(self) -> bool:
+        """Whether the Trainer takes the loss for one that pairs a logit with the next label."""
+        me: Any = self
+        if getattr(me, "label_smoother", None) is not None:
+            return _smoothed_with_shift(me.accelerator.unwrap_model(me.model))
+        return bool(getattr(me, "_loss_shifts_labels", False))
+
+    @property
     def _shifted(self) -> bool:
-        """Whether the model's loss pairs a logit with the next label."""
-        return bool(getattr(self, "_loss_shifts_labels", False))
+        """Whether it does: the Trainer goes by the model's class, and is wrong for some, as for GPT-2."""
+        return self._said_shifted if self._pairing.shifted is None else self._pairing.shifted
+
+    def _as_paired(self, batch: Batch) -> Batch:
+        """The batch by the counts of the pairing that the loss has."""
+        return batch if batch.otherwise is None or self._shifted == self._said_shifted else batch.otherwise
 
     @contextmanager
     def _collating(self, train: bool) -> Iterator[None]:
@@ -195,10 +208,14 @@ class GemsTrainerMixin:
         # Some Trainers, such as axolotl's, have another one for evaluation.
         names = [name for name in ("data_collator", "eval_data_collator") if getattr(me, name, None) is not None]
         own = {name: getattr(me, name) for name in names}
-        count = (self._count_samples or partial(count_labels, shifted=self._shifted)) if train else None
+        count = otherwise = None
+        if train:
+            said = self._said_shifted
+            count = self._count_samples or partial(count_labels, shifted=said)
+            otherwise = None if self._count_samples else partial(count_labels, shifted=not said)
         travelling = self._travelling() if train else None
         for name in names:
-            setattr(me, name, TaskCollator(own[name], self._task_column, count, travelling))
+            setattr(me, name, TaskCollator(own[name], self._task_column, count, travelling, otherwise))
         try:
             yield
         finally:
@@ -264,18 +281,20 @@ class GemsTrainerMixin:
         Raises:
             ValueError: rows without a task, or joined to sequences, where there are several tasks.
         """
+        items = arguments[0] if arguments else options.get("num_items_in_batch")
         if self._task_column in inputs and not isinstance(inputs[self._task_column], Batch):
-            self._account([inputs], arguments[0] if arguments else options.get("num_items_in_batch"))
+            self._account([inputs], items)
         batch: Batch | None = inputs.pop(self._task_column, None)
         wrapper = data_parallel(model)
         synchronized = nullcontext() if wrapper is None else wrapper.no_sync()
-        with self._own_mean(), synchronized, self._block(model, inputs, batch):
+        with self._own_mean(), synchronized, self._block(model, inputs, batch, items):
             return super().training_step(model, inputs, *arguments, **options)  # type: ignore[misc, no-any-return]
 
     @contextmanager
-    def _block(self, model: nn.Module, inputs: Mapping[str, Any], batch: Batch | None) -> Iterator[None]:
+    def _block(self, model: nn.Module, inputs: Mapping[str, Any], batch: Batch | None, items: Any) -> Iterator[None]:
         gems = self.gems
-        if len(gems.tasks) > 1 and batch is None:
+        part = None if batch is None else self._as_paired(batch)
+        if len(gems.tasks) > 1 and part is None:
             raise ValueError(
                 f"a batch without {self._task_column!r} and several tasks={gems.tasks}: the data loader does not come "
                 "from get_train_dataloader(), or the batch is no mapping; let it make the batches, or use one task"
@@ -283,16 +302,17 @@ class GemsTrainerMixin:
         if not gems.tasks:
             yield
         elif len(gems.tasks) == 1:
-            with gems.task(gems.tasks[0], 1.0 if batch is None else batch.samples.get(0, 1.0)):
+            with gems.task(gems.tasks[0], 1.0 if part is None else part.samples.get(0, 1.0)):
                 yield
         else:
+            assert part is not None
             assert batch is not None
             name = gems.tasks.__getitem__
-            samples = {name(task): weight for task, weight in batch.samples.items()}
-            shares = {name(task): share for task, share in batch.shares.items()}
+            samples = {name(task): weight for task, weight in part.samples.items()}
+            shares = {name(task): share for task, share in part.shares.items()}
             with (
-                gems.mixed(batch.tasks, samples, self.other_rows(inputs, batch.tasks), shares) as rows,
-                self._hearing(model, rows, inputs.get("labels"), batch),
+                gems.mixed(part.tasks, samples, self.other_rows(inputs, part.tasks), shares) as rows,
+                self._hearing(model, rows, inputs.get("labels"), batch, items),
             ):
                 yield
 
@@ -305,14 +325,18 @@ class GemsTrainerMixin:
         """
         return ()
 
-    def _hearing(self, model: nn.Module, rows: MixedRows, labels: Any, batch: Batch) -> AbstractContextManager[None]:
+    def _hearing(
+        self, model: nn.Module, rows: MixedRows, labels: Any, batch: Batch, items: Any
+    ) -> AbstractContextManager[None]:
         """Tell the gate the tasks' losses, from what the first forward pass in here returns."""
         if not self._task_losses:
             return nullcontext()
-        return self._ear.listening(model, partial(self._tell, rows, labels, batch))
+        return self._ear.listening(model, partial(self._tell, rows, labels, batch, items))
 
-    def _tell(self, rows: MixedRows, labels: Any, batch: Batch, outputs: Any) -> None:
+    def _tell(self, rows: MixedRows, labels: Any, batch: Batch, items: Any, outputs: Any) -> None:
         me: Any = self
+        self._pairing.look(outputs, labels, items if me.model_accepts_loss_kwargs else None)
+        batch = self._as_paired(batch)
         losses = row_losses(outputs, labels if isinstance(labels, Tensor) else None, self._shifted)
         if losses is None or len(losses) != len(batch.tasks):
             self._task_losses = False
@@ -330,6 +354,15 @@ class GemsTrainerMixin:
         scaler = getattr(me.accelerator, "scaler", None)
         means = means if scaler is None else scaler.scale(means)
         rows.tell({self.gems.tasks[task]: mean for task, mean in zip(present, means.unbind(), strict=True)})
+
+
+def _smoothed_with_shift(model: nn.Module) -> bool:
+    """Whether the Trainer smooths the labels one further on; it goes by the name of the model's class."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    adapted: Any = model
+    inner = adapted.get_base_model() if hasattr(adapted, "get_base_model") else model
+    return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 class GemsFactory:
