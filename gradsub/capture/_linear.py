@@ -22,7 +22,7 @@ class Segment(NamedTuple):
 
     Attributes:
         basis: the shared and the task's own basis side by side (d x r), or None for the whole gradient.
-        directions: Omega (codimension x c) if a sketch is due, else None.
+        directions: Omega (codimension x c) if a sketch is due, else None; the same for all segments of a batch.
         probe: a leaf of the projected gradient's shape, whose gradient the projected gradient is.
         sketch_probe: the same for the sketch (d x c); None without one.
         rows: of the batch.
@@ -57,8 +57,15 @@ def projecting_linear(
         )
         for segment in segments
     )
-    tensors = [tensor for segment in segments for tensor in segment if isinstance(tensor, Tensor)]
-    return _Projecting.apply(*cast(x, bias), weight, orientation, layout, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    # Once for all segments: torch.compile refuses a function that is given one tensor twice.
+    directions = next((segment.directions for segment in segments if segment.directions is not None), None)
+    tensors = [
+        tensor
+        for basis, _, probe, sketch_probe, rows in segments
+        for tensor in (basis, probe, sketch_probe, rows)
+        if isinstance(tensor, Tensor)
+    ]
+    return _Projecting.apply(*cast(x, bias), weight, orientation, layout, directions, *tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # By segment: whether there is a basis, whether there are directions, and the rows, or that a tensor of them follows.
@@ -107,16 +114,16 @@ def _overridden(*tensors: Tensor) -> bool:
     return any(type(tensor).__torch_function__ not in ordinary for tensor in tensors)
 
 
-def _unpack(layout: Layout, tensors: tuple[Tensor, ...]) -> list[Segment]:
+def _unpack(layout: Layout, directions: Tensor | None, tensors: tuple[Tensor, ...]) -> list[Segment]:
     """The inverse of what `projecting_linear` does to its segments."""
     left = iter(tensors)
     segments = []
     for has_basis, has_directions, rows in layout:
         basis = next(left) if has_basis else None
-        directions = next(left) if has_directions else None
         probe = next(left)
         sketch_probe = next(left) if has_directions else None
-        segments.append(Segment(basis, directions, probe, sketch_probe, _rows(rows, left)))
+        own = directions if has_directions else None
+        segments.append(Segment(basis, own, probe, sketch_probe, _rows(rows, left)))
     return segments
 
 
@@ -209,9 +216,10 @@ class _Projecting(torch.autograd.Function):
         weight: Tensor,
         orientation: Orientation,
         layout: Layout,
+        directions: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        segments = _unpack(layout, tensors)
+        segments = _unpack(layout, directions, tensors)
         output = _no_view(affine(x, _compute_copy(weight, x), bias, orientation.transposed))
         flat = rows_of(x, None)
         thin: list[Tensor] = []
@@ -225,12 +233,13 @@ class _Projecting(torch.autograd.Function):
             else:
                 keep_x = True
                 needed += [] if segment.basis is None else [segment.basis]
-            needed += [tensor for tensor in (segment.directions, segment.rows) if isinstance(tensor, Tensor)]
+            needed += [segment.rows] if isinstance(segment.rows, Tensor) else []
         ctx.orientation, ctx.layout = orientation, layout
         ctx.thin, ctx.keeps_x = len(thin), keep_x
         ctx.probes = tuple((segment.probe, segment.sketch_probe) for segment in segments)
-        ctx.biased = bias is not None
-        ctx.save_for_backward(weight, *([x] if keep_x else []), *thin, *needed)
+        ctx.biased, ctx.sketched = bias is not None, directions is not None
+        kept = [tensor for tensor in (x if keep_x else None, directions) if tensor is not None]
+        ctx.save_for_backward(weight, *kept, *thin, *needed)
         return output
 
     @staticmethod
@@ -238,11 +247,12 @@ class _Projecting(torch.autograd.Function):
         orientation: Orientation = ctx.orientation
         weight, *saved = ctx.saved_tensors
         x = saved.pop(0) if ctx.keeps_x else None
+        directions = saved.pop(0) if ctx.sketched else None
         thin, needed = iter(saved[: ctx.thin]), iter(saved[ctx.thin :])
         flat = rows_of(g, None)
         for_x, for_bias = _for_input(ctx, g, flat, weight)
         place = 2 if ctx.biased else 1
-        wish = wish_of(ctx, weight, place, place + 1 + sum(ctx.layout[0][:2]))
+        wish = wish_of(ctx, weight, place, place + 1 + ctx.sketched + ctx.layout[0][0])
         if wish is Wish.WHOLE:
             raise RuntimeError(_WANTED_WHOLE)
         if wish is Wish.NOTHING:
@@ -251,21 +261,20 @@ class _Projecting(torch.autograd.Function):
         with torch.no_grad():
             for (has_basis, has_directions, described), probes in zip(ctx.layout, ctx.probes, strict=True):
                 basis = next(needed) if has_basis and not orientation.input_side else None
-                directions = next(needed) if has_directions else None
                 rows = _rows(described, needed)
                 projected, sketched = project_rows(
                     orientation,
                     None if x is None else rows_of(x, rows),
                     flat if rows is None else rows_of(g, rows),
                     basis,
-                    directions,
+                    directions if has_directions else None,
                     next(thin) if has_basis and orientation.input_side else None,
                 )
-                found += [None] * (has_basis + has_directions)
+                found += [None] * has_basis
                 found.append(hand_over(wish, probes[0], projected))
                 found += [] if sketched is None else [hand_over(wish, probes[1], sketched)]
                 found += [None] * isinstance(described, bool)
-        return for_x, for_bias, None, None, None, *found
+        return for_x, for_bias, None, None, None, None, *found
 
 
 def _compute_copy(weight: Tensor, x: Tensor) -> Tensor:

@@ -147,7 +147,8 @@ class GemsTrainerMixin:
         me: Any = self
         optimizer: Optimizer = super().create_optimizer(*arguments, **options)  # type: ignore[misc]
         if self._gems_options is not None and find_gems(optimizer) is None:
-            optimizer = me.optimizer = GemsOptimizer(optimizer, **{"model": me.model, **self._gems_options})
+            model = _as_it_will_run(me.model, me.args)
+            optimizer = me.optimizer = GemsOptimizer(optimizer, **{"model": model, **self._gems_options})
         _ = self.gems
         return optimizer
 
@@ -365,6 +366,12 @@ def _smoothed_with_shift(model: nn.Module) -> bool:
     return type(inner).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
+def _as_it_will_run(model: nn.Module, arguments: Any) -> nn.Module:
+    """The model as the Trainer compiles it after the optimizer is made; a graph is made when it is called, not here."""
+    compiled: Any = torch.compile(model) if getattr(arguments, "torch_compile", False) else model
+    return cast(nn.Module, compiled)
+
+
 class GemsFactory:
     """Makes the optimizer of a plain ``Trainer``: ``Trainer(optimizer_cls_and_kwargs=(GemsFactory, {...}))``.
 
@@ -401,4 +408,5 @@ class GemsFactory:
         maker: Any = object.__new__(Trainer)  # what makes an optimizer needs no more of a Trainer than this
         maker.args, maker.model, maker.optimizer, maker.optimizer_cls_and_kwargs = args, model, None, None
         base = maker.create_optimizer()
+        model = _as_it_will_run(model, args)
         return GemsOptimizer(base, **{"model": model, **telling_rows_apart({"tasks": tasks, **gems})})

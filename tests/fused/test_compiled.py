@@ -66,3 +66,40 @@ def test_a_model_that_is_compiled_in_place_has_as_few_graphs(device):
     model.compile(backend="eager", fullgraph=True)
     trained(model, model, device, 3 * GAP, refresh="sketch")
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+def mixed(run, model, optimizer, rows, device):
+    for step in range(3 * GAP):
+        x = torch.randn(16, WIDTHS[0], generator=torch.Generator().manual_seed(step)).to(device)
+        with optimizer.mixed(rows):
+            (run(x) - torch.tensor(rows, device=device)[:, None]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [weight.detach() for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("rows", [[0] * 8 + [1] * 8, [0, 1] * 8], ids=["neighbours", "in turns"])
+@pytest.mark.parametrize("refresh", ["sketch", "svd"])
+def test_a_mixed_batch_has_as_few_graphs_and_equals_the_uncompiled_one(device, refresh, rows):
+    """Also in steps that sketch, where the segments of all tasks share one matrix."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = []
+    for compiled in (True, False):
+        model = chain().to(device)
+        run = torch.compile(model, backend="aot_eager", fullgraph=True)
+        base = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = GemsOptimizer(
+            # Of what torch.compile returns in both: sketches take turns where nothing is compiled.
+            base,
+            tasks=("a", "b"),
+            rank=4,
+            update_proj_gap=GAP,
+            model=run,
+            capture="fused",
+            refresh=refresh,
+        )
+        found.append(mixed(run if compiled else model, model, optimizer, rows, device))
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    for mine, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)

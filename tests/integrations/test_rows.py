@@ -189,3 +189,13 @@ def test_a_collator_for_evaluation_alone_sees_no_tasks(tmp_path: Path) -> None:
 
     trainer = Two(build_model(), arguments(tmp_path), train_dataset=Ragged(), eval_dataset=Ragged(8), gems=GEMS)
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_trainer_that_compiles_has_as_few_graphs(tmp_path: Path) -> None:
+    """The optimizer is made before the model is compiled, and knows of it all the same."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    options: dict[str, Any] = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 8}
+    options["train_sampling_strategy"] = "sequential"  # other numbers of rows are other graphs
+    train(tmp_path, Ragged(32), {**GEMS, "refresh": "sketch"}, **options)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
