@@ -370,8 +370,8 @@ class GemsOptimizer(Optimizer):
         Raises:
             ValueError: no layer is captured by its forward pass; ``task_ids``, ``samples``, ``other_rows`` or
                 ``shares`` do not fit the tasks or one another.
-            RuntimeError: another block is open; a layer's input has a number of rows that none of them has, or a
-                decomposed weight's gradient comes from elsewhere.
+            RuntimeError: another block is open; in the backward pass, a gradient arrives in a layer whose input has a
+                number of rows that none of them has, or a decomposed weight's gradient comes from elsewhere.
         """
         if not self._intake.fused:
             raise ValueError(

@@ -94,7 +94,14 @@ class Slot:
         hand_over(Wish.THIS_LEAF, self.probes[task][0], torch.mm(left, right))
 
     def segments_of(self, x: Tensor) -> tuple[Segment, ...]:
-        """The segments, with the rows of this input."""
+        """The segments, with the rows of this input; raise if nobody has said whose its rows are."""
+        segments = self.segments_if(x)
+        if segments is None:
+            raise self.unknown_rows(x)
+        return segments
+
+    def segments_if(self, x: Tensor) -> tuple[Segment, ...] | None:
+        """The same; None if nobody has said whose its rows are."""
         assert self.opening.segments is not None
         segments, layouts = self.opening.segments[self.layer.row], self.opening.layouts
         if not layouts:
@@ -102,8 +109,12 @@ class Slot:
         for length, rows in layouts:
             if x.ndim > 1 and x.shape[0] == length:
                 return tuple(segment._replace(rows=its) for segment, its in zip(segments, rows, strict=True))
-        told = " or ".join(str(length) for length, _ in layouts)
-        raise RuntimeError(
+        return None
+
+    def unknown_rows(self, x: Tensor) -> RuntimeError:
+        """What is to be said of an input with rows of nobody."""
+        told = " or ".join(str(length) for length, _ in self.opening.layouts)
+        return RuntimeError(
             f"optimizer.mixed was told of {told} rows, but the input of {self.layer.name or 'the model'} has the shape "
             f"{tuple(x.shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
             "mixed(task_ids, other_rows=[...]), such as task_ids.repeat_interleave(T) where (B, T, d) is flattened to "
@@ -203,7 +214,13 @@ class FusedForward:
         if (tray := slot.opening.tray) is not None:
             basis = tray.bases(x.dtype)[slot.layer.row]
             return ordinary_linear(x, weight, tray.witness, bias, basis, slot, tray)  # type: ignore[no-any-return]
-        return projecting_linear(x, weight, bias, slot.orientation, slot.segments_of(x))
+        segments = slot.segments_if(x)
+        if segments is None:
+            # Whether anything arrives in the weight is not known yet: of a norm that DoRA computes nothing does.
+            y = affine(x, weight, bias, self.transposed)
+            y.register_hook(_Refused(slot.unknown_rows(x), weight))  # type: ignore[no-untyped-call]
+            return y
+        return projecting_linear(x, weight, bias, slot.orientation, segments)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self.module, "forward")
@@ -230,6 +247,17 @@ class _Belongs:
         if accumulates_into(self._weight):
             for task in self._tasks:
                 self._slot.check_open(task)
+
+
+class _Refused:
+    """A hook on a layer's output that refuses a gradient of its weight, and nothing else."""
+
+    def __init__(self, error: RuntimeError, weight: Tensor) -> None:
+        self._error, self._weight = error, weight
+
+    def __call__(self, gradient: Tensor) -> None:
+        if accumulates_into(self._weight):
+            raise self._error
 
 
 class _Opened:

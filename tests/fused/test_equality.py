@@ -128,7 +128,7 @@ def test_tokens_may_be_flattened_into_rows():
     model, plain = model_of(WIDTHS), model_of(WIDTHS)
     optimizer, reference = gems(model), gems(plain)
     optimizer.calls = Flat(model)
-    with pytest.raises(RuntimeError, match=r"of 0 has the shape .*other_rows"):
+    with pytest.raises(RuntimeError, match=r"of \d has the shape .*other_rows"):
         train(model, optimizer, 1, forward="mixed inside")
     optimizer.other_rows = lambda ids: [[task for task in ids for _ in range(LENGTH)]]
     train(model, optimizer, 4, forward="mixed inside")
@@ -168,7 +168,7 @@ def test_other_rows_are_whose_they_are_said_to_be(arranged, refresh, side):
     for step in range(4):
         x = torch.randn(len(ids), LENGTH, 20, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         with optimizers[0].mixed(ids), pytest.raises(RuntimeError, match="not to be found out by counting"):
-            models[0](there(x))
+            models[0](there(x)).sum().backward()
         with optimizers[0].mixed(ids, other_rows=[whose(ids, LENGTH)]) as rows:
             output = back(models[0](there(x)), len(ids), LENGTH)
             losses = torch.cat([losses_of(TASKS[k], output[i : i + 1]) for i, k in enumerate(ids.tolist())])
@@ -249,12 +249,23 @@ class TestMixedRefuses:
         model = model_of(WIDTHS)
         optimizer = gems(model)
         with pytest.raises(RuntimeError, match="told of 2 rows"), optimizer.mixed(["a", "b"]):
-            model(torch.randn(3, 3, 20, dtype=torch.float64))
+            model(torch.randn(3, 3, 20, dtype=torch.float64)).sum().backward()
 
     def test_an_input_without_an_axis_of_rows(self):
         optimizer = gems(model := model_of(WIDTHS))
         with pytest.raises(RuntimeError, match="told of 20 rows"), optimizer.mixed(["a", "b"] * 10):
-            model(torch.randn(20, dtype=torch.float64))
+            model(torch.randn(20, dtype=torch.float64)).sum().backward()
+
+    def test_no_pass_that_leaves_the_weights_without_a_gradient(self):
+        """Of an input with any number of rows: a norm that is detached, or the gradient of an input alone."""
+        model = model_of(WIDTHS)
+        optimizer = gems(model)
+        x = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad(model(x).sum(), x)
+        with optimizer.mixed(["a", "b"]):
+            assert not model(torch.eye(20, dtype=torch.float64)).detach().requires_grad
+            (found,) = torch.autograd.grad(model(x).sum(), x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     @pytest.mark.parametrize(
         ("other", "match"),

@@ -130,3 +130,35 @@ def test_adapters_on_the_side_of_outputs_are_named_where_a_moves_protected_outpu
     null_space = NullSpace(side="output", max_rank=2).collect(model, [x])
     _, said = wrapped(model, null_space)
     assert any("answers with more than what is held in it" in message for message in said) == trained_before
+
+
+@pytest.mark.parametrize("refresh", ["svd", "sketch"])
+def test_dora_in_a_mixed_batch_equals_a_pass_a_task(device, refresh):
+    """It runs its adapter on an identity matrix as well, for a norm that it detaches: those are rows of nobody."""
+    from peft import LoraConfig, get_peft_model
+
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(24, 20), nn.Tanh(), nn.Linear(20, 12)).to(device, torch.float64)
+        models.append(get_peft_model(model, LoraConfig(target_modules=["0", "2"], r=8, use_dora=True)).double())
+        base = torch.optim.SGD(models[-1].parameters(), lr=0.1)
+        options = {"tasks": ("a", "b"), "rank": 4, "update_proj_gap": 2, "refresh": refresh, "capture": "fused"}
+        optimizers.append(GemsOptimizer(base, model=models[-1], **options))
+    before = [parameter.detach().clone() for parameter in models[0].parameters()]
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        batch = torch.randn(2, 3, 24, generator=generator, dtype=torch.float64).to(device)
+        with optimizers[0].mixed(["a"] * 3 + ["b"] * 3) as rows:
+            rows.loss(models[0](batch.flatten(0, 1)).square().mean(1)).backward()
+        for task, x in zip("ab", batch, strict=True):
+            with optimizers[1].task(task, samples=3):
+                models[1](x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    pairs = list(zip(models[0].parameters(), models[1].parameters(), strict=True))
+    for mine, wanted in pairs:
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-9)
+    moved = [not torch.equal(old, new) for old, new in zip(before, models[0].parameters(), strict=True)]
+    assert any(moved)
