@@ -642,14 +642,17 @@ class GemsOptimizer(Optimizer):
         """Follow a model that was converted or moved since (``model.to(...)``), before or after the first step.
 
         Raises:
-            RuntimeError: gradients were captured before it.
+            RuntimeError: gradients were captured before it, or a parameter has another shape.
         """
+        resized = self._adopted.resized()
+        if resized:
+            self._follow_sizes(resized)
         changed = self._adopted.converted()
         if not changed:
             return
         self._intake.forget_skipped()
         if self._intake.held:
-            first, (dtype, device, _) = next(iter(changed.items()))
+            first, (dtype, device, *_) = next(iter(changed.items()))
             raise RuntimeError(
                 f"{self._layout.name(first)} is {first.dtype} on {first.device} now, it was {dtype} on {device} when "
                 "gradients were captured: convert the model between step() and the next backward pass, or call "
@@ -665,6 +668,21 @@ class GemsOptimizer(Optimizer):
             if layer is not None:
                 self._intake.fused.convert(layer)
         self._bank.forget_directions()
+
+    def _follow_sizes(self, resized: Mapping[Tensor, torch.Size]) -> None:
+        """Leave parameters alone of which nothing is kept; raise a RuntimeError for others."""
+        for parameter, before in resized.items():
+            state = self.state.get(parameter, {}).values()
+            kept = any(isinstance(each, Tensor) and each.numel() > 1 for each in state)
+            if kept or parameter in self._blocks.layers or self._layout.guard.knows(parameter):
+                raise RuntimeError(
+                    f"{self._layout.name(parameter)} has the shape {tuple(parameter.shape)} now, it had "
+                    f"{tuple(before)} when the optimizer was built, and bases and state are of that: resize the model "
+                    "(resize_token_embeddings) before the optimizer is built, or call optimizer.close() and build a "
+                    "new one"
+                )
+            self._adopted.follow(parameter)
+        self._adopted.follow_sizes()
 
     @_ordinary_tensors()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

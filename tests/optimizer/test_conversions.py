@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,47 @@ def test_a_model_that_moves_to_the_device_and_back(after, base):
     train(still, second, 4, start=after)
     for moved, wanted in zip(model.parameters(), still.parameters(), strict=True):
         torch.testing.assert_close(moved, wanted, rtol=1e-2, atol=1e-3)
+
+
+def grown(parameter: torch.Tensor) -> None:
+    """Six more rows in place, as transformers' ``resize_token_embeddings`` has it."""
+    parameter.data = torch.cat([parameter.data, parameter.data[:6]])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", ["0.weight", "2.weight", "2.bias"])
+@pytest.mark.parametrize("capture", ["fused", "generic"])
+def test_another_shape_is_refused_with_both(device, capture, name, steps):
+    model = model_of(device)
+    optimizer = gems(model, base=torch.optim.AdamW(model.parameters(), lr=1e-2), capture=capture)
+    train(model, optimizer, steps)
+    before = weights_of(model)
+    wanted = dict(model.named_parameters())[name]
+    old = tuple(wanted.shape)
+    grown(wanted)
+    new = tuple(wanted.shape)
+    says = re.escape(f"{name} has the shape {new} now, it had {old} when the optimizer was built")
+    for act in (lambda: optimizer.task(TASKS[0]).__enter__(), optimizer.step):
+        with pytest.raises(RuntimeError, match=f"{says}.*build a new one"):
+            act()
+    wanted.data = wanted.data[: old[0]].clone()
+    assert same(before, weights_of(model)), "nothing was changed"
+    train(model, optimizer, 1)
+
+
+def test_another_shape_of_what_the_base_optimizer_keeps_nothing_of_is_its_own(device):
+    """As `torch.optim.SGD` alone takes it."""
+    models = [nn.Sequential(nn.Embedding(10, 12), nn.Linear(12, 8)).to(device) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        base = torch.optim.SGD(model.parameters(), lr=1e-2)
+        optimizer = gems(model, base=base, rank=4)
+        if model is models[0]:
+            grown(model[0].weight)
+        for _ in range(2):
+            with optimizer.task(TASKS[0]):
+                model(torch.arange(10, device=device)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(models[0][0].weight[:10], models[1][0].weight)
+    torch.testing.assert_close(models[0][1].weight, models[1][1].weight)
