@@ -5,7 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +196,19 @@ class Layout:
         # A backward pass takes m n products for each row of the whole gradient, c (m + n) for each of its sketch.
         m, n = layer.whole_shape
         return layer.sketch_size * (m + n) < m * n
+
+    def refuse_mixed(self) -> NoReturn:
+        """Raise a ValueError: no layer can tell the rows of a batch apart."""
+        if self._model is not None and self._capture == "fused":
+            raise ValueError(
+                "mixed(...) needs layers that tell the rows of a batch apart, and none that is trained and decomposed "
+                "is a plain linear one (torch.nn.Linear or transformers' Conv1D, with that class's forward pass): "
+                "train such a layer, use one task, or call optimizer.task() for each task in a loop of your own"
+            )
+        raise ValueError(
+            'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
+            "the layers can tell the rows apart: pass them, or use task() for each task"
+        )
 
     @functools.cached_property
     def _replicates(self) -> bool:

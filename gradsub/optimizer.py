@@ -261,7 +261,8 @@ class GemsOptimizer(Optimizer):
         self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
         parameters: list[Tensor] = []
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name, parameters)
-        self._intake = Intake(self._bank, self._exchange, self._layout.name, parameters, bool(self.tasks))
+        whole = capture == "fused"
+        self._intake = Intake(self._bank, self._exchange, self._layout.name, parameters, bool(self.tasks), whole)
         probes = Probes(base)
         found = [self._lay_out(base, probes, position) for position in range(len(self.param_groups))]
         check_group_count(self.param_groups, [layers for layers, _ in found], base, probes)
@@ -374,10 +375,7 @@ class GemsOptimizer(Optimizer):
                 number of rows that none of them has, or a decomposed weight's gradient comes from elsewhere.
         """
         if not self._intake.fused:
-            raise ValueError(
-                'mixed(...) needs model= and layers large enough for the fused capture, or capture="fused", so that '
-                "the layers can tell the rows apart: pass them, or use task() for each task"
-            )
+            self._layout.refuse_mixed()
         self._follow_conversions()
         if samples is not None:
             samples = {str.__str__(name): count for name, count in samples.items()}

@@ -18,7 +18,7 @@ from gradsub._layout import Layout
 from gradsub._state import INNER, group_parameters, is_weighing, loaded_inner, take_shards
 from gradsub.inner import Inner
 from gradsub.subspace import SKETCHES, Layer, Protected, SubspaceBank, is_distributed, orthonormality
-from gradsub.update import ANCHOR, FREE, PENDING_DECAY, PROTECTED
+from gradsub.update import ANCHOR, FREE, MASTER, PENDING_DECAY, PROTECTED
 
 NULL_SPACE = frozenset({ANCHOR, FREE, PROTECTED})
 
@@ -75,6 +75,7 @@ class StateDictReader:
             ValueError: naming the parameter, or the group, the key, what was found and what was expected.
         """
         order = check_structure(saved, self._groups)
+        _check_origin(saved["state"])
         saved = take_shards(saved, self._groups, self._layers)
         groups = [
             self._options(position, theirs, ours)
@@ -314,6 +315,19 @@ class StateDictReader:
                 raise ValueError(
                     f"state_dict: {key!r} of {name} is {float(value):g}, but the layer took {taken:g} steps"
                 )
+
+
+def _check_origin(state: Mapping[Any, Any]) -> None:
+    """Raise a ValueError if another optimizer wrote it: a `GemsOptimizer` marks what is its base optimizer's."""
+    keys = {key for entry in state.values() for key in entry if isinstance(key, str)}
+    own = NULL_SPACE | SKETCHES | {PENDING_DECAY, MASTER, "basis"}
+    if any(key in own or key.startswith(INNER) or is_weighing(key) for key in keys) or not keys:
+        return
+    raise ValueError(
+        f"state_dict: it is a checkpoint of another optimizer, whose state is {sorted(keys)}; that of a GemsOptimizer "
+        f"has bases, and the base optimizer's state under keys that begin with {INNER!r}. Load the model's weights of "
+        "that checkpoint, and begin with a new state of the optimizer"
+    )
 
 
 def _difference(missing: set[str] | frozenset[str], extra: set[str]) -> str:

@@ -235,6 +235,29 @@ class TestMixedRefuses:
         with pytest.raises(ValueError, match='capture="fused"'), gems(model_of(WIDTHS), capture="generic").mixed(["a"]):
             pass
 
+    def test_a_model_without_plain_linear_layers(self):
+        """What was given is not advised."""
+
+        class Own(torch.nn.Linear):
+            def forward(self, x):
+                return x @ self.weight.mT
+
+        model = torch.nn.Sequential(Own(20, 12, bias=False).double())
+        with pytest.warns(UserWarning, match="does not have a plain linear layer's forward pass"):
+            optimizer = gems(model)
+        with pytest.raises(ValueError, match=r"none that is trained .* is a plain linear one") as refused:
+            optimizer.mixed(["a"]).__enter__()
+        assert "capture=" not in str(refused.value)
+
+    @pytest.mark.parametrize("capture", ["auto", "fused"])
+    def test_a_weight_that_a_function_takes(self, capture):
+        model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 300)).double()
+        optimizer = gems(model, capture=capture)
+        x = torch.randn(2, 300, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match="leave it out of target_modules") as refused, optimizer.mixed("ab"):
+            (model[0](x) @ model[1].weight).sum().backward()
+        assert ("capture=" in str(refused.value)) == (capture == "auto")
+
     @pytest.mark.parametrize(("ids", "match"), [([], "empty"), (["x"], "'x'"), ([3], "3"), ([True], "True")])
     def test_task_ids(self, ids, match):
         with pytest.raises(ValueError, match=match), gems(model_of(WIDTHS)).mixed(ids):

@@ -199,3 +199,15 @@ def test_a_trainer_that_compiles_has_as_few_graphs(tmp_path: Path) -> None:
     options["train_sampling_strategy"] = "sequential"  # other numbers of rows are other graphs
     train(tmp_path, Ragged(32), {**GEMS, "refresh": "sketch"}, **options)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:none of the layers that target_modules names:UserWarning")
+def test_several_tasks_without_a_trained_linear_layer_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """The vectors of IA3; there are neither matrices nor layers that could tell rows apart."""
+    from peft import IA3Config, get_peft_model
+
+    adapted = get_peft_model(build_model(), IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    trainer = Remembering(adapted, arguments(tmp_path), train_dataset=Ragged(), gems=GEMS)
+    with pytest.raises(ValueError, match=r"none that is trained .* is a plain linear one .* use one task"):
+        trainer.train()

@@ -468,3 +468,14 @@ def test_trained_gates_survive_any_finite_memory(device, number):
     optimizer.load_state_dict(saved)
     train(model, optimizer, 3, start=2)
     assert all(bool(value.isfinite().all()) for value in weights_of(model))
+
+
+@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_a_checkpoint_of_another_optimizer_is_refused_as_one(device, base):
+    model = mlp((12, 16, 8), device=device)
+    plain = base(model.parameters())
+    model(torch.randn(4, 12, device=device)).square().mean().backward()
+    plain.step()
+    optimizer = gems(model, base=base(model.parameters()))
+    with pytest.raises(ValueError, match="it is a checkpoint of another optimizer, whose state is"):
+        optimizer.load_state_dict(plain.state_dict())
