@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -15,5 +16,7 @@ def check_kind(argument: str, value: object, kind: Any, what: str) -> None:
         kind: as `isinstance` takes it.
         what: the kind in words, after "must be".
     """
-    if not isinstance(value, kind):
+    # What has places alone, such as a data set, can be run through as well.
+    fits = isinstance(value, kind) or (kind is Iterable and hasattr(value, "__getitem__"))
+    if not fits:
         raise TypeError(f"{argument}={reprlib.repr(value)} ({type(value).__name__}) must be {what}")

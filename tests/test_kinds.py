@@ -36,6 +36,12 @@ def in_mixed(task_ids=("a",), **given):
         pass
 
 
+def test_what_has_places_can_be_run_through():
+    """As a data set of torch's can, which is no iterable by its class."""
+    places = torch.utils.data.Subset([X, X, X], [0, 1])
+    assert NullSpace().collect(layer(), places).tokens("") == 18
+
+
 CALLS = {
     "NullSpace energy": lambda wrong: NullSpace(energy=wrong),
     "NullSpace threshold": lambda wrong: NullSpace(threshold=wrong),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,21 +26,18 @@ class Opening:
     Attributes:
         tasks: as indices.
         tray: of the task, if one is open to which all rows belong and nothing but projections is wanted.
-        segments: by the layer's row in its block, the tasks' parts of the batch; None while no task is open, or where
-            autograd's own gradient is wanted.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
     """
 
     tasks: tuple[int, ...] = ()
     tray: Tray | None = None
-    segments: Mapping[int, tuple[Segment, ...]] | None = None
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
 
     def close(self) -> None:
         """No task is open any more."""
-        self.tasks, self.tray, self.segments, self.whole, self.layouts = (), None, None, False, ()
+        self.tasks, self.tray, self.whole, self.layouts = (), None, False, ()
 
 
 @dataclass(eq=False)
@@ -54,6 +50,7 @@ class Slot:
         probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
             of the weight's where the whole gradient may be asked for. Their gradients are what is captured.
         opening: what is open.
+        segments: the tasks' parts of the batch, while a task is open; not where autograd's own gradient is wanted.
         computed_in: the format of the last forward pass, for what is left in the probes.
     """
 
@@ -61,6 +58,7 @@ class Slot:
     orientation: Orientation
     probes: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     opening: Opening = field(default_factory=Opening)
+    segments: tuple[Segment, ...] = ()
     computed_in: torch.dtype | None = None
 
     @property
@@ -71,7 +69,7 @@ class Slot:
     @property
     def opened(self) -> bool:
         """Whether a task is open."""
-        return self.opening.whole or self.opening.segments is not None
+        return bool(self.opening.tasks)
 
     def check_open(self, task: int) -> None:
         """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
@@ -102,8 +100,7 @@ class Slot:
 
     def segments_if(self, x: Tensor) -> tuple[Segment, ...] | None:
         """The same; None if nobody has said whose its rows are."""
-        assert self.opening.segments is not None
-        segments, layouts = self.opening.segments[self.layer.row], self.opening.layouts
+        segments, layouts = self.segments, self.opening.layouts
         if not layouts:
             return segments
         for length, rows in layouts:
@@ -271,7 +268,7 @@ class _Opened:
         if sum(slot.opened for slot in self._slots) > 1:
             return None
         for slot in self._slots:
-            if slot.opening.segments is not None:
+            if slot.opened and not slot.opening.whole:
                 return [
                     (segment, start + 2 * task + (segment.basis is None), start + 2 * task + 1)
                     for task, segment in zip(slot.opening.tasks, slot.segments_of(x), strict=True)

@@ -150,19 +150,19 @@ class FusedCapture:
         for group in self._by_block():
             dues, tray = self._open_block(group.block, tasks, alone)
             opening, ordinary = group.opening, all(due is None for due in dues)
+            self._opened.append(opening)  # first: it is closed again if there is no memory for the rest
             opening.tasks, opening.tray, opening.layouts = tasks, tray, layouts
-            if tray is not None:
-                opening.segments = self._ready(tray, group)
-            elif ordinary:
-                opening.segments = {slot.layer.row: self._segments(slot, tasks, dues) for slot in group.slots}
-            self._opened.append(opening)
-            for slot in () if ordinary else group.slots:
-                if tray is None or dues[0][slot.layer.row]:
-                    segments = self._segments(slot, tasks, dues)
+            if tray is not None and ordinary:
+                for slot, segments in zip(group.slots, self._ready(tray, group), strict=True):
+                    slot.segments = segments
+                continue
+            for slot in group.slots:
+                slot.segments = tuple(self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True))
+                if not ordinary and (tray is None or dues[0][slot.layer.row]):
                     # The whole gradient of a single task is what autograd computes anyway.
-                    whole = not layouts and any(segment.basis is None for segment in segments)
+                    whole = not layouts and any(segment.basis is None for segment in slot.segments)
                     self._apart.append((slot, slot.opening))
-                    slot.opening = Opening(tasks, None, None if whole else {slot.layer.row: segments}, whole, layouts)
+                    slot.opening = Opening(tasks, None, whole, layouts)
 
     def _by_block(self) -> list[_Group]:
         if not all(group.current for group in self._groups):
@@ -177,12 +177,11 @@ class FusedCapture:
                     slot.opening = group.opening
         return self._groups
 
-    def _ready(self, tray: Tray, group: _Group) -> Mapping[int, tuple[Segment, ...]]:
+    def _ready(self, tray: Tray, group: _Group) -> Sequence[tuple[Segment, ...]]:
         """The segments where nothing but projections is wanted; made once after each change of the bases."""
         joint = tray.block.joint(tray.task, tray.block.first.dtype)
         if tray.ready is None or tray.ready[0] is not joint or tray.ready[1] is not group:
-            segments = {slot.layer.row: (self._segment(slot, tray.task, None),) for slot in group.slots}
-            tray.ready = joint, group, segments
+            tray.ready = joint, group, [(self._segment(slot, tray.task, None),) for slot in group.slots]
         return tray.ready[2]
 
     def _open_block(self, block: Block, tasks: Sequence[int], alone: bool) -> tuple[list[Any], Tray | None]:
@@ -196,9 +195,6 @@ class FusedCapture:
             tray = self._trays[key]
             tray.opened = True
         return [self._bank.due_for(block, task) for task in tasks], tray
-
-    def _segments(self, slot: Slot, tasks: Sequence[int], dues: Sequence[Any]) -> tuple[Segment, ...]:
-        return tuple(self._segment(slot, task, due) for task, due in zip(tasks, dues, strict=True))
 
     def _segment(self, slot: Slot, task: int, due: Any) -> Segment:
         layer = slot.layer
@@ -221,7 +217,7 @@ class FusedCapture:
                 tray.opened = False
                 tray.take()  # what could not be delivered is of no later task
             for slot, usual in self._apart:
-                slot.opening = usual
+                slot.opening, slot.segments = usual, ()
             for opening in self._opened:
                 opening.close()
             self._parts, self._apart, self._opened = [], [], []

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Tray:
         self.opened = False
         self.formats: set[torch.dtype] = set()
         self.witness = torch.zeros((), dtype=self.block.first.dtype, device=self.block.device, requires_grad=True)
-        self.ready: tuple[Tensor, Any, Mapping[int, Any]] | None = None
+        self.ready: tuple[Tensor, Any, Sequence[Any]] | None = None
         self._known: tuple[Any, Any, int, Sequence[Tensor]] = (None, None, 0, ())
         self._stack: Tensor | None = None
         self._rows: Sequence[Tensor] = ()

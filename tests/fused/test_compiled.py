@@ -48,6 +48,22 @@ def test_at_most_three_graphs_over_any_number_of_refreshes(device, refresh):
             torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
 
 
+def test_layers_of_one_shape_that_are_compiled_one_by_one_share_their_graphs(device):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(10))).to(device)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = GemsOptimizer(base, tasks=("a",), rank=2, model=model, capture="fused", refresh="sketch")
+    for layer in model:
+        layer.compile(backend="eager", fullgraph=True)
+    for step in range(4):
+        with optimizer.task("a"):
+            model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(device)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 class Model(nn.Module):
     """Of a class of its own: of torch's, such as `nn.Sequential`, torch compiles no forward pass in place."""
 

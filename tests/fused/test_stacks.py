@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 
@@ -15,6 +16,7 @@ from torch.nn.utils import parametrize, prune
 from gradsub import NullSpace
 from gradsub.capture import Captured
 from gradsub.capture._tray import tasks_side_by_side
+from gradsub.subspace import Block
 
 from .worlds import flat, gems, model_of, null_space_of, train
 
@@ -190,6 +192,28 @@ def test_a_task_that_is_opened_again_before_the_step_adds_to_what_it_left(blocks
             optimizer.zero_grad()
         found.append(flat(model))
     torch.testing.assert_close(*found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("late", [0, 1, 2])
+def test_a_task_that_cannot_open_is_not_half_open(late, monkeypatch):
+    """Out of memory: what follows outside of any task is of none."""
+    model = model_of((8, 8, 8, 12), bias=False)
+    optimizer = gems(model, tasks=TASKS, rank=3)
+    train(model, optimizer, 2)
+    joint, calls = Block.joint, []
+
+    def fails(self, *given):
+        calls.append(self)
+        if len(calls) > late:
+            raise torch.OutOfMemoryError("none left")
+        return joint(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Block, "joint", fails)
+        with contextlib.suppress(torch.OutOfMemoryError), optimizer.task("a"):
+            pass
+    model(input_of(0, 8)).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("axis", [0, 1])
