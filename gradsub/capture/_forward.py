@@ -26,18 +26,21 @@ class Opening:
     Attributes:
         tasks: as indices.
         tray: of the task, if one is open to which all rows belong and nothing but projections is wanted.
+        projects: a task is open and wants projections; ``tasks`` says so too, but torch.compile would make a graph for
+            each of them.
         whole: a task is open and wants autograd's own gradient.
         layouts: of a batch of several tasks: by the length of an input's first axis, the rows of each segment.
     """
 
     tasks: tuple[int, ...] = ()
     tray: Tray | None = None
+    projects: bool = False
     whole: bool = False
     layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
 
     def close(self) -> None:
         """No task is open any more."""
-        self.tasks, self.tray, self.whole, self.layouts = (), None, False, ()
+        self.tasks, self.tray, self.projects, self.whole, self.layouts = (), None, False, False, ()
 
 
 @dataclass(eq=False)
@@ -69,7 +72,7 @@ class Slot:
     @property
     def opened(self) -> bool:
         """Whether a task is open."""
-        return bool(self.opening.tasks)
+        return self.opening.projects or self.opening.whole
 
     def check_open(self, task: int) -> None:
         """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
@@ -268,7 +271,7 @@ class _Opened:
         if sum(slot.opened for slot in self._slots) > 1:
             return None
         for slot in self._slots:
-            if slot.opened and not slot.opening.whole:
+            if slot.opening.projects:
                 return [
                     (segment, start + 2 * task + (segment.basis is None), start + 2 * task + 1)
                     for task, segment in zip(slot.opening.tasks, slot.segments_of(x), strict=True)

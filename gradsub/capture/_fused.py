@@ -151,7 +151,7 @@ class FusedCapture:
             dues, tray = self._open_block(group.block, tasks, alone)
             opening, ordinary = group.opening, all(due is None for due in dues)
             self._opened.append(opening)  # first: it is closed again if there is no memory for the rest
-            opening.tasks, opening.tray, opening.layouts = tasks, tray, layouts
+            opening.tasks, opening.tray, opening.projects, opening.layouts = tasks, tray, True, layouts
             if tray is not None and ordinary:
                 for slot, segments in zip(group.slots, self._ready(tray, group), strict=True):
                     slot.segments = segments
@@ -162,7 +162,7 @@ class FusedCapture:
                     # The whole gradient of a single task is what autograd computes anyway.
                     whole = not layouts and any(segment.basis is None for segment in slot.segments)
                     self._apart.append((slot, slot.opening))
-                    slot.opening = Opening(tasks, None, whole, layouts)
+                    slot.opening = Opening(tasks, None, not whole, whole, layouts)
 
     def _by_block(self) -> list[_Group]:
         if not all(group.current for group in self._groups):

@@ -48,6 +48,7 @@ def test_at_most_three_graphs_over_any_number_of_refreshes(device, refresh):
             torch.testing.assert_close(mine, wanted, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at that of what a layer is given
 def test_layers_of_one_shape_that_are_compiled_one_by_one_share_their_graphs(device):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
