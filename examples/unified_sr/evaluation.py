@@ -154,6 +154,9 @@ class Evaluator:
             ranker: the model.
             examples: of one task.
             progress: is called with the number of examples done in each batch.
+
+        Raises:
+            FloatingPointError: if a score is NaN or infinite, as after a last step that diverged.
         """
         ranker.eval()
         return rank_catalogue(
@@ -173,4 +176,9 @@ class Evaluator:
             targets = [examples[index].target for index in bucket]
             with self.precision.context():
                 scores = ranker(self.collate([prompts[index] for index in bucket], targets)).cpu()
+            if not bool(torch.isfinite(scores).all()):
+                raise FloatingPointError(
+                    "the scores after training are NaN or infinite: its last steps diverged. Lower training.lr and "
+                    "training.item_lr, or set model.autocast=none"
+                )
             yield bucket, scores

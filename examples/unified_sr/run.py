@@ -152,7 +152,7 @@ def _run(
 
     def measure() -> ZeroShot:
         nonlocal after
-        with clock.phase(BEFORE):
+        with clock.phase(BEFORE), _untrained():
             after = parts.measure("zero-shot")
         return ZeroShot.of(after, clock.seconds[BEFORE])
 
@@ -226,11 +226,22 @@ def _run(
     return folder
 
 
+@contextmanager
+def _untrained() -> Iterator[None]:
+    """Scores that are no numbers are no training that diverged where nothing was trained yet."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise ValueError(
+            "the scores of the intact model are NaN or infinite: look at its weights, or set model.autocast=none"
+        ) from error
+
+
 def _measure_unseen(
     unseen: Parts, before: ZeroShot, clock: Clock, measured: Shared | None, say: Callable[[str], None]
 ) -> ZeroShot:
     def measure() -> ZeroShot:
-        with clock.phase(UNSEEN_BEFORE):
+        with clock.phase(UNSEEN_BEFORE), _untrained():
             results = unseen.ranked(unseen.evaluated, "zero-shot, test")
         return before.on(results, clock.seconds[UNSEEN_BEFORE])
 

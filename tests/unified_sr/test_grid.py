@@ -16,9 +16,11 @@ import yaml
 from run_files import GOOD, write_run
 
 from examples.unified_sr.cli import main
-from examples.unified_sr.config import read_config
+from examples.unified_sr.config import read_config, resolve
 from examples.unified_sr.grid import read_grid, run_grid
 from examples.unified_sr.grid._forecast import Forecast
+from examples.unified_sr.parts import Parts
+from examples.unified_sr.run import run
 from examples.unified_sr.tables import gather
 
 SMALL = {
@@ -266,6 +268,32 @@ def test_a_run_that_diverges_is_not_tried_again(
         assert "Lower training.lr and training.item_lr" in capfd.readouterr().err
         size = log.stat().st_size
     assert log.stat().st_size == size
+
+
+@pytest.mark.parametrize(
+    "settings", [{"training.steps": 1}, {"training.epochs": 1, "training.early_stop": 1, "training.batch_size": 400}]
+)
+def test_a_last_step_that_diverges_is_one_that_does(
+    settings: dict[str, Any], llama_folder: str, data_folder: str, tmp_path: Path
+) -> None:
+    """No later loss tells of it; the scores do."""
+    wild = {"name": "wild", "method": "adamw", "settings": {"training.lr": 1e30, "training.warmup": 0.0, **settings}}
+    assert main(command(tmp_path, llama_folder, data_folder, methods=[wild], seeds=[0])) == 1
+    said = (tmp_path / "out/shop/wild/seed-0/diverged.txt").read_text(encoding="utf-8")
+    assert said.startswith("the scores after training are NaN or infinite")
+    assert "ower training.lr and training.item_lr" in said
+
+
+def test_an_intact_model_without_scores_did_not_diverge(
+    llama_folder: str, data_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_number(*arguments: Any) -> Any:
+        raise FloatingPointError
+
+    monkeypatch.setattr(Parts, "measure", no_number)
+    flags = {"method.name": "zero-shot", "model.name": llama_folder, "data.source": data_folder}
+    with pytest.raises(ValueError, match="the scores of the intact model are NaN or infinite"):
+        run(resolve(pairs=["data.min_user_events=3"], flags=flags), tmp_path / "run", lambda line: None)
 
 
 @pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a fork server")
