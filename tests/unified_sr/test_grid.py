@@ -257,6 +257,23 @@ def test_a_failure_stops_only_what_depends_on_it(
     assert (tmp_path / "out" / "shop" / "bm25" / "seed-0" / "report.md").is_file()
 
 
+def test_what_cannot_be_planned_is_a_failure_of_its_own(
+    llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With what the first run took, the others are estimated: early_stop counts epochs, and there is no such folder."""
+    fixed = {"method": "adamw", "rates": [], "settings": {"training.steps": 1}}
+    wrong = {**fixed, "name": "wrong", "settings": {"training.steps": 1, "training.early_stop": 2}}
+    more, methods = ("--data", f"gone={tmp_path / 'none'}"), [{**fixed, "name": "a"}, wrong, "bm25"]
+    line = command(tmp_path, llama_folder, data_folder, *more, methods=methods, seeds=[0])
+    for _ in range(2):  # the second time the estimate comes before all runs
+        assert main(line) == 1
+        out, err = capfd.readouterr()
+        assert "2 runs finished, 4 failed" in out
+        assert "failed: shop/wrong/seed-0: ValueError: training.early_stop=2 counts epochs" in err
+        assert re.search(r"failed: gone/a/seed-0: \w+: .*none", err)
+    assert "time for the 4 runs left: about 0 s, an estimate" in out
+
+
 def test_a_run_that_diverges_is_not_tried_again(
     llama_folder: str, data_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -112,7 +112,7 @@ class Forecast:
         return math.nan if cost is None else cost.fixed + cost.per_step
 
     def seconds(self, job: Job) -> float:
-        """Estimate how long a run takes; NaN as long as nothing of the kind was measured.
+        """Estimate how long a run takes; NaN as long as nothing of the kind was measured, nothing if it cannot be planned.
 
         What the same method took on the same data counts first, then what any took on that data, then anything. For a
         run that trains only those that did count: zero-shot tells nothing about a step. A method without a language
@@ -124,6 +124,12 @@ class Forecast:
         cost = self._typical(job)
         if cost is None:
             return math.nan
+        try:
+            return self._of_cost(job, cost)
+        except (ValueError, OSError, ImportError):
+            return 0.0  # its data or plan is wrong: it fails as soon as it begins, and says why
+
+    def _of_cost(self, job: Job, cost: Cost) -> float:
         settings = job.settings()
         dataset = self.dataset(settings)
         split = dataset.valid if settings.evaluation.split == "valid" else dataset.test
