@@ -37,7 +37,6 @@ class EarlyStopping:
 
         Raises:
             OSError: if the weights cannot be written.
-            ValueError: if those that were kept before this process are not of the best epoch.
         """
         best = best_epoch(values)
         if best == len(values):
@@ -46,12 +45,16 @@ class EarlyStopping:
                 write_whole(self.path, content, f"weights of epoch {best}")
             self._kept = best, values[-1]
         elif self._kept is None:
-            self._read(best, values[best - 1])
+            # An attempt that was killed may have kept a later epoch, which is trained again; the end checks the file.
             self._kept = best, values[best - 1]
         return len(values) - best >= self.patience
 
     def restore_best(self, model: nn.Module) -> None:
-        """Give the model the best weights."""
+        """Give the model the best weights.
+
+        Raises:
+            ValueError: if those that were kept before this process are not of the best epoch.
+        """
         current().wait()
         assert self._kept is not None
         put_back(model, self._read(*self._kept))

@@ -161,10 +161,18 @@ def test_the_best_weights_are_those_of_the_best_epoch_or_none(tmp_path: Path) ->
     resumed.restore_best(model)
     assert model.weight.item() == 1.0
     epoch(killed, [0.3, 0.29, 0.31], 4.0)  # and is killed before its next checkpoint
+    same = EarlyStopping(path, 5, lambda: 0.0)
+    epoch(same, [0.3, 0.29], 2.0)
+    epoch(same, [0.3, 0.29, 0.31], 4.0)
+    epoch(same, [0.3, 0.29, 0.31, 0.1], 5.0)
+    same.restore_best(model)
+    assert model.weight.item() == 4.0
+    other = EarlyStopping(path, 5, lambda: 0.0)
+    epoch(other, [0.3, 0.29, 0.299], 5.0)
     with pytest.raises(
         ValueError, match=r"the weights of epoch 3 with the value 0.31, but the best one is epoch 1 with"
     ):
-        epoch(EarlyStopping(path, 5, lambda: 0.0), [0.3, 0.29, 0.299], 5.0)
+        other.restore_best(model)
 
 
 def test_a_folder_at_which_another_process_is_is_refused_until_that_dies(

@@ -112,7 +112,7 @@ class Forecast:
         return math.nan if cost is None else cost.fixed + cost.per_step
 
     def seconds(self, job: Job) -> float:
-        """Estimate how long a run takes; NaN as long as nothing of the kind was measured, nothing if it cannot be planned.
+        """Estimate how long a run takes; NaN until something of the kind was measured, nothing if it cannot be planned.
 
         What the same method took on the same data counts first, then what any took on that data, then anything. For a
         run that trains only those that did count: zero-shot tells nothing about a step. A method without a language
