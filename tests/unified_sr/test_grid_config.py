@@ -173,6 +173,20 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("gmes: {method.rank: 2}", r"there is no method 'gmes'; .*\(settings\.methods\.gmes of the grid\)"),
+        ("galore: {method.rnak: 2}", r"no setting 'method\.rnak'.* did you mean method\.rank.*methods\.galore"),
+    ],
+)
+def test_a_section_of_a_method_is_checked_though_no_run_takes_it(section: str, message: str, tmp_path: Path) -> None:
+    text = f"data: {{films: movielens-100k}}\nsettings: {{methods: {{{section}}}}}\nmethods: [adamw]\n"
+    grid = read_grid(written(tmp_path, text))
+    with pytest.raises(ValueError, match=message):
+        list_jobs(grid)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("seeds: [3, 1]", "seeds: 3", "seeds of .* must be a valid list, got 3"),

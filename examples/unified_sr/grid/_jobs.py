@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checking import build_settings, changed
-from ..config import differences, merged, read_config, section_of
+from ..config import SECTIONS, differences, merged, read_config, section_of
 from ..methods import method_named
 from ..run_folder import CONFIG, RunFolder, State
 from ..settings import Settings
@@ -131,8 +131,13 @@ def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
         only: patterns, see ``matching``; trials of a run that matches belong to it. Without any, all runs are listed.
 
     Raises:
-        ValueError: if a method is unknown, or nothing matches.
+        ValueError: if a method is unknown, a section for one is wrong, or nothing matches.
     """
+    for name, section in grid.sections.items():
+        try:
+            build_settings(name, section)
+        except ValueError as error:
+            raise ValueError(f"{error} (settings.{SECTIONS}.{name} of the grid)") from error
     jobs: dict[str, Job] = {}
     names: list[str] = []
     for turn in range(max(len(entry.seeds) for entry in grid.entries)):
