@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import write_text_whole
 from .config import differences, read_config, to_yaml
 from .evaluation import TaskResult
 from .settings import Settings
@@ -24,7 +25,7 @@ BEFORE, AFTER = "zero-shot evaluation", "final evaluation"
 
 
 PARTIAL = ".partial"
-"""Behind the name of a folder that is being filled; one that is left over is no run."""
+"""Behind the name of a folder or file that is being filled; one that is left over is no run."""
 
 
 @contextlib.contextmanager
@@ -64,8 +65,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileExistsError(f"the output {str(self.path)!r} is a file; pass a folder with --out")
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return State.NEW
+        if not self.path.exists() or all(file.suffix == PARTIAL for file in self.path.iterdir()):
+            return State.NEW  # or what one left that was killed as it began
         if not (self.path / CONFIG).is_file():
             raise FileExistsError(
                 f"the output folder {str(self.path)!r} is not empty and holds no run (no {CONFIG}); pass another "
@@ -94,7 +95,8 @@ class RunFolder:
         # What an interrupted run left would otherwise pass for this run's.
         for name in (DONE, METRICS, SAMPLED):
             self.file(name).unlink(missing_ok=True)
-        self.file(CONFIG).write_text(to_yaml(settings), encoding="utf-8")
+        if not self.file(CONFIG).is_file():  # ``check`` has compared it otherwise
+            write_text_whole(self.file(CONFIG), to_yaml(settings).rstrip("\n"))
         self.write_json(ENVIRONMENT, environment)
 
     def write_json(self, name: str, content: Any) -> None:

@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from unified_sr.trec_files import evaluate_files
 
 from examples.unified_sr.cli import main
-from examples.unified_sr.config import read_config
+from examples.unified_sr.config import read_config, resolve, to_yaml
 from examples.unified_sr.methods import METHODS
 from examples.unified_sr.metrics import CUTOFFS
+from examples.unified_sr.run_folder import RunFolder, State
 
 NAMES = {f"{metric}@{k}" for metric in ("hit", "ndcg", "mrr", "map") for k in CUTOFFS}
 SMALL = [
@@ -163,10 +165,39 @@ def test_an_interrupted_run_goes_on(
     out = tmp_path / "run"
     line = arguments("zero-shot", llama_folder, data_folder, out)
     assert main(line) == 0
+    report = (out / "report.md").read_bytes()
     (out / "report.md").unlink()
+    written = (out / "config.yaml").stat().st_mtime_ns
     assert main(line) == 0
     assert "unfinished: it goes on" in capsys.readouterr().out
-    assert (out / "report.md").is_file()
+    assert (out / "report.md").read_text(encoding="utf-8").splitlines()[0] == report.decode().splitlines()[0]
+    assert (out / "config.yaml").stat().st_mtime_ns == written
+    assert not list(out.glob("*.partial"))
+
+
+def test_a_run_that_was_killed_as_it_wrote_its_settings_begins_anew(tmp_path: Path) -> None:
+    (tmp_path / "config.partial").write_text("method:\n  na", encoding="utf-8")
+    folder, settings = RunFolder(tmp_path), resolve()
+    assert folder.check(settings) is State.NEW
+    folder.start(settings, {})
+    assert folder.check(settings) is State.UNFINISHED
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == to_yaml(settings)
+
+
+def test_a_full_disk_leaves_no_report_that_marks_a_run_as_finished(
+    llama_folder: str, data_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(path: Path, text: str, **options: Any) -> int:
+        if path.name.startswith("report"):
+            path.write_bytes(text.encode()[:40])
+            raise OSError("no space left on the device")
+        return write_text(path, text, **options)
+
+    write_text, out = Path.write_text, tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", cut_off)
+        assert main(arguments("zero-shot", llama_folder, data_folder, out)) == 2
+    assert not RunFolder(out).finished
 
 
 def test_errors_are_one_line_and_write_nothing(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..checking import completed
+from ..checkpoint import write_text_whole
 from ..config import read_config
 from ..run_folder import CONFIG, DONE, ENVIRONMENT, RunFolder
 from ._plots import draw_plots
@@ -12,7 +14,7 @@ from ._table import change, markdown_table, perplexities, result_rows, result_ta
 
 def write_report(folder: RunFolder) -> None:
     """Draw the plots and write ``report.md`` of a run whose other files are all there."""
-    settings = read_config(folder.file(CONFIG))
+    settings = completed(read_config(folder.file(CONFIG)))
     summary: dict[str, Any] = folder.read_json("run.json")
     model = f" with {settings['model.name']}" if perplexities(folder) else ""
     sections = [
@@ -24,7 +26,7 @@ def write_report(folder: RunFolder) -> None:
         _cost(folder, settings, summary),
     ]
     # Written last: its presence marks the run as finished.
-    folder.file(DONE).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    write_text_whole(folder.file(DONE), "\n\n".join(sections))
 
 
 def _result(folder: RunFolder, settings: dict[str, Any], summary: dict[str, Any]) -> str:
