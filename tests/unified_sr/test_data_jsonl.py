@@ -188,6 +188,7 @@ def test_leave_one_out_ignores_the_split(tmp_path: Path) -> None:
         ("events", '{"user": "u0", "item": "i0"}', ["line 4", "'timestamp' is missing"]),
         ("events", '{"user": "u0", "item": "i0", "timestamp": "noon"}', ["line 4", "'timestamp' is 'noon'"]),
         ("events", '{"user": "u0", "item": "i0", "timestamp": NaN}', ["line 4", "finite"]),
+        ("events", f'{{"user": "u0", "item": "i0", "timestamp": {"9" * 400}}}', ["line 4", "finite"]),
         ("events", '{"user": "u0", "timestamp": 1}', ["line 4", "either 'item' or 'items'"]),
         ("events", '{"user": "u0", "item": "i0", "items": ["i1"], "timestamp": 1}', ["line 4", "not both"]),
         ("events", '{"user": "u0", "items": [], "timestamp": 1}', ["line 4", "one or more"]),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from run_files import BAD, FAIR, GOOD, write_run
 
-from examples.unified_sr.grid import Trial, _jobs, _select, choose, read_grid
+from examples.unified_sr.grid import Trial, _jobs, _select, choose, read_grid, run_grid
 from examples.unified_sr.grid._config import Selection
 from examples.unified_sr.grid._jobs import list_jobs, matching
 from examples.unified_sr.grid._select import choose_rate, next_rate
@@ -166,6 +166,8 @@ def test_names_are_looked_up_only_where_they_are_used(tmp_path: Path) -> None:
         list_jobs(grid)
     with pytest.raises(ValueError, match=r"--only nothing matches none of the runs films/zero-shot/seed-3"):
         list_jobs(grid, ["nothing"])
+    with pytest.raises(ValueError, match=r"--only none seed-9 matches none of the runs"):
+        list_jobs(grid, ["films/small/*", "none", "films/small/lr-0.01", "seed-9"])
     (job,) = list_jobs(grid, ["shop/zero-shot/seed-1"])
     with pytest.raises(ValueError, match="the data 'shop' has no source; pass --data shop=DIR"):
         job.settings()
@@ -205,6 +207,9 @@ def test_a_section_of_a_method_is_checked_though_no_run_takes_it(section: str, m
         ("{method.rank: 2}", "[rank]", "methods.small.settings of .* must be a mapping"),
         ("- lora", "- gems-no-null", r"hold \['gems-no-null'\] more than once"),
         ("- lora", "- {name: a/b, method: lora}", "needs a name that is text without '/'"),
+        ("- lora", "- {name: .., method: lora}", r"needs a name that is none of \., \.\., intact-model, .* got '\.\.'"),
+        ("shop: null", "intact-model: null", "needs a name that is none of .* got 'intact-model'"),
+        ("shop: null", ".: null", r"needs a name that is none of .* got '\.'"),
         ("- lora", "- {name: lora, rate: [1]}", "no key 'rate'; did you mean 'rates'?"),
         ("data: {films: movielens-100k, shop: null}", "data: [films]", "data of .* must be a mapping"),
         (
@@ -229,8 +234,16 @@ def test_what_is_wrong_with_a_file_is_named(old: str, new: str, message: str, tm
 
 def test_other_errors(tmp_path: Path) -> None:
     path = written(tmp_path)
+    (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="--data takes NAME=SOURCE"):
         read_grid(path, data=["shop"])
+    for name in (".", "..", "intact-model"):
+        with pytest.raises(ValueError, match="--data takes NAME=SOURCE"):
+            read_grid(path, data=[f"{name}=here"])
+    text = "data: {films: movielens-100k}\nmethods: [bm25]\n"
+    for grace in (math.nan, -1.0):
+        with pytest.raises(ValueError, match="grace must be a number of seconds of at least 0, got"):
+            run_grid(read_grid(written(tmp_path / "other", text)), tmp_path / "out", grace=grace)
     with pytest.raises(ValueError, match=r"--set of the grid .* cannot set 'data\.source'"):
         read_grid(path, pairs=["data.source=x"])
     with pytest.raises(ValueError, match=r"methods of .* must be a list of names and mappings, got None"):

@@ -71,9 +71,13 @@ class Record:
             ValueError: naming the place, the field and what was found.
         """
         value = self.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        try:
+            number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        except OverflowError:  # an integer beyond all floats
+            number = math.inf
+        if not math.isfinite(number):
             raise ValueError(f"{self.where}: {self._lacks(name)} a finite number")
-        return float(value)
+        return number
 
     def _lacks(self, name: str) -> str:
         found = f"{name!r} is {self.fields[name]!r}" if name in self.fields else f"the field {name!r} is missing"

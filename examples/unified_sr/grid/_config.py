@@ -18,6 +18,12 @@ from ..settings import Number, Section, flatten
 RESERVED = ("data.source", "method.name", "seed", "evaluation.split")
 """Settings that the grid itself gives to each run."""
 
+INTACT = "intact-model"
+"""The folder beside those of the data sets with what was measured of the model before training."""
+
+TAKEN = (".", "..", INTACT)
+"""Names of folders that are none of a data set or a method."""
+
 METRICS = [f"{name}@{k}" for name in ("hit", "ndcg", "mrr", "map") for k in CUTOFFS]
 
 
@@ -46,6 +52,8 @@ def _distinct(values: Sequence[Any]) -> Sequence[Any]:
 def _folder(name: str) -> str:
     if not name or "/" in name:
         raise ValueError(f"needs a name that is text without '/', got {name!r}")
+    if name in TAKEN:
+        raise ValueError(f"needs a name that is none of {', '.join(TAKEN)}, which are other folders, got {name!r}")
     return name
 
 
@@ -216,6 +224,9 @@ def _completed(entry: Entry, file: GridFile, where: str) -> Entry:
 def _sources(pairs: Iterable[str]) -> dict[str, str]:
     found = dict(pair.partition("=")[::2] for pair in pairs)
     for name, source in found.items():
-        if not name or not source or "/" in name:
-            raise ValueError(f"--data takes NAME=SOURCE, such as shop=data/shop, got {name!r} and {source!r}")
+        if not name or not source or "/" in name or name in TAKEN:
+            raise ValueError(
+                f"--data takes NAME=SOURCE, such as shop=data/shop, with a name that is none of {', '.join(TAKEN)}, "
+                f"got {name!r} and {source!r}"
+            )
     return found

@@ -131,7 +131,7 @@ def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
         only: patterns, see ``matching``; trials of a run that matches belong to it. Without any, all runs are listed.
 
     Raises:
-        ValueError: if a method is unknown, a section for one is wrong, or nothing matches.
+        ValueError: if a method is unknown, a section for one is wrong, or a pattern matches nothing.
     """
     for name, section in grid.sections.items():
         try:
@@ -153,8 +153,9 @@ def list_jobs(grid: Grid, only: Sequence[str] = ()) -> list[Job]:
                     rated = [main.trial(rate) for rate in entry.rates]
                     wanted = [trial for trial in rated if matching(trial.name, only) and trial in main.trials]
                 jobs.update({job.name: job for job in wanted if job.name not in jobs})
-    if not jobs:
-        raise ValueError(f"--only {' '.join(only)} matches none of the runs {', '.join(names)}")
+    unmatched = [pattern for pattern in only if not any(matching(name, [pattern]) for name in jobs)]
+    if unmatched:
+        raise ValueError(f"--only {' '.join(unmatched)} matches none of the runs {', '.join(names)}")
     return list(jobs.values())
 
 

@@ -21,7 +21,7 @@ from ..sealed import holds, unseal
 from ..settings import Settings
 from ..time_left import format_duration
 from ..zero_shot import Shared
-from ._config import Grid
+from ._config import INTACT, Grid
 from ._forecast import Forecast
 from ._jobs import Job, is_same_run, list_jobs, state_of
 from ._process import TICK, Running
@@ -30,9 +30,6 @@ from ._select import choose_rate, record_choice, trials_of
 
 GRACE = 60.0
 """Seconds that a run which is told to stop has for the step that is going on and its checkpoint."""
-
-INTACT = "intact-model"
-"""The folder beside those of the data sets with what was measured of the model before training."""
 
 Say = Callable[[str], None]
 
@@ -89,6 +86,8 @@ def run_grid(
         raise ValueError(f"jobs must be at least 1, got {parallel}")
     if deadline is not None and not deadline > 0:
         raise ValueError(f"deadline must be a number of seconds above 0, got {deadline}")
+    if not grace >= 0:
+        raise ValueError(f"grace must be a number of seconds of at least 0, got {grace}")
     end = math.inf if deadline is None else time.monotonic() + deadline
     out = Path(out)
     jobs = _with_further_trials(list_jobs(grid, only), out)
