@@ -31,7 +31,7 @@ def saying(what: str) -> Iterator[None]:
 def check_device(name: str) -> None:
     """Raise a ValueError unless numbers can be put on the device, and read there."""
     try:
-        torch.ones(1, device=name).item()
+        torch.ones(1, dtype=torch.float32, device=name).item()
     except (AssertionError, ImportError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"--device {name!r} cannot be used here ({reason}): leave it out for the CPU") from error

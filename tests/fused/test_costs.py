@@ -239,4 +239,4 @@ def test_nothing_grows_with_the_number_of_steps():
         train(model, optimizer, 1, start=step)
         gc.collect()
         sizes.append(sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects()))
-    assert sizes[5] == sizes[8] == sizes[11]
+    assert sizes[5] >= sizes[8] >= sizes[11]  # what earlier tests have left may go meanwhile
