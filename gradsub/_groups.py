@@ -18,7 +18,7 @@ from gradsub.inner import decoupled_shrinkage
 from gradsub.subspace import Layer
 
 Groups = Sequence[dict[str, Any]]
-Place = tuple[torch.dtype, torch.device, tuple[int, ...] | None, torch.Size]
+Place = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...] | None]
 
 
 def lay_out(
@@ -66,13 +66,11 @@ class Adopted:
     def __init__(self) -> None:
         self._groups: list[tuple[list[Tensor], dict[str, Any]]] = []
         self._places: dict[Tensor, Place] = {}
-        self._sizes: list[int] = []  # in the order of the places
 
     def add(self, group: Mapping[str, Any]) -> None:
         """Remember a group."""
         self._groups.append((list(group["params"]), {key: group[key] for key in ("rank", "task_rank", "subspace")}))
         self._places.update({parameter: _place(parameter) for parameter in group["params"]})
-        self._sizes += map(Tensor.numel, group["params"])
 
     def check(self, groups: Groups) -> None:
         """Raise if somebody else has put other parameters, or other ranks, into the groups.
@@ -99,33 +97,23 @@ class Adopted:
                 )
 
     def converted(self) -> dict[Tensor, Place]:
-        """The parameters that were converted or moved since (``model.to(...)``), and what they were before."""
+        """The parameters that were converted, moved (``model.to(...)``) or resized since, and what they were before."""
         return {
             parameter: place
             for parameter, place in self._places.items()
             # In this order and without a call: it is asked of every parameter, at every task and step.
             if parameter.dtype is not place[0]
             or parameter.device != place[1]
-            or (place[2] is not None and parameter.stride() != place[2])
+            or parameter.shape != place[2]
+            or (place[3] is not None and parameter.stride() != place[3])
         }
-
-    def resized(self) -> dict[Tensor, torch.Size]:
-        """The parameters with another number of entries than before, and the shapes that they had."""
-        # Without a step of Python for each: it is asked as often as `converted`.
-        if list(map(Tensor.numel, self._places)) == self._sizes:
-            return {}
-        return {parameter: place[3] for parameter, place in self._places.items() if parameter.shape != place[3]}
 
     def follow(self, parameter: Tensor) -> None:
         """Take a conversion for done."""
         self._places[parameter] = _place(parameter)
 
-    def follow_sizes(self) -> None:
-        """Take the parameters' sizes for right."""
-        self._sizes = list(map(Tensor.numel, self._places))
-
 
 def _place(parameter: Tensor) -> Place:
     """What a conversion changes; the strides only where there is more than one memory format."""
     strides = parameter.stride() if parameter.ndim > 2 else None
-    return parameter.dtype, parameter.device, strides, parameter.shape
+    return parameter.dtype, parameter.device, parameter.shape, strides

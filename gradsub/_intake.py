@@ -47,7 +47,6 @@ class Intake:
         name: Callable[[Tensor], str],
         parameters: list[Tensor],
         tasks: bool,
-        everything_fused: bool,
     ) -> None:
         self._bank = bank
         self._exchange = exchange
@@ -55,7 +54,6 @@ class Intake:
         self._missed = Missed(tasks)
         outside = partial(_see_outside, self._unscaling, exchange, self._missed)
         self.capture = GenericCapture(bank, name, outside, parameters)
-        self.capture.everything_fused = everything_fused
         self.fused = FusedCapture(bank, self.capture)
         self.samples: dict[int, float] = {}
         self.mixed_samples = 0.0

@@ -261,8 +261,7 @@ class GemsOptimizer(Optimizer):
         self._bank = SubspaceBank(orthogonalize, seed, self._layout.compiled)
         parameters: list[Tensor] = []
         self._exchange = Exchange(process_group, model, len(self.tasks), self._layout.name, parameters)
-        whole = capture == "fused"
-        self._intake = Intake(self._bank, self._exchange, self._layout.name, parameters, bool(self.tasks), whole)
+        self._intake = Intake(self._bank, self._exchange, self._layout.name, parameters, bool(self.tasks))
         probes = Probes(base)
         found = [self._lay_out(base, probes, position) for position in range(len(self.param_groups))]
         check_group_count(self.param_groups, [layers for layers, _ in found], base, probes)
@@ -642,12 +641,12 @@ class GemsOptimizer(Optimizer):
         Raises:
             RuntimeError: gradients were captured before it, or a parameter has another shape.
         """
-        resized = self._adopted.resized()
-        if resized:
-            self._follow_sizes(resized)
         changed = self._adopted.converted()
         if not changed:
             return
+        for parameter, (_, _, shape, _) in changed.items():
+            if parameter.shape != shape:
+                self._check_nothing_kept(parameter, shape)
         self._intake.forget_skipped()
         if self._intake.held:
             first, (dtype, device, *_) = next(iter(changed.items()))
@@ -667,20 +666,16 @@ class GemsOptimizer(Optimizer):
                 self._intake.fused.convert(layer)
         self._bank.forget_directions()
 
-    def _follow_sizes(self, resized: Mapping[Tensor, torch.Size]) -> None:
-        """Leave parameters alone of which nothing is kept; raise a RuntimeError for others."""
-        for parameter, before in resized.items():
-            state = self.state.get(parameter, {}).values()
-            kept = any(isinstance(each, Tensor) and each.numel() > 1 for each in state)
-            if kept or parameter in self._blocks.layers or self._layout.guard.knows(parameter):
-                raise RuntimeError(
-                    f"{self._layout.name(parameter)} has the shape {tuple(parameter.shape)} now, it had "
-                    f"{tuple(before)} when the optimizer was built, and bases and state are of that: resize the model "
-                    "(resize_token_embeddings) before the optimizer is built, or call optimizer.close() and build a "
-                    "new one"
-                )
-            self._adopted.follow(parameter)
-        self._adopted.follow_sizes()
+    def _check_nothing_kept(self, parameter: Tensor, before: torch.Size) -> None:
+        """Raise a RuntimeError if bases or the base optimizer's state are of the shape that a parameter had before."""
+        state = self.state.get(parameter, {}).values()
+        kept = any(isinstance(each, Tensor) and each.numel() > 1 for each in state)
+        if kept or parameter in self._blocks.layers or self._layout.guard.knows(parameter):
+            raise RuntimeError(
+                f"{self._layout.name(parameter)} has the shape {tuple(parameter.shape)} now, it had {tuple(before)} "
+                "when the optimizer was built, and bases and state are of that: resize the model "
+                "(resize_token_embeddings) before the optimizer is built, or call optimizer.close() and build a new one"
+            )
 
     @_ordinary_tensors()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from gradsub.capture._products import Orientation, Rows, affine
 from gradsub.capture._tray import Tray
 from gradsub.capture._wish import Wish, accumulates_into, hand_over
 from gradsub.subspace import Layer
+
+Layouts: TypeAlias = "tuple[tuple[int, tuple[Rows, ...]], ...]"
 
 
 @dataclass(eq=False)
@@ -36,7 +40,7 @@ class Opening:
     tray: Tray | None = None
     projects: bool = False
     whole: bool = False
-    layouts: tuple[tuple[int, tuple[Rows, ...]], ...] = ()
+    layouts: Layouts = ()
 
     def close(self) -> None:
         """No task is open any more."""
@@ -53,7 +57,7 @@ class Slot:
         probes: by task, two leaves that take no memory: one of the projected gradient's shape; one of the sketch's, or
             of the weight's where the whole gradient may be asked for. Their gradients are what is captured.
         opening: what is open.
-        segments: the tasks' parts of the batch, while a task is open; not where autograd's own gradient is wanted.
+        segments: the tasks' parts of the batch, where projections are wanted while a task is open.
         computed_in: the format of the last forward pass, for what is left in the probes.
     """
 
@@ -74,9 +78,9 @@ class Slot:
         """Whether a task is open."""
         return self.opening.projects or self.opening.whole
 
-    def check_open(self, task: int) -> None:
-        """Raise if a backward pass arrives whose forward pass ran in a task that is not open."""
-        if task not in self.opening.tasks:
+    def check_open(self, *tasks: int) -> None:
+        """Raise if a backward pass arrives whose forward pass ran in tasks of which one is not open."""
+        if not set(tasks) <= set(self.opening.tasks):
             raise RuntimeError(
                 f"the forward pass of {self.layer.name} ran inside optimizer.task or optimizer.mixed, its backward "
                 "pass outside of it or in another task: call backward() in the same block, or run the forward pass "
@@ -98,7 +102,7 @@ class Slot:
         """The segments, with the rows of this input; raise if nobody has said whose its rows are."""
         segments = self.segments_if(x)
         if segments is None:
-            raise self.unknown_rows(x)
+            self.refuse(x.shape, self.opening.layouts)
         return segments
 
     def segments_if(self, x: Tensor) -> tuple[Segment, ...] | None:
@@ -111,12 +115,12 @@ class Slot:
                 return tuple(segment._replace(rows=its) for segment, its in zip(segments, rows, strict=True))
         return None
 
-    def unknown_rows(self, x: Tensor) -> RuntimeError:
-        """What is to be said of an input with rows of nobody."""
-        told = " or ".join(str(length) for length, _ in self.opening.layouts)
-        return RuntimeError(
+    def refuse(self, shape: torch.Size, layouts: Layouts) -> NoReturn:
+        """Raise: an input of this shape had rows of nobody, by these layouts."""
+        told = " or ".join(str(length) for length, _ in layouts)
+        raise RuntimeError(
             f"optimizer.mixed was told of {told} rows, but the input of {self.layer.name or 'the model'} has the shape "
-            f"{tuple(x.shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
+            f"{tuple(shape)}; which of its rows are whose is not to be found out by counting: name their tasks in "
             "mixed(task_ids, other_rows=[...]), such as task_ids.repeat_interleave(T) where (B, T, d) is flattened to "
             "(B * T, d), or task_ids.repeat(2) where two batches are concatenated; or use optimizer.task for each "
             "task; or leave the layer out of target_modules"
@@ -208,7 +212,7 @@ class FusedForward:
             # Autograd's own gradient is taken, which would arrive as one of no task if the block were closed by then.
             y = affine(x, weight, bias, self.transposed)
             for slot in opened:
-                y.register_hook(_Belongs(slot, weight))  # type: ignore[no-untyped-call]
+                y.register_hook(_Arriving(weight, partial(slot.check_open, *slot.opening.tasks)))  # type: ignore[no-untyped-call]
             return y
         (slot,) = opened
         if (tray := slot.opening.tray) is not None:
@@ -218,7 +222,7 @@ class FusedForward:
         if segments is None:
             # Whether anything arrives in the weight is not known yet: of a norm that DoRA computes nothing does.
             y = affine(x, weight, bias, self.transposed)
-            y.register_hook(_Refused(slot.unknown_rows(x), weight))  # type: ignore[no-untyped-call]
+            y.register_hook(_Arriving(weight, partial(slot.refuse, x.shape, slot.opening.layouts)))  # type: ignore[no-untyped-call]
             return y
         return projecting_linear(x, weight, bias, slot.orientation, segments)
 
@@ -234,30 +238,18 @@ class FusedForward:
         )
 
 
-class _Belongs:
-    """A hook on a layer's output that lets its weight's gradient come while the task of its forward pass is open alone.
+class _Arriving:
+    """A hook on a layer's output: before a gradient accumulates in the layer's weight, something is checked.
 
     Of a backward pass that leaves nothing in the weight, as one for inputs alone, it says nothing.
     """
 
-    def __init__(self, slot: Slot, weight: Tensor) -> None:
-        self._slot, self._tasks, self._weight = slot, slot.opening.tasks, weight
+    def __init__(self, weight: Tensor, check: Callable[[], None]) -> None:
+        self._weight, self._check = weight, check
 
     def __call__(self, gradient: Tensor) -> None:
         if accumulates_into(self._weight):
-            for task in self._tasks:
-                self._slot.check_open(task)
-
-
-class _Refused:
-    """A hook on a layer's output that refuses a gradient of its weight, and nothing else."""
-
-    def __init__(self, error: RuntimeError, weight: Tensor) -> None:
-        self._error, self._weight = error, weight
-
-    def __call__(self, gradient: Tensor) -> None:
-        if accumulates_into(self._weight):
-            raise self._error
+            self._check()
 
 
 class _Opened:

@@ -49,7 +49,6 @@ class GenericCapture:
         self._alone: tuple[int, float] | None = None
         self.arrived = False
         self._warned = False
-        self.everything_fused = False  # for errors: whether the fused capture is asked for in layers of any size
         self.held = Held()
         # Epsilon of the coarsest format in which a gradient was computed since the last step.
         self.rounding = 0.0
@@ -189,12 +188,11 @@ class GenericCapture:
         self.check_dense(parameter, gradient)
         if task == MIXED and parameter in self.layers:
             if self._alone is None:
-                small = ': pass capture="fused", which takes small layers as well; where the weight is used otherwise, '
                 raise RuntimeError(
                     f"the rows of a mixed batch cannot be told apart in {self._names(parameter)}, whose gradient does "
-                    "not come from the fused capture of one linear layer"
-                    f"{', but from elsewhere: ' if self.everything_fused else small}"
-                    "leave it out of target_modules, or use optimizer.task() for each task"
+                    "not come from the fused capture of one linear layer: where it is a small one's under "
+                    'capture="auto", pass "fused"; where the weight is used otherwise, leave it out of target_modules, '
+                    "or use optimizer.task() for each task"
                 )
             task, gradient = self._alone[0], gradient / self._alone[1]
         self.deliver(task, {parameter: self._captured(parameter, gradient, task)})

@@ -251,12 +251,15 @@ class TestMixedRefuses:
 
     @pytest.mark.parametrize("capture", ["auto", "fused"])
     def test_a_weight_that_a_function_takes(self, capture):
+        """Whatever captures, the advice is one that helps there."""
         model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 300)).double()
         optimizer = gems(model, capture=capture)
         x = torch.randn(2, 300, dtype=torch.float64)
-        with pytest.raises(RuntimeError, match="leave it out of target_modules") as refused, optimizer.mixed("ab"):
+        with (
+            pytest.raises(RuntimeError, match="is used otherwise, leave it out of target_modules"),
+            optimizer.mixed("ab"),
+        ):
             (model[0](x) @ model[1].weight).sum().backward()
-        assert ("capture=" in str(refused.value)) == (capture == "auto")
 
     @pytest.mark.parametrize(("ids", "match"), [([], "empty"), (["x"], "'x'"), ([3], "3"), ([True], "True")])
     def test_task_ids(self, ids, match):
